@@ -1,0 +1,30 @@
+//! Private contracts between Spore's own processes.
+//!
+//! Who speaks to whom:
+//!
+//! ```text
+//!   control ──node──▶ node ──guest──▶ agent in the VM
+//!   daemon  ◀─gateway─▶ gateway process (unix seqpacket, connected sockets by SCM_RIGHTS)
+//!   node    ──egress──▶ per-VM egress proxy (one blob at start)
+//! ```
+//!
+//! | module | contract | may an old peer be on the other side? |
+//! |---|---|---|
+//! | [`frame`] | the outer frame of the agent's channel | yes: an agent frozen in a snapshot |
+//! | [`guest`] | host and agent | yes |
+//! | [`gateway`] | daemon and gateway | yes: a gateway outlives its daemon |
+//! | [`egress`] | node and egress proxy | yes: a proxy outlives its daemon |
+//! | [`node`] | control and node | not yet: one process, one version |
+//!
+//! This crate never opens a file, a socket or a process: it holds types, limits and encodings.
+#![forbid(unsafe_code)]
+
+pub mod egress;
+pub mod frame;
+pub mod gateway;
+pub mod generation;
+pub mod guest;
+pub mod id;
+pub mod node;
+pub mod secret;
+mod tripwires;

@@ -1,0 +1,250 @@
+//! Control and node: start, stop, watch, connect, images.
+//!
+//! Control decides *that* a VM runs and with which id; the node makes it so and reports. Names of
+//! accounts and apps travel only as labels: a node decides nothing by them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::egress::Grant;
+use crate::gateway::Phase;
+use crate::guest::{AppStatus, Readiness};
+use crate::id::{ImageId, VmId};
+use crate::secret::SecretBytes;
+
+/// Whose VM it is: labels for journals, logs and metrics.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Owner {
+    /// The account's name.
+    pub account: String,
+    /// The app's name.
+    pub app: String,
+    /// The release's number.
+    pub release: u64,
+}
+
+/// A VM to start.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StartVm {
+    /// Chosen by control, never used before: starting it twice is one start.
+    pub vm: VmId,
+    /// Whose.
+    pub owner: Owner,
+    /// The root file system.
+    pub image: ImageId,
+    /// The app's folder, mounted at `/app`; `None` when the image holds all.
+    pub folder: Option<ImageId>,
+    /// What it gets of the host.
+    pub resources: Resources,
+    /// The process to run.
+    pub process: Process,
+    /// Where it may connect to; empty means nowhere.
+    pub egress: Vec<Grant>,
+}
+
+/// What a VM gets of the host. Each is a hard cap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resources {
+    /// vCPUs.
+    pub cpus: u8,
+    /// Guest memory.
+    pub memory_mib: u32,
+    /// Scratch disk, gone with the VM.
+    pub disk_mib: u32,
+}
+
+/// The app's process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Process {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Names and values that are no secrets.
+    pub environment: Vec<(String, String)>,
+    /// Secrets for the environment.
+    pub secret_environment: Vec<(String, SecretBytes)>,
+    /// Secrets for `/run/secrets`.
+    pub secret_files: Vec<(String, SecretBytes)>,
+    /// `None` is the image's default, else uid 1000.
+    pub user: Option<String>,
+    /// Where it listens.
+    pub port: u16,
+    /// When it counts as ready.
+    pub ready: Readiness,
+    /// How long that may take.
+    pub ready_timeout_ms: u64,
+    /// Between SIGTERM and SIGKILL when it is stopped.
+    pub stop_grace_ms: u64,
+}
+
+/// Where a VM stands. The order is the order of a life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmPhase {
+    /// Namespace, cgroup, disks.
+    Preparing,
+    /// The guest's kernel is on its way to the agent.
+    Booting,
+    /// The guest is renewed and its app started.
+    Thawing,
+    /// The app is ready.
+    Ready,
+    /// It was asked to stop.
+    Draining,
+    /// It stopped as asked; nothing of it is left.
+    Stopped,
+    /// It ended otherwise; nothing of it is left.
+    Failed,
+}
+
+impl VmPhase {
+    /// Whether nothing of the VM is left.
+    #[must_use]
+    pub const fn is_over(self) -> bool {
+        matches!(self, Self::Stopped | Self::Failed)
+    }
+}
+
+/// What stands between the guest and the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Boundary {
+    /// Hardware virtualisation.
+    Kvm,
+    /// Hardware virtualisation inside another hypervisor.
+    KvmNested,
+    /// None: QEMU's software emulation, confined as a process.
+    None,
+}
+
+/// A VM as it is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// Which.
+    pub vm: VmId,
+    /// Whose.
+    pub owner: Owner,
+    /// Where it stands.
+    pub phase: VmPhase,
+    /// Why it is over, once it is.
+    pub failure: Option<VmFailure>,
+    /// What the agent last said of the app.
+    pub app: AppStatus,
+    /// What took how long so far.
+    pub phases: Vec<Phase>,
+    /// What stands between it and the host.
+    pub boundary: Boundary,
+    /// The guest's boot id, once the agent said it.
+    pub boot_id: Option<String>,
+    /// When the keep-awake lease ends, in milliseconds from now; 0 is no lease.
+    pub awake_for_ms: u64,
+}
+
+/// Why a VM failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmFailure {
+    /// Whose fault and what kind.
+    pub kind: VmFailureKind,
+    /// For people: what happened and what to do.
+    pub message: String,
+    /// The app's last lines, masked.
+    pub last_lines: Vec<String>,
+}
+
+/// The kinds of failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmFailureKind {
+    /// The host has no room: nothing was started.
+    NoCapacity,
+    /// An image is missing or damaged.
+    Image,
+    /// The VMM or the guest's kernel did not come up, or the host refused something.
+    Boot,
+    /// The guest could not be renewed, so it was killed.
+    Thaw,
+    /// The app ended again and again, or was not ready in its time.
+    App,
+    /// The VM ended by itself.
+    Died,
+    /// Its network policy was not what it should be, so it was killed.
+    Policy,
+}
+
+/// How a VM is asked to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopMode {
+    /// SIGTERM, grace, sync, power off; then killed.
+    Graceful,
+    /// Killed now.
+    Kill,
+}
+
+/// What a node reports, in order per VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum NodeEvent {
+    /// A VM changed.
+    Vm(VmStatus),
+}
+
+/// A node as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// `qemu`, `kvm` or `sim`.
+    pub hypervisor: String,
+    /// The driver's version, for people.
+    pub hypervisor_version: String,
+    /// What stands between its guests and the host.
+    pub boundary: Boundary,
+    /// The guest kernel's release.
+    pub kernel: String,
+    /// Memory that may be given to guests.
+    pub memory_mib_total: u64,
+    /// Of it, given.
+    pub memory_mib_used: u64,
+    /// VMs that are not over.
+    pub vms: u32,
+}
+
+/// What a root image is made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "from", rename_all = "snake_case")]
+pub enum ImageRecipe {
+    /// Debian packages and what they depend on.
+    Packages {
+        /// Names as apt knows them.
+        packages: Vec<String>,
+    },
+    /// A tar.zst stream of a folder, already staged by the node.
+    Staged {
+        /// The name that staging gave.
+        upload: String,
+        /// What it is.
+        kind: ImageKind,
+    },
+}
+
+/// What an image is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageKind {
+    /// A root file system: owners and modes are kept.
+    Root,
+    /// An app's folder: owned by root, readable by all, no device nodes, nothing setuid.
+    Folder,
+}
+
+/// An image that the node has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// Its content.
+    pub id: ImageId,
+    /// What it is for.
+    pub kind: ImageKind,
+    /// The file's size.
+    pub bytes: u64,
+    /// Files, folders and links in it.
+    pub entries: u64,
+    /// Seconds since the Unix epoch.
+    pub made_at_s: u64,
+}
