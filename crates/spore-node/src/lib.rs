@@ -1,1 +1,6 @@
-//! Skeleton.
+//! One Spore host: starts, watches and stops VMs with the host's privileges.
+//!
+//! Used by the `spore` program, which connects it to the control plane. Never decides *that* a VM
+//! should run, and never runs a tenant's code outside a VM.
+
+pub mod hypervisor;
