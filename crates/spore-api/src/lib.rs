@@ -1,1 +1,30 @@
-//! Skeleton.
+//! The public contract of Spore: nouns, requests, answers, error codes and limits.
+//!
+//! Used by the control plane, the CLI and every client. One noun per module. This crate holds no
+//! behaviour beyond validation; with the feature `client` it also holds the typed async client.
+//!
+//! | route | module |
+//! |---|---|
+//! | `GET /api/v1/status` | [`status`] |
+//! | `GET /api/v1/apps`, `GET·DELETE /api/v1/apps/{app}`, `POST …/{stop,wake,restart,enable,disable,rollback}` | [`app`] |
+//! | `POST /api/v1/sources` (`application/zstd`), `GET·POST /api/v1/apps/{app}/releases` | [`release`] |
+//! | `GET /api/v1/apps/{app}/secrets`, `PUT·DELETE …/secrets/{name}` | [`secret`] |
+//! | `GET /api/v1/apps/{app}/logs` (`application/x-ndjson`) | [`log`] |
+//! | `GET /api/v1/apps/{app}/exec` (WebSocket), `GET·PUT …/files?path=` | [`exec`] |
+//! | `GET·POST /api/v1/images`, `DELETE …/images/{name}`, `POST /api/v1/images/gc` | [`image`] |
+//! | `GET /api/v1/operations/{id}` (`?wait_ms=`) | [`operation`] |
+#![forbid(unsafe_code)]
+
+pub mod app;
+pub mod error;
+pub mod exec;
+pub mod image;
+pub mod limits;
+pub mod log;
+pub mod name;
+pub mod operation;
+pub mod page;
+pub mod release;
+pub mod secret;
+pub mod span;
+pub mod status;
