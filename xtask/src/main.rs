@@ -1,3 +1,130 @@
-//! Build tasks.
+//! Spore's build tasks: `cargo xtask TASK`. The Makefile and `.ci/run` only name them.
+//!
+//! Run by people and by CI on the machine that builds. Never part of the product: nothing here runs
+//! where apps run, and no crate depends on it.
+#![forbid(unsafe_code)]
 
-fn main() {}
+mod command;
+mod deps;
+mod guest;
+mod host;
+#[cfg(feature = "image")]
+mod image;
+mod place;
+mod progress;
+mod suite;
+mod tidy;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::place::DEPS_DEFAULT;
+
+/// What to do.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Spore's build tasks")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+/// The tasks, in the order in which a fresh clone needs them.
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Fetches everything from outside once: Debian packages, guest kernel, crates, base images
+    Deps(DepsOptions),
+    /// Builds the static guest agent and packs it with its modules into an initramfs
+    Guest(Folder),
+    /// Builds a base image (`debian/base`, `debian/python3`) into the folder's image store
+    Image {
+        /// Names of recipes
+        #[arg(required = true)]
+        recipes: Vec<String>,
+        #[command(flatten)]
+        folder: Folder,
+    },
+    /// The confined process that packs one image; started by `image` only
+    #[command(name = "image-pack", hide = true)]
+    ImagePack,
+    /// Checks the house rules
+    Tidy {
+        /// Also counts the crates that the programs depend on
+        #[arg(long)]
+        deps: bool,
+    },
+    /// Runs the whole test suite
+    Test,
+    /// Builds and installs Spore on this machine, starts it and deploys the example
+    Up(Folder),
+    /// Stops all VMs and the daemon
+    Down,
+    /// Removes everything that `up` and `deps` put on this machine
+    CleanHost(Folder),
+}
+
+/// Where fetched and built things are kept.
+#[derive(Clone, Debug, clap::Args)]
+struct Folder {
+    /// Where the guest kernel, the initramfs and the base images are kept
+    #[arg(long, value_name = "FOLDER", default_value = DEPS_DEFAULT, env = "SPORE_DEPS")]
+    dir: PathBuf,
+}
+
+/// How much `deps` fetches.
+#[derive(Clone, Debug, clap::Args)]
+struct DepsOptions {
+    #[command(flatten)]
+    folder: Folder,
+    /// Looks for a newer guest kernel, even when there is one
+    #[arg(long)]
+    refresh: bool,
+    /// Also installs what `bench/` compares with
+    #[arg(long)]
+    bench: bool,
+    /// Leaves out the base images
+    #[arg(long)]
+    no_images: bool,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().task {
+        Task::Deps(options) => deps::run(&options),
+        Task::Guest(folder) => guest::run(&folder.dir),
+        Task::Image { recipes, folder } => run_image(&recipes, &folder.dir),
+        Task::ImagePack => run_image_pack(),
+        Task::Tidy { deps } => tidy::run(deps),
+        Task::Test => suite::run(),
+        Task::Up(folder) => host::up(&folder.dir),
+        Task::Down => host::down(),
+        Task::CleanHost(folder) => host::clean(&folder.dir),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            progress::failed(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(feature = "image")]
+fn run_image(recipes: &[String], dir: &std::path::Path) -> anyhow::Result<()> {
+    image::build(recipes, dir)
+}
+
+#[cfg(feature = "image")]
+fn run_image_pack() -> anyhow::Result<()> {
+    image::pack()
+}
+
+#[cfg(not(feature = "image"))]
+fn run_image(recipes: &[String], dir: &std::path::Path) -> anyhow::Result<()> {
+    deps::images::build_with_feature(recipes, dir)
+}
+
+#[cfg(not(feature = "image"))]
+fn run_image_pack() -> anyhow::Result<()> {
+    anyhow::bail!("`image-pack` is started by `cargo xtask image` only")
+}

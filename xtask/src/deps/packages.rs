@@ -1,0 +1,143 @@
+//! Debian packages that building, running and testing Spore need, and the user that builds images.
+//! Called by `deps` only; never removes or upgrades a package.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::command;
+use crate::progress::{say, step};
+
+/// What the daemon, the build and the tests need, each with its reason.
+const PACKAGES: &[(&str, &str)] = &[
+    ("ca-certificates", "apps that speak TLS"),
+    ("e2fsprogs", "empty ext4 disks"),
+    ("gcc", "linking"),
+    ("iproute2", "namespaces in tests"),
+    ("kmod", "modules.dep of the guest kernel"),
+    ("libc6-dev", "linking the static guest"),
+    ("mmdebstrap", "Debian images, unprivileged"),
+    ("nftables", "the network policy of a VM"),
+    ("passwd", "the user that builds images"),
+    ("procps", "tests that look at processes"),
+    ("qemu-system-x86", "the qemu driver"),
+    ("qemu-utils", "copy-on-write scratch disks"),
+    (
+        "squashfs-tools",
+        "tests read images with a second implementation",
+    ),
+    ("uidmap", "uid ranges for unprivileged builds"),
+    ("util-linux", "setpriv"),
+    ("xz-utils", "compressed kernel modules"),
+    ("zstd", "tests make uploads"),
+];
+
+/// What `bench/` compares with.
+const BENCH_PACKAGES: &[(&str, &str)] = &[("nginx-light", "the gateway's peer"), ("wrk", "load")];
+
+/// The user that mmdebstrap runs as; it owns nothing and has a range of uids for its namespace.
+pub(crate) const BUILD_USER: &str = "spore-build";
+
+/// Installs what is missing and makes the build user.
+pub(crate) fn install(bench: bool) -> Result<()> {
+    let mut wanted: Vec<&str> = PACKAGES.iter().map(|(name, _)| *name).collect();
+    if bench {
+        wanted.extend(BENCH_PACKAGES.iter().map(|(name, _)| *name));
+    }
+    if !command::exists("dpkg-query") {
+        bail!(
+            "this is not a Debian system: install the equivalents of {} by hand",
+            wanted.join(", ")
+        );
+    }
+    let missing = missing(&wanted, &installed()?);
+    if missing.is_empty() {
+        say("Debian packages: all here");
+    } else {
+        let what = format!("install {}", missing.join(" "));
+        step(&what, || {
+            command::run(command::as_root("apt-get").args(["-qq", "update"]))?;
+            command::run(
+                command::as_root("env")
+                    .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-y"])
+                    .args(["--no-install-recommends", "install"])
+                    .args(&missing),
+            )
+        })?;
+    }
+    make_build_user()
+}
+
+/// Names of installed packages, without their architecture.
+fn installed() -> Result<BTreeSet<String>> {
+    let list = command::output(Command::new("dpkg-query").args([
+        "-W",
+        "-f",
+        "${db:Status-Abbrev} ${Package}\n",
+    ]))?;
+    Ok(list
+        .lines()
+        .filter_map(|line| line.strip_prefix("ii "))
+        .map(|name| name.trim().to_owned())
+        .collect())
+}
+
+/// What of `wanted` is not installed.
+fn missing<'a>(wanted: &[&'a str], installed: &BTreeSet<String>) -> Vec<&'a str> {
+    wanted
+        .iter()
+        .copied()
+        .filter(|name| !installed.contains(*name))
+        .collect()
+}
+
+/// Makes the build user with a range of subordinate uids.
+fn make_build_user() -> Result<()> {
+    let ranges = std::fs::read_to_string("/etc/subuid").unwrap_or_default();
+    let has_range = ranges
+        .lines()
+        .any(|line| line.starts_with(&format!("{BUILD_USER}:")));
+    let is_there = Command::new("getent")
+        .args(["passwd", BUILD_USER])
+        .output()
+        .context("cannot start `getent`")?
+        .status
+        .success();
+    match (is_there, has_range) {
+        (true, true) => Ok(()),
+        (true, false) => bail!(
+            "user {BUILD_USER} has no line in /etc/subuid: remove it with `userdel {BUILD_USER}` \
+             and run this again"
+        ),
+        (false, _) => {
+            say(format!("making user {BUILD_USER}"));
+            command::run(command::as_root("useradd").args([
+                "--system",
+                "--add-subids-for-system",
+                "--no-create-home",
+                "--home-dir=/nonexistent",
+                "--shell=/usr/sbin/nologin",
+                BUILD_USER,
+            ]))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::{PACKAGES, missing};
+
+    #[test]
+    fn only_what_is_not_installed_is_missing() {
+        let installed = BTreeSet::from(["kmod".to_owned()]);
+        assert_eq!(missing(&["kmod", "zstd"], &installed), ["zstd"]);
+    }
+
+    #[test]
+    fn packages_are_sorted_and_named_once() {
+        assert!(PACKAGES.windows(2).all(|pair| pair[0].0 < pair[1].0));
+    }
+}

@@ -1,0 +1,73 @@
+//! `cargo xtask guest`: builds the guest's PID 1 and packs it with the kernel's modules. Run by `up`
+//! and by tests; the kernel must be there (`cargo xtask deps`).
+
+mod initramfs;
+
+use std::fs;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::deps::kernel;
+use crate::progress::{say, step};
+use crate::{command, place};
+
+/// Static linking with glibc works only with an explicit target: without one the flag would reach
+/// proc-macros, which cannot be static.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Builds everything into `dir/guest`.
+pub(crate) fn run(dir: &Path) -> Result<()> {
+    let release = kernel::current(dir)?;
+    let init = step("build spore-guest (static)", build)?;
+    let guest = dir.join("guest");
+    fs::create_dir_all(&guest).with_context(|| format!("cannot make {}", guest.display()))?;
+
+    let mut staged = tempfile::NamedTempFile::new_in(&guest)?;
+    let modules = dir.join("kernel").join(&release).join("modules");
+    initramfs::pack(&init, &modules, BufWriter::new(staged.as_file_mut()))?;
+    publish(staged, &guest.join("initramfs.cpio"))?;
+
+    let mut staged = tempfile::NamedTempFile::new_in(&guest)?;
+    std::io::Write::write_all(&mut staged, format!("{release}\n").as_bytes())?;
+    publish(staged, &guest.join("release"))?;
+
+    let link = tempfile::Builder::new().make_in(&guest, |path| {
+        std::os::unix::fs::symlink(format!("../kernel/{release}/vmlinux"), path)
+    })?;
+    link.persist(guest.join("vmlinux"))?;
+    say(format!(
+        "guest: {} for kernel {release}",
+        guest.join("initramfs.cpio").display()
+    ));
+    Ok(())
+}
+
+/// Renames a staged file, readable by all since guests' processes have uids of their own.
+fn publish(staged: tempfile::NamedTempFile, path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    staged
+        .as_file()
+        .set_permissions(fs::Permissions::from_mode(0o644))?;
+    staged
+        .persist(path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+/// Builds the static program and returns its path.
+fn build() -> Result<PathBuf> {
+    command::run(
+        place::cargo()
+            .args([
+                "build",
+                "--quiet",
+                "--package=spore-guest",
+                "--profile=guest",
+            ])
+            .args(["--target", TARGET])
+            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
+    )?;
+    Ok(place::target()?.join(TARGET).join("guest/spore-guest"))
+}

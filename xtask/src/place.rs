@@ -1,0 +1,67 @@
+//! Where things are: the repository, and the folder for what was fetched or built for guests.
+//!
+//! ```text
+//!   DIR/kernel/RELEASE/vmlinux          the guest kernel as an ELF file
+//!   DIR/kernel/RELEASE/modules/…        NN-name.ko in load order, and `order`
+//!   DIR/kernel/RELEASE/package          name and version of the Debian package
+//!   DIR/kernel/current -> RELEASE       what new templates are made with
+//!   DIR/guest/{vmlinux,initramfs.cpio,release}
+//!   DIR/images/…                        an image store (see spore-node's `image/store.rs`)
+//! ```
+//!
+//! DIR is outside of the working tree, so that a fresh clone on the same machine fetches nothing.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::command;
+
+/// `DIR` when nobody says otherwise: beside the daemon's own folder, not in it, since that one is
+/// closed to everybody but root.
+pub(crate) const DEPS_DEFAULT: &str = "/var/lib/spore-deps";
+
+/// The root of the repository.
+pub(crate) fn repository() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask).to_path_buf()
+}
+
+/// The cargo that runs this task, for more work in the repository.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(repository());
+    cargo
+}
+
+/// Cargo's target folder, wherever the environment or configuration put it.
+pub(crate) fn target() -> Result<PathBuf> {
+    let text = command::output(cargo().args([
+        "metadata",
+        "--no-deps",
+        "--offline",
+        "--format-version=1",
+    ]))?;
+    let metadata: serde_json::Value =
+        serde_json::from_str(&text).context("cannot read the output of `cargo metadata`")?;
+    let folder = metadata["target_directory"]
+        .as_str()
+        .context("`cargo metadata` names no target_directory")?;
+    Ok(PathBuf::from(folder))
+}
+
+/// Makes `dir`, owned by whoever runs this task.
+pub(crate) fn make(dir: &Path) -> Result<()> {
+    if dir.is_dir() || std::fs::create_dir_all(dir).is_ok() {
+        return Ok(());
+    }
+    let owner = rustix::process::getuid().as_raw().to_string();
+    command::run(
+        command::as_root("install")
+            .args(["-d", "-m", "0755", "-o"])
+            .arg(owner)
+            .arg(dir),
+    )
+    .with_context(|| format!("cannot make {}; choose another with --dir", dir.display()))
+}

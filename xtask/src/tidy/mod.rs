@@ -1,0 +1,4 @@
+//! x
+pub(crate) fn run(_d: bool) -> anyhow::Result<()> {
+    Ok(())
+}
