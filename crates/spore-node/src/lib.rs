@@ -3,4 +3,10 @@
 //! Used by the `spore` program, which connects it to the control plane. Never decides *that* a VM
 //! should run, and never runs a tenant's code outside a VM.
 
+pub mod capacity;
+pub mod clock;
+pub mod config;
+pub mod confine;
 pub mod hypervisor;
+pub mod journal;
+pub mod vm;
