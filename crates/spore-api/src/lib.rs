@@ -16,6 +16,8 @@
 #![forbid(unsafe_code)]
 
 pub mod app;
+#[cfg(feature = "client")]
+pub mod client;
 pub mod error;
 pub mod exec;
 pub mod image;
