@@ -1,0 +1,129 @@
+//! What a node is started with: composed by the program, read by nobody else.
+//!
+//! Holds no secrets, and reads no file and no environment itself.
+
+use core::fmt::Debug;
+use core::time::Duration;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use spore_wire::id::{ImageId, VmId};
+
+use crate::capacity::CapacityLimits;
+use crate::clock::{Clock, HostClock};
+use crate::vm::state::VmEffect;
+
+/// What a node is started with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `/run/spore`: gone with the host, as VMs are.
+    pub runtime: PathBuf,
+    /// `/var/log/spore/apps`: what apps print.
+    pub logs: PathBuf,
+    /// What the host has to give. Its `overhead_mib` is replaced by the driver's.
+    pub capacity: CapacityLimits,
+    /// VMs that may be on their way from nothing to their agent's first word at once.
+    pub boots_max: usize,
+    /// How long things may take.
+    pub limits: VmLimits,
+    /// The wall clock.
+    pub clock: Arc<dyn Clock>,
+    /// Told before and after each effect.
+    pub kill_points: Arc<dyn KillPoints>,
+}
+
+impl Config {
+    /// The defaults, for these folders and this much memory.
+    #[must_use]
+    pub fn new(runtime: PathBuf, logs: PathBuf, memory_mib: u64) -> Self {
+        Self {
+            runtime,
+            logs,
+            capacity: CapacityLimits {
+                memory_mib,
+                memory_reserve_mib: (memory_mib / 8).clamp(256, 4096),
+                overhead_mib: 0,
+                cpus: 256,
+                vms: 512,
+            },
+            boots_max: 4,
+            limits: VmLimits::default(),
+            clock: Arc::new(HostClock),
+            kill_points: Arc::new(NoKillPoints),
+        }
+    }
+}
+
+/// How long the steps of a VM may take. A guest is a stranger: every wait for it ends.
+#[derive(Clone, Copy, Debug)]
+pub struct VmLimits {
+    /// Namespace, cgroup and disks.
+    pub prepare: Duration,
+    /// From the VMM's start to its control socket.
+    pub boot: Duration,
+    /// From then to the agent's first word.
+    pub agent: Duration,
+    /// One answer of the agent that takes no work.
+    pub answer: Duration,
+    /// Added to what an app may take to be ready, before the guest's silence counts as a no.
+    pub ready_slack: Duration,
+    /// Added to an app's grace before a guest that does not power off is killed.
+    pub shutdown_slack: Duration,
+    /// How long a re-adopted VM waits for its secrets to be told again before its app starts.
+    pub secrets: Duration,
+    /// Sessions with the agent that may fail in a row before its VM counts as dead.
+    pub agent_failures_max: u32,
+    /// Ends of a ready app in a row before its VM is given up.
+    pub app_failures_max: u32,
+    /// The same before it was ever ready.
+    pub app_start_failures_max: u32,
+}
+
+impl Default for VmLimits {
+    fn default() -> Self {
+        Self {
+            prepare: Duration::from_secs(60),
+            boot: Duration::from_secs(60),
+            agent: Duration::from_secs(90),
+            answer: Duration::from_secs(20),
+            ready_slack: Duration::from_secs(5),
+            shutdown_slack: Duration::from_secs(10),
+            secrets: Duration::from_secs(60),
+            agent_failures_max: 5,
+            app_failures_max: 5,
+            app_start_failures_max: 3,
+        }
+    }
+}
+
+/// Where the files of images are; the image store answers.
+pub trait Images: Debug + Send + Sync + 'static {
+    /// The file of an image, or `None` when the node does not have it.
+    fn path(&self, id: &ImageId) -> Option<PathBuf>;
+}
+
+/// Before or after an effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KillPoint {
+    /// Nothing of it was done yet.
+    Before,
+    /// All of it was done, and nothing that follows from it.
+    After,
+}
+
+/// Told at every instant between two effects, so that a test can end the daemon there.
+#[async_trait]
+pub trait KillPoints: Debug + Send + Sync + 'static {
+    /// The actor of `vm` stands at this point; it goes on when the future is done.
+    async fn reached(&self, vm: VmId, effect: VmEffect, point: KillPoint);
+}
+
+/// Lets every effect happen.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoKillPoints;
+
+#[async_trait]
+impl KillPoints for NoKillPoints {
+    async fn reached(&self, _vm: VmId, _effect: VmEffect, _point: KillPoint) {}
+}

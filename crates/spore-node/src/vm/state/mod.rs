@@ -1,0 +1,680 @@
+//! The life of one VM: a pure function from state and event to the next state and what to do.
+//!
+//! Called by the VM's actor (`vm/actor.rs`), which carries the effects out in order and feeds their
+//! results back. Never waits, reads a clock or touches the host, so that every interleaving can be
+//! tested.
+//!
+//! ```text
+//!                    Start                            Adopt(booted … draining)
+//!                      │                                        │
+//!   Absent ──▶ Preparing ──prepared──▶ Booting ◀────────────────┘
+//!                 │  turn, host           │  vmm, attach, agent
+//!                 │                       ├───────agent up───────┐
+//!                 │                       ▼                      │ (adopted: the app runs)
+//!                 │                    Thawing ──app ready──▶  Ready
+//!                 │                       │ thaw, network,       │
+//!                 │                       │ app, ready           │ Stop(graceful)
+//!                 │                       │                      ▼
+//!                 │  any failure, exit    ├── Stop ──────────▶ Draining
+//!                 │  or Stop(kill)        │                      │
+//!                 └───────────┬───────────┴──────────────────────┘
+//!                             ▼
+//!                         Releasing ──released──▶ Stopped | Failed(reason)
+//! ```
+//!
+//! Rules that the tests beside this file hold:
+//!
+//! - A step gives at most one *asking* effect, whose result comes back as an event, and it is the
+//!   last one. A newer asking effect ends the one under way.
+//! - The network opens only after the thaw, the app starts only after the network is open, and
+//!   `Ready` comes only after both.
+//! - What must survive a crash is journaled before the effect that makes it so: a VM is named in
+//!   the journal before anything is made for it, and it is journaled as ending before it is
+//!   killed, so that no later daemon adopts what was meant to end.
+//! - The journal goes only when nothing is left, and the final state is told once, after that.
+//! - `Prepare` and `Boot` are never cut off: a stop waits for them, since a driver cut in the
+//!   middle might go on making things behind the release.
+
+use serde::{Deserialize, Serialize};
+use spore_wire::node::{StopMode, VmFailureKind, VmPhase};
+
+/// Where a VM stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmState {
+    /// Nothing was done yet.
+    Absent,
+    /// The host's side is being made.
+    Preparing {
+        /// Which step is under way.
+        at: PrepareStep,
+        /// A stop that waits for it.
+        stop: Option<StopMode>,
+    },
+    /// On the way to the agent's first word.
+    Booting {
+        /// Which step is under way.
+        at: BootStep,
+        /// The last journaled milestone when an earlier daemon began this; `None` is our own VM.
+        adopted: Option<Milestone>,
+        /// A stop that waits for it.
+        stop: Option<StopMode>,
+    },
+    /// The guest is renewed and its app started.
+    Thawing {
+        /// Which step is under way.
+        at: ThawStep,
+    },
+    /// The app is ready.
+    Ready,
+    /// The guest was asked to power off.
+    Draining,
+    /// Everything of it is being removed.
+    Releasing(Ending),
+    /// It stopped as asked; nothing of it is left.
+    Stopped,
+    /// It ended otherwise; nothing of it is left.
+    Failed(Failure),
+}
+
+/// The steps of [`VmState::Preparing`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrepareStep {
+    /// Waiting until few enough others boot.
+    Turn,
+    /// The driver makes namespace, cgroup and disks.
+    Host,
+}
+
+/// The steps of [`VmState::Booting`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BootStep {
+    /// The driver starts the VMM.
+    Vmm,
+    /// The node takes hold of the process.
+    Attach,
+    /// The agent is awaited.
+    Agent,
+}
+
+/// The steps of [`VmState::Thawing`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThawStep {
+    /// Clock, entropy, names.
+    Thaw,
+    /// The tap opens and the policy is read back.
+    Network,
+    /// The app's process is started.
+    App,
+    /// The app is awaited.
+    Ready,
+}
+
+/// How far a VM got, for the journal. The order is the order of a life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Milestone {
+    /// Something may have been made for it.
+    Preparing,
+    /// The host's side is made; a VMM may have been started.
+    Prepared,
+    /// The VMM runs and its identity is known.
+    Booted,
+    /// The guest is renewed.
+    Thawed,
+    /// The network is open.
+    Open,
+    /// The app was started.
+    Started,
+    /// It was asked to stop.
+    Draining,
+    /// It is being removed because it was stopped.
+    EndingStopped,
+    /// It is being removed because it failed.
+    EndingFailed,
+}
+
+/// How a VM will have ended once it is released.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// As asked.
+    Stopped,
+    /// Otherwise.
+    Failed(Failure),
+}
+
+/// Why a VM fails.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Whose fault and what kind.
+    pub kind: VmFailureKind,
+    /// For people: what happened and what to do.
+    pub message: String,
+}
+
+/// What the agent says of itself when a session begins; a claim of the guest, believed only where a
+/// lie harms nobody but the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AgentSeen {
+    /// Whether it was thawed.
+    pub thawed: bool,
+    /// The app's process.
+    pub app: AppSeen,
+}
+
+/// The app's process as the agent tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AppSeen {
+    /// Never started.
+    Absent,
+    /// Started and not ready, now or at the moment.
+    Starting,
+    /// Ready.
+    Ready,
+    /// Stopped for good.
+    Stopped,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmEvent {
+    /// It is wanted. Legal in `Absent`.
+    Start,
+    /// An earlier daemon left it, journaled so far. Legal in `Absent`.
+    Adopt(Milestone),
+    /// `TakeTurn` is done.
+    TurnTaken,
+    /// `Prepare` is done.
+    Prepared,
+    /// `Boot` is done.
+    Booted,
+    /// `Attach` is done.
+    Attached,
+    /// `ConnectAgent` is done.
+    AgentUp(AgentSeen),
+    /// `Thaw` is done.
+    Thawed,
+    /// `OpenNetwork` is done.
+    NetworkOpen,
+    /// `StartApp` is done.
+    AppStarted,
+    /// `AwaitReady` is done.
+    AppReady,
+    /// `Shutdown` is done, or it took too long.
+    ShutDown,
+    /// `Release` is done.
+    Released,
+    /// `Release` left something; it is tried again.
+    ReleaseFailed,
+    /// The effect under way failed, or what ran is no longer sound.
+    Failed(Failure),
+    /// The VMM's process is gone. Ignored where nothing of it is expected to run.
+    Exited(Failure),
+    /// Somebody wants it stopped. Ignored once it ends.
+    Stop(StopMode),
+}
+
+/// What the actor has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum VmEffect {
+    /// Write the journal.
+    Journal(Milestone),
+    /// Remove the journal.
+    RemoveJournal,
+    /// Tell whoever watches.
+    Report,
+    /// Wait for a turn to boot. Asks.
+    TakeTurn,
+    /// Make the host's side. Asks; is not cut off.
+    Prepare,
+    /// Start the VMM. Asks; is not cut off.
+    Boot,
+    /// Take hold of the VMM. Asks.
+    Attach,
+    /// Open the agent's session. Asks.
+    ConnectAgent,
+    /// Renew the guest. Asks.
+    Thaw,
+    /// Open the network. Asks.
+    OpenNetwork,
+    /// Start the app. Asks.
+    StartApp,
+    /// Wait for the app. Asks.
+    AwaitReady,
+    /// Ask the guest to power off and wait for it. Asks.
+    Shutdown,
+    /// Kill the VMM.
+    Kill,
+    /// Remove everything. Asks.
+    Release,
+}
+
+impl VmEffect {
+    /// Every effect, in the order of a life: what a test that kills the daemon enumerates.
+    pub const ALL: [Self; 23] = [
+        Self::Journal(Milestone::Preparing),
+        Self::TakeTurn,
+        Self::Prepare,
+        Self::Journal(Milestone::Prepared),
+        Self::Boot,
+        Self::Journal(Milestone::Booted),
+        Self::Attach,
+        Self::ConnectAgent,
+        Self::Thaw,
+        Self::Journal(Milestone::Thawed),
+        Self::OpenNetwork,
+        Self::Journal(Milestone::Open),
+        Self::StartApp,
+        Self::Journal(Milestone::Started),
+        Self::AwaitReady,
+        Self::Report,
+        Self::Journal(Milestone::Draining),
+        Self::Shutdown,
+        Self::Journal(Milestone::EndingStopped),
+        Self::Journal(Milestone::EndingFailed),
+        Self::Kill,
+        Self::Release,
+        Self::RemoveJournal,
+    ];
+
+    /// Its name, unique among [`Self::ALL`].
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Journal(Milestone::Preparing) => "journal_preparing",
+            Self::Journal(Milestone::Prepared) => "journal_prepared",
+            Self::Journal(Milestone::Booted) => "journal_booted",
+            Self::Journal(Milestone::Thawed) => "journal_thawed",
+            Self::Journal(Milestone::Open) => "journal_open",
+            Self::Journal(Milestone::Started) => "journal_started",
+            Self::Journal(Milestone::Draining) => "journal_draining",
+            Self::Journal(Milestone::EndingStopped) => "journal_ending_stopped",
+            Self::Journal(Milestone::EndingFailed) => "journal_ending_failed",
+            Self::RemoveJournal => "remove_journal",
+            Self::Report => "report",
+            Self::TakeTurn => "take_turn",
+            Self::Prepare => "prepare",
+            Self::Boot => "boot",
+            Self::Attach => "attach",
+            Self::ConnectAgent => "connect_agent",
+            Self::Thaw => "thaw",
+            Self::OpenNetwork => "open_network",
+            Self::StartApp => "start_app",
+            Self::AwaitReady => "await_ready",
+            Self::Shutdown => "shutdown",
+            Self::Kill => "kill",
+            Self::Release => "release",
+        }
+    }
+
+    /// Whether its result comes back as an event.
+    #[must_use]
+    pub const fn asks(self) -> bool {
+        !matches!(
+            self,
+            Self::Journal(_) | Self::RemoveJournal | Self::Report | Self::Kill
+        )
+    }
+}
+
+impl VmState {
+    /// What is told of it outside.
+    #[must_use]
+    pub const fn phase(&self) -> VmPhase {
+        match self {
+            Self::Absent | Self::Preparing { .. } => VmPhase::Preparing,
+            Self::Booting { .. } => VmPhase::Booting,
+            Self::Thawing { .. } => VmPhase::Thawing,
+            Self::Ready => VmPhase::Ready,
+            Self::Draining | Self::Releasing(_) => VmPhase::Draining,
+            Self::Stopped => VmPhase::Stopped,
+            Self::Failed(_) => VmPhase::Failed,
+        }
+    }
+
+    /// Whether nothing will happen any more.
+    #[must_use]
+    pub const fn is_over(&self) -> bool {
+        matches!(self, Self::Stopped | Self::Failed(_))
+    }
+
+    /// Whether the node holds the VMM's process.
+    const fn is_attached(&self) -> bool {
+        matches!(
+            self,
+            Self::Booting {
+                at: BootStep::Agent,
+                ..
+            } | Self::Thawing { .. }
+                | Self::Ready
+                | Self::Draining
+        )
+    }
+
+    /// The next state and what to do, in order.
+    ///
+    /// # Panics
+    /// When the event cannot happen in this state: a bug of the actor, which is supervised.
+    #[must_use]
+    pub fn step(self, event: VmEvent) -> (Self, Vec<VmEffect>) {
+        match self {
+            Self::Absent => absent(event),
+            Self::Preparing { at, stop } => preparing(at, stop, event),
+            Self::Booting { at, adopted, stop } => booting(at, adopted, stop, event),
+            Self::Thawing { at } => thawing(at, event),
+            Self::Ready => ready(event),
+            Self::Draining => draining(event),
+            Self::Releasing(ending) => releasing(ending, &event),
+            Self::Stopped | Self::Failed(_) => {
+                assert!(
+                    matches!(
+                        event,
+                        VmEvent::Stop(_) | VmEvent::Exited(_) | VmEvent::Failed(_)
+                    ),
+                    "{event:?} after the end"
+                );
+                (self, Vec::new())
+            }
+        }
+    }
+
+    /// Ends it: journaled first, then killed, then released.
+    fn end(self, ending: Ending) -> (Self, Vec<VmEffect>) {
+        let milestone = match ending {
+            Ending::Stopped => Milestone::EndingStopped,
+            Ending::Failed(_) => Milestone::EndingFailed,
+        };
+        let mut effects = vec![VmEffect::Journal(milestone), VmEffect::Report];
+        if self.is_attached() {
+            effects.push(VmEffect::Kill);
+        }
+        effects.push(VmEffect::Release);
+        (Self::Releasing(ending), effects)
+    }
+}
+
+/// How a failure ends a VM that may have been asked to stop: then it is gone as asked.
+fn ending_of(stop: Option<StopMode>, failure: Failure) -> Ending {
+    match stop {
+        Some(_) => Ending::Stopped,
+        None => Ending::Failed(failure),
+    }
+}
+
+/// A graceful request never weakens a kill.
+fn stronger(one: Option<StopMode>, other: StopMode) -> Option<StopMode> {
+    match (one, other) {
+        (Some(StopMode::Kill), _) | (_, StopMode::Kill) => Some(StopMode::Kill),
+        (_, StopMode::Graceful) => Some(StopMode::Graceful),
+    }
+}
+
+fn absent(event: VmEvent) -> (VmState, Vec<VmEffect>) {
+    let adopt = |milestone, stop| VmState::Booting {
+        at: BootStep::Attach,
+        adopted: Some(milestone),
+        stop,
+    };
+    match event {
+        VmEvent::Start => (
+            VmState::Preparing {
+                at: PrepareStep::Turn,
+                stop: None,
+            },
+            vec![
+                VmEffect::Journal(Milestone::Preparing),
+                VmEffect::Report,
+                VmEffect::TakeTurn,
+            ],
+        ),
+        VmEvent::Adopt(Milestone::Preparing | Milestone::Prepared) => (
+            VmState::Releasing(Ending::Failed(Failure {
+                kind: VmFailureKind::Boot,
+                message: "the node was restarted while this VM was being made: start another"
+                    .to_owned(),
+            })),
+            vec![VmEffect::Release],
+        ),
+        VmEvent::Adopt(Milestone::EndingStopped) => {
+            (VmState::Releasing(Ending::Stopped), vec![VmEffect::Release])
+        }
+        VmEvent::Adopt(Milestone::EndingFailed) => (
+            VmState::Releasing(Ending::Failed(Failure {
+                kind: VmFailureKind::Died,
+                message: "the VM had failed when the node was restarted: see the node's log"
+                    .to_owned(),
+            })),
+            vec![VmEffect::Release],
+        ),
+        VmEvent::Adopt(milestone @ Milestone::Draining) => (
+            adopt(milestone, Some(StopMode::Graceful)),
+            vec![VmEffect::Report, VmEffect::Attach],
+        ),
+        VmEvent::Adopt(milestone) => (
+            adopt(milestone, None),
+            vec![VmEffect::Report, VmEffect::Attach],
+        ),
+        other => unreachable!("{other:?} before the start"),
+    }
+}
+
+fn preparing(at: PrepareStep, stop: Option<StopMode>, event: VmEvent) -> (VmState, Vec<VmEffect>) {
+    let state = VmState::Preparing { at, stop };
+    match (at, event) {
+        (PrepareStep::Turn, VmEvent::Stop(_)) => state.end(Ending::Stopped),
+        (PrepareStep::Turn, VmEvent::TurnTaken) => (
+            VmState::Preparing {
+                at: PrepareStep::Host,
+                stop,
+            },
+            vec![VmEffect::Prepare],
+        ),
+        (PrepareStep::Host, VmEvent::Prepared) if stop.is_some() => state.end(Ending::Stopped),
+        (PrepareStep::Host, VmEvent::Prepared) => (
+            VmState::Booting {
+                at: BootStep::Vmm,
+                adopted: None,
+                stop: None,
+            },
+            vec![
+                VmEffect::Journal(Milestone::Prepared),
+                VmEffect::Report,
+                VmEffect::Boot,
+            ],
+        ),
+        (PrepareStep::Host, VmEvent::Stop(mode)) => (
+            VmState::Preparing {
+                at,
+                stop: stronger(stop, mode),
+            },
+            Vec::new(),
+        ),
+        (_, VmEvent::Failed(failure)) => state.end(ending_of(stop, failure)),
+        (at, other) => unreachable!("{other:?} while preparing ({at:?})"),
+    }
+}
+
+fn booting(
+    at: BootStep,
+    adopted: Option<Milestone>,
+    stop: Option<StopMode>,
+    event: VmEvent,
+) -> (VmState, Vec<VmEffect>) {
+    let state = VmState::Booting { at, adopted, stop };
+    let goes_to = |at| VmState::Booting { at, adopted, stop };
+    // Only a guest whose app may run has anything to lose by a kill.
+    let worth_asking = adopted.is_some_and(|milestone| milestone >= Milestone::Started);
+    match (at, event) {
+        (_, VmEvent::Failed(failure) | VmEvent::Exited(failure)) => {
+            state.end(ending_of(stop, failure))
+        }
+        (BootStep::Vmm, VmEvent::Booted) if stop.is_some() => state.end(Ending::Stopped),
+        (BootStep::Vmm, VmEvent::Booted) => (
+            goes_to(BootStep::Attach),
+            vec![VmEffect::Journal(Milestone::Booted), VmEffect::Attach],
+        ),
+        (BootStep::Attach, VmEvent::Attached) => match stop {
+            Some(StopMode::Graceful) if worth_asking => {
+                (goes_to(BootStep::Agent), vec![VmEffect::ConnectAgent])
+            }
+            Some(_) => goes_to(BootStep::Agent).end(Ending::Stopped),
+            None => (goes_to(BootStep::Agent), vec![VmEffect::ConnectAgent]),
+        },
+        (BootStep::Agent, VmEvent::AgentUp(seen)) if stop.is_none() => agent_up(adopted, seen),
+        (BootStep::Agent, VmEvent::AgentUp(_)) => drain(),
+        (BootStep::Agent, VmEvent::Stop(mode)) => {
+            if mode == StopMode::Graceful && worth_asking && stop != Some(StopMode::Kill) {
+                let stop = Some(StopMode::Graceful);
+                (VmState::Booting { at, adopted, stop }, Vec::new())
+            } else {
+                state.end(Ending::Stopped)
+            }
+        }
+        (BootStep::Vmm | BootStep::Attach, VmEvent::Stop(mode)) => {
+            let stop = stronger(stop, mode);
+            (VmState::Booting { at, adopted, stop }, Vec::new())
+        }
+        (at, other) => unreachable!("{other:?} while booting ({at:?})"),
+    }
+}
+
+/// Where a VM goes on once its agent answers. Our own VM is always thawed, whatever the guest
+/// claims; of an adopted one the journal says what was done for certain, and the guest's word
+/// decides only about the one step that may have been under way.
+fn agent_up(adopted: Option<Milestone>, seen: AgentSeen) -> (VmState, Vec<VmEffect>) {
+    let reached = adopted.unwrap_or(Milestone::Booted);
+    if reached < Milestone::Open {
+        let thawed = reached == Milestone::Thawed || (adopted.is_some() && seen.thawed);
+        return if thawed {
+            to_network()
+        } else {
+            (
+                VmState::Thawing { at: ThawStep::Thaw },
+                vec![VmEffect::Report, VmEffect::Thaw],
+            )
+        };
+    }
+    match seen.app {
+        AppSeen::Absent if reached == Milestone::Open => (
+            VmState::Thawing { at: ThawStep::App },
+            vec![VmEffect::Report, VmEffect::StartApp],
+        ),
+        AppSeen::Ready => (
+            VmState::Ready,
+            vec![VmEffect::Journal(Milestone::Started), VmEffect::Report],
+        ),
+        AppSeen::Starting => (
+            VmState::Thawing {
+                at: ThawStep::Ready,
+            },
+            vec![
+                VmEffect::Journal(Milestone::Started),
+                VmEffect::Report,
+                VmEffect::AwaitReady,
+            ],
+        ),
+        AppSeen::Absent | AppSeen::Stopped => VmState::Ready.end(Ending::Failed(Failure {
+            kind: VmFailureKind::Died,
+            message: "the app no longer ran when the node was restarted: start another VM"
+                .to_owned(),
+        })),
+    }
+}
+
+fn to_network() -> (VmState, Vec<VmEffect>) {
+    (
+        VmState::Thawing {
+            at: ThawStep::Network,
+        },
+        vec![
+            VmEffect::Journal(Milestone::Thawed),
+            VmEffect::Report,
+            VmEffect::OpenNetwork,
+        ],
+    )
+}
+
+fn drain() -> (VmState, Vec<VmEffect>) {
+    (
+        VmState::Draining,
+        vec![
+            VmEffect::Journal(Milestone::Draining),
+            VmEffect::Report,
+            VmEffect::Shutdown,
+        ],
+    )
+}
+
+fn thawing(at: ThawStep, event: VmEvent) -> (VmState, Vec<VmEffect>) {
+    let state = VmState::Thawing { at };
+    match (at, event) {
+        (_, VmEvent::Failed(failure) | VmEvent::Exited(failure)) => {
+            state.end(Ending::Failed(failure))
+        }
+        (ThawStep::App | ThawStep::Ready, VmEvent::Stop(StopMode::Graceful)) => drain(),
+        (_, VmEvent::Stop(_)) => state.end(Ending::Stopped),
+        (ThawStep::Thaw, VmEvent::Thawed) => to_network(),
+        (ThawStep::Network, VmEvent::NetworkOpen) => (
+            VmState::Thawing { at: ThawStep::App },
+            vec![
+                VmEffect::Journal(Milestone::Open),
+                VmEffect::Report,
+                VmEffect::StartApp,
+            ],
+        ),
+        (ThawStep::App, VmEvent::AppStarted) => (
+            VmState::Thawing {
+                at: ThawStep::Ready,
+            },
+            vec![
+                VmEffect::Journal(Milestone::Started),
+                VmEffect::Report,
+                VmEffect::AwaitReady,
+            ],
+        ),
+        (ThawStep::Ready, VmEvent::AppReady) => (VmState::Ready, vec![VmEffect::Report]),
+        (at, other) => unreachable!("{other:?} while thawing ({at:?})"),
+    }
+}
+
+fn ready(event: VmEvent) -> (VmState, Vec<VmEffect>) {
+    match event {
+        VmEvent::Failed(failure) | VmEvent::Exited(failure) => {
+            VmState::Ready.end(Ending::Failed(failure))
+        }
+        VmEvent::Stop(StopMode::Graceful) => drain(),
+        VmEvent::Stop(StopMode::Kill) => VmState::Ready.end(Ending::Stopped),
+        other => unreachable!("{other:?} while ready"),
+    }
+}
+
+fn draining(event: VmEvent) -> (VmState, Vec<VmEffect>) {
+    match event {
+        // A guest that cannot be asked, or dies while it is, has stopped all the same.
+        VmEvent::ShutDown
+        | VmEvent::Exited(_)
+        | VmEvent::Failed(_)
+        | VmEvent::Stop(StopMode::Kill) => VmState::Draining.end(Ending::Stopped),
+        VmEvent::Stop(StopMode::Graceful) => (VmState::Draining, Vec::new()),
+        other => unreachable!("{other:?} while draining"),
+    }
+}
+
+fn releasing(ending: Ending, event: &VmEvent) -> (VmState, Vec<VmEffect>) {
+    match event {
+        VmEvent::Released => {
+            let state = match ending {
+                Ending::Stopped => VmState::Stopped,
+                Ending::Failed(failure) => VmState::Failed(failure),
+            };
+            (state, vec![VmEffect::RemoveJournal, VmEffect::Report])
+        }
+        VmEvent::ReleaseFailed => (VmState::Releasing(ending), vec![VmEffect::Release]),
+        VmEvent::Stop(_) | VmEvent::Exited(_) | VmEvent::Failed(_) => {
+            (VmState::Releasing(ending), Vec::new())
+        }
+        other => unreachable!("{other:?} while releasing"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

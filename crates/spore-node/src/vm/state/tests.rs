@@ -1,0 +1,400 @@
+//! Every interleaving of results, stops, deaths and daemon crashes that a short life can have.
+
+use proptest::prelude::{
+    Just, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest,
+};
+use spore_wire::node::{StopMode, VmFailureKind, VmPhase};
+
+use super::{AgentSeen, AppSeen, Failure, Milestone, VmEffect, VmEvent, VmState};
+
+/// What the world does next to the machine under test.
+#[derive(Clone, Copy, Debug)]
+enum Move {
+    /// The asking effect under way succeeds.
+    Succeed,
+    /// It fails.
+    Fail,
+    /// The VMM's process ends.
+    Exit,
+    /// Somebody asks for a stop.
+    Stop(StopMode),
+    /// The app crashes for good, or the agent is lost.
+    Unsound,
+    /// The daemon dies and the next one reads the journal.
+    Crash,
+}
+
+fn moves() -> impl Strategy<Value = Vec<Move>> {
+    prop::collection::vec(
+        prop_oneof![
+            12 => Just(Move::Succeed),
+            1 => Just(Move::Fail),
+            1 => Just(Move::Exit),
+            1 => Just(Move::Stop(StopMode::Graceful)),
+            1 => Just(Move::Stop(StopMode::Kill)),
+            1 => Just(Move::Unsound),
+            2 => Just(Move::Crash),
+        ],
+        0..60,
+    )
+}
+
+/// The host as the effects leave it, and the checks on the way.
+#[derive(Default)]
+struct World {
+    journal: Option<Milestone>,
+    made: bool,
+    runs: bool,
+    attached: bool,
+    thawed: bool,
+    open: bool,
+    app: bool,
+    doomed: bool,
+    finals: u32,
+    releases: u32,
+}
+
+fn failure() -> Failure {
+    Failure {
+        kind: VmFailureKind::Died,
+        message: "in a test".to_owned(),
+    }
+}
+
+struct Run {
+    world: World,
+    state: VmState,
+    pending: Option<VmEffect>,
+}
+
+impl Run {
+    fn new() -> Self {
+        let mut run = Self {
+            world: World::default(),
+            state: VmState::Absent,
+            pending: None,
+        };
+        run.feed(VmEvent::Start);
+        run
+    }
+
+    fn feed(&mut self, event: VmEvent) {
+        let (state, effects) = self.state.clone().step(event);
+        self.state = state;
+        for (at, effect) in effects.iter().enumerate() {
+            if effect.asks() {
+                assert_eq!(at + 1, effects.len(), "an asking effect is the last");
+                assert!(
+                    !matches!(self.pending, Some(VmEffect::Prepare | VmEffect::Boot)),
+                    "{effect:?} cuts {:?} off",
+                    self.pending
+                );
+                self.pending = Some(*effect);
+            }
+            self.begin(*effect);
+        }
+        if self.state.is_over() {
+            self.pending = None;
+        }
+    }
+
+    /// What is true at the instant an effect begins.
+    fn begin(&mut self, effect: VmEffect) {
+        let world = &mut self.world;
+        match effect {
+            VmEffect::Journal(milestone) => {
+                assert!(world.journal <= Some(milestone), "the journal goes back");
+                world.doomed |= milestone >= Milestone::EndingStopped;
+                world.journal = Some(milestone);
+            }
+            VmEffect::Prepare => assert_eq!(world.journal, Some(Milestone::Preparing)),
+            VmEffect::Boot => assert_eq!(world.journal, Some(Milestone::Prepared)),
+            VmEffect::Attach => assert!(world.journal >= Some(Milestone::Booted)),
+            VmEffect::Thaw => assert!(!world.thawed, "thawed twice"),
+            VmEffect::OpenNetwork => assert!(world.thawed, "opened before the thaw"),
+            VmEffect::StartApp => {
+                assert!(world.thawed && world.open && !world.app);
+                assert!(world.journal >= Some(Milestone::Open));
+            }
+            VmEffect::Kill => {
+                assert!(world.attached && world.doomed, "killed without a word");
+                world.runs = false;
+            }
+            VmEffect::RemoveJournal => {
+                assert!(!world.made && !world.runs, "forgot what is left");
+                world.journal = None;
+            }
+            VmEffect::Report => {
+                if self.state.phase() == VmPhase::Ready {
+                    assert!(world.thawed && world.open && world.app, "ready too early");
+                }
+                if self.state.is_over() {
+                    assert!(world.journal.is_none());
+                    world.finals += 1;
+                }
+            }
+            VmEffect::TakeTurn
+            | VmEffect::ConnectAgent
+            | VmEffect::AwaitReady
+            | VmEffect::Shutdown
+            | VmEffect::Release => {}
+        }
+    }
+
+    /// The effect under way has its result in the world; gives the event that tells of it.
+    fn complete(&mut self, effect: VmEffect) -> VmEvent {
+        let world = &mut self.world;
+        match effect {
+            VmEffect::TakeTurn => VmEvent::TurnTaken,
+            VmEffect::Prepare => {
+                world.made = true;
+                VmEvent::Prepared
+            }
+            VmEffect::Boot => {
+                world.runs = true;
+                VmEvent::Booted
+            }
+            VmEffect::Attach => {
+                if !world.runs {
+                    return VmEvent::Failed(failure());
+                }
+                world.attached = true;
+                VmEvent::Attached
+            }
+            VmEffect::ConnectAgent => VmEvent::AgentUp(AgentSeen {
+                thawed: world.thawed,
+                app: if world.app {
+                    AppSeen::Ready
+                } else {
+                    AppSeen::Absent
+                },
+            }),
+            VmEffect::Thaw => {
+                world.thawed = true;
+                VmEvent::Thawed
+            }
+            VmEffect::OpenNetwork => {
+                world.open = true;
+                VmEvent::NetworkOpen
+            }
+            VmEffect::StartApp => {
+                world.app = true;
+                VmEvent::AppStarted
+            }
+            VmEffect::AwaitReady => VmEvent::AppReady,
+            VmEffect::Shutdown => VmEvent::ShutDown,
+            VmEffect::Release => {
+                world.made = false;
+                world.runs = false;
+                world.releases += 1;
+                VmEvent::Released
+            }
+            VmEffect::Journal(_) | VmEffect::RemoveJournal | VmEffect::Report | VmEffect::Kill => {
+                unreachable!("asks nothing")
+            }
+        }
+    }
+
+    fn make(&mut self, a_move: Move) {
+        if self.state.is_over() {
+            return;
+        }
+        match a_move {
+            Move::Succeed => {
+                if let Some(effect) = self.pending.take() {
+                    let event = self.complete(effect);
+                    self.feed(event);
+                }
+            }
+            Move::Fail => match self.pending.take() {
+                None | Some(VmEffect::TakeTurn) => {}
+                Some(VmEffect::Release) => self.feed(VmEvent::ReleaseFailed),
+                Some(_) => self.feed(VmEvent::Failed(failure())),
+            },
+            Move::Exit => {
+                if self.world.attached {
+                    self.world.runs = false;
+                    self.feed(VmEvent::Exited(failure()));
+                }
+            }
+            Move::Stop(mode) => self.feed(VmEvent::Stop(mode)),
+            Move::Unsound => {
+                if self.state == VmState::Ready {
+                    self.feed(VmEvent::Failed(failure()));
+                }
+            }
+            Move::Crash => self.crash(),
+        }
+    }
+
+    fn crash(&mut self) {
+        self.pending = None;
+        self.world.attached = false;
+        self.state = VmState::Absent;
+        match self.world.journal {
+            Some(milestone) => self.feed(VmEvent::Adopt(milestone)),
+            // What is journaled as nothing is left as nothing.
+            None => assert!(!self.world.made && !self.world.runs),
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_life_ends_once_with_nothing_left(moves in moves(), kill in any::<bool>()) {
+        let mut run = Run::new();
+        for a_move in moves {
+            run.make(a_move);
+        }
+        let mode = if kill { StopMode::Kill } else { StopMode::Graceful };
+        if run.state != VmState::Absent {
+            run.make(Move::Stop(mode));
+            for _step in 0..20 {
+                if run.pending.is_none() && !run.state.is_over() {
+                    // A move ate the turn that was waited for.
+                    run.make(Move::Crash);
+                    run.make(Move::Stop(mode));
+                }
+                run.make(Move::Succeed);
+            }
+            prop_assert!(run.state.is_over(), "stuck in {:?}", run.state);
+            prop_assert_eq!(run.world.finals, 1);
+            prop_assert!(run.world.releases >= 1);
+        }
+        prop_assert!(!run.world.made && !run.world.runs);
+        prop_assert!(run.world.journal.is_none());
+    }
+
+    #[test]
+    fn without_crashes_it_is_released_exactly_once(moves in moves()) {
+        let mut run = Run::new();
+        for a_move in moves {
+            if !matches!(a_move, Move::Crash) {
+                run.make(a_move);
+            }
+        }
+        run.make(Move::Stop(StopMode::Kill));
+        for _step in 0..10 {
+            run.make(Move::Succeed);
+        }
+        if run.state.is_over() {
+            prop_assert_eq!(run.world.releases, 1);
+            prop_assert_eq!(run.world.finals, 1);
+        }
+    }
+}
+
+/// A run that has begun `effect`.
+fn run_until(effect: VmEffect) -> Run {
+    let mut run = Run::new();
+    while run.pending != Some(effect) {
+        run.make(Move::Succeed);
+    }
+    run
+}
+
+#[test]
+fn a_life_without_incident_goes_through_every_phase_in_order() {
+    let mut run = Run::new();
+    let mut phases = vec![run.state.phase()];
+    while run.state != VmState::Ready {
+        run.make(Move::Succeed);
+        phases.push(run.state.phase());
+    }
+    phases.dedup();
+    assert_eq!(
+        phases,
+        [
+            VmPhase::Preparing,
+            VmPhase::Booting,
+            VmPhase::Thawing,
+            VmPhase::Ready
+        ]
+    );
+}
+
+#[test]
+fn a_daemon_killed_under_any_effect_after_the_identity_adopts_the_vm() {
+    let mut seen = 0;
+    for effect in VmEffect::ALL {
+        if !effect.asks() || matches!(effect, VmEffect::Shutdown | VmEffect::Release) {
+            continue;
+        }
+        for done in [false, true] {
+            let mut run = run_until(effect);
+            if done {
+                run.complete(effect);
+            }
+            let known = run.world.journal >= Some(Milestone::Booted);
+            run.crash();
+            while run.state != VmState::Ready && !run.state.is_over() {
+                run.make(Move::Succeed);
+            }
+            assert_eq!(run.state == VmState::Ready, known, "{effect:?}");
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, 18);
+}
+
+#[test]
+fn stop_is_ignored_after_failure() {
+    let mut run = run_until(VmEffect::Boot);
+    run.make(Move::Fail);
+    run.make(Move::Stop(StopMode::Graceful));
+    run.make(Move::Succeed);
+    assert!(matches!(run.state, VmState::Failed(_)));
+    let (state, effects) = run.state.clone().step(VmEvent::Stop(StopMode::Kill));
+    assert_eq!(state, run.state);
+    assert!(effects.is_empty());
+}
+
+#[test]
+fn a_stop_waits_for_a_boot_under_way_and_then_takes_it_back() {
+    let mut run = run_until(VmEffect::Boot);
+    run.make(Move::Stop(StopMode::Kill));
+    assert_eq!(run.pending, Some(VmEffect::Boot));
+    run.make(Move::Succeed);
+    assert_eq!(run.pending, Some(VmEffect::Release));
+    run.make(Move::Succeed);
+    assert_eq!(run.state, VmState::Stopped);
+}
+
+#[test]
+fn a_kill_overtakes_a_drain() {
+    let mut run = run_until(VmEffect::AwaitReady);
+    run.make(Move::Succeed);
+    run.make(Move::Stop(StopMode::Graceful));
+    assert_eq!(run.pending, Some(VmEffect::Shutdown));
+    run.make(Move::Stop(StopMode::Kill));
+    assert_eq!(run.pending, Some(VmEffect::Release));
+}
+
+#[test]
+fn a_drain_that_a_crash_interrupted_goes_on() {
+    let mut run = run_until(VmEffect::AwaitReady);
+    run.make(Move::Succeed);
+    run.make(Move::Stop(StopMode::Graceful));
+    run.crash();
+    run.make(Move::Succeed);
+    run.make(Move::Succeed);
+    assert_eq!(run.pending, Some(VmEffect::Shutdown));
+}
+
+#[test]
+fn a_new_guest_that_claims_to_be_thawed_is_thawed_all_the_same() {
+    let mut run = run_until(VmEffect::ConnectAgent);
+    run.pending = None;
+    run.feed(VmEvent::AgentUp(AgentSeen {
+        thawed: true,
+        app: AppSeen::Ready,
+    }));
+    assert_eq!(run.pending, Some(VmEffect::Thaw));
+}
+
+#[test]
+fn effect_names_are_unique() {
+    let names: std::collections::BTreeSet<_> =
+        VmEffect::ALL.iter().map(|effect| effect.name()).collect();
+    assert_eq!(names.len(), VmEffect::ALL.len());
+}
