@@ -7,6 +7,7 @@ pub mod capacity;
 pub mod clock;
 pub mod config;
 pub mod confine;
+pub mod egress;
 pub mod hypervisor;
 pub mod journal;
 pub mod vm;
