@@ -10,4 +10,6 @@ pub mod confine;
 pub mod egress;
 pub mod hypervisor;
 pub mod journal;
+pub mod log;
+pub mod node;
 pub mod vm;

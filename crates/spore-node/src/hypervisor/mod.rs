@@ -112,6 +112,12 @@ pub trait Vm: Send + Sync + 'static {
     /// When the cgroup cannot be read.
     async fn stats(&self) -> std::io::Result<VmStats>;
 
+    /// The last lines of the guest's console, which tell what happened when the agent never came.
+    /// Written by a tenant. Empty where the driver keeps none.
+    async fn console_tail(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Kills the VMM now. Idempotent; returns at once, `exited` tells when it is gone.
     fn kill(&self);
 

@@ -1,6 +1,14 @@
 //! One VM of this node: its life, the task that lives it, and the channel to its agent.
 //!
-//! [`state`] is the pure machine, `actor` carries its effects out, [`guest`] speaks with the agent,
-//! `logs` keeps what the app prints. Nothing here decides *that* a VM runs.
+//! [`state`] is the pure machine, `actor` carries its effects out (those that take time are in
+//! `effect`), [`guest`] speaks with the agent, `collect` keeps what the app prints, [`mask`]ed,
+//! [`board`] tells who asks. Nothing here decides *that* a VM runs.
 
+pub(crate) mod actor;
+pub mod board;
+pub(crate) mod collect;
+mod effect;
+pub mod guest;
+pub mod mask;
 pub mod state;
+pub(crate) mod tasks;

@@ -40,6 +40,10 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
 }
 
 /// The host as the effects leave it, and the checks on the way.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is one independent fact of a model"
+)]
 #[derive(Default)]
 struct World {
     journal: Option<Milestone>,

@@ -1,0 +1,452 @@
+//! The handle of a node: what control may ask of this host.
+//!
+//! Made once by the program, cloned by whoever needs it. Making it re-adopts what an earlier daemon
+//! left: VMs that live go on, everything else is removed. A handle decides nothing about a VM; it
+//! admits, spawns actors, and passes requests to them.
+
+use core::time::Duration;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use spore_wire::guest::{AgentStatus, Exec, WriteFile};
+use spore_wire::id::{ImageId, VmId};
+use spore_wire::node::{
+    NodeStatus, StartVm, StopMode, VmFailure, VmFailureKind, VmPhase, VmStatus,
+};
+use thiserror::Error;
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, broadcast};
+
+use crate::capacity::{Capacity, CapacityLimits, NoRoom};
+use crate::config::{Config, Images};
+use crate::hypervisor::{Hypervisor, Machine, ReleaseError, Swept, VmStats};
+use crate::journal::{Journal, JournalError, Record};
+use crate::log::{LogError, LogLine, LogStore, is_name};
+use crate::vm::actor::{self, Access, ActorHandle, Adopted, Host, Secrets, VmRequest};
+use crate::vm::board::{Board, Watch};
+use crate::vm::guest::{ExecStream, FileReader, FileWriter, GuestError, chain};
+use crate::vm::state::VmEvent;
+use crate::vm::tasks::Tasks;
+
+/// How long something asked of a guest waits for a session with its agent.
+const SESSION_WAIT: Duration = Duration::from_secs(20);
+
+/// One host's VMs; clones are the same node.
+#[derive(Clone, Debug)]
+pub struct Node {
+    host: Arc<Host>,
+    images: Arc<dyn Images>,
+}
+
+/// What a node found when it was opened.
+#[derive(Clone, Debug, Default)]
+pub struct Adoption {
+    /// VMs of the earlier daemon that live on.
+    pub adopted: Vec<VmId>,
+    /// VMs of which something was left, and why it was removed; some may still be under way.
+    pub released: Vec<(VmId, String)>,
+    /// What belonged to no VM.
+    pub swept: Swept,
+}
+
+/// Why a node cannot be opened.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The journals.
+    #[error("cannot open the journal")]
+    Journal(#[from] JournalError),
+    /// What an earlier daemon left.
+    #[error("cannot remove what an earlier daemon left: stop it by hand, then start again")]
+    Sweep(#[from] ReleaseError),
+}
+
+/// Why a VM was not started. Nothing was made for it.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The host has no room.
+    #[error("the host has no room: {0}")]
+    NoRoom(#[from] NoRoom),
+    /// The node does not have the image.
+    #[error("this node does not have the image {0}: build or upload it first")]
+    Image(ImageId),
+    /// A name that cannot become a part of a path.
+    #[error("`{0}` is not a name of an account or app: use a-z, 0-9 and -, at most 40")]
+    Name(String),
+}
+
+impl StartError {
+    /// The same, as a VM's failure.
+    #[must_use]
+    pub fn failure(&self) -> VmFailure {
+        VmFailure {
+            kind: match self {
+                Self::NoRoom(_) => VmFailureKind::NoCapacity,
+                Self::Image(_) => VmFailureKind::Image,
+                Self::Name(_) => VmFailureKind::Boot,
+            },
+            message: self.to_string(),
+            last_lines: Vec::new(),
+        }
+    }
+}
+
+/// Why something asked of a VM was not done.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// The node does not know it.
+    #[error("this node has no VM {0}")]
+    Unknown(VmId),
+    /// It is not in a state for that.
+    #[error("the VM {vm} is {phase:?}: wait until it is ready, or start another")]
+    NotReady {
+        /// Which.
+        vm: VmId,
+        /// Where it stands.
+        phase: VmPhase,
+    },
+    /// Its agent.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// Its port.
+    #[error("cannot connect to the app's port {port}")]
+    Connect {
+        /// Which.
+        port: u16,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// Its cgroup.
+    #[error("cannot read what the VM {vm} uses")]
+    Stats {
+        /// Which.
+        vm: VmId,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every critical section leaves its value whole, so a poisoned one is still usable.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Node {
+    /// Opens the node: adopts what lives of an earlier daemon's VMs and removes the rest.
+    ///
+    /// # Errors
+    /// [`OpenError`]; VMs that live are left alone then.
+    pub async fn open(
+        config: Config,
+        hypervisor: Arc<dyn Hypervisor>,
+        images: Arc<dyn Images>,
+    ) -> Result<(Self, Adoption), OpenError> {
+        let caps = hypervisor.caps().clone();
+        let journal = Journal::open(&config.runtime, caps.name)?;
+        let records = journal.read_all()?;
+        let limits = CapacityLimits {
+            overhead_mib: u64::from(caps.overhead_mib),
+            ..config.capacity
+        };
+        let host = Arc::new(Host {
+            journal,
+            logs: LogStore::new(config.logs.clone()),
+            board: Board::default(),
+            turns: Arc::new(Semaphore::new(config.boots_max)),
+            capacity: Mutex::new(Capacity::new(limits)),
+            actors: Mutex::default(),
+            tasks: Tasks::default(),
+            hypervisor,
+            config,
+        });
+        let mut adoption = Adoption::default();
+        let mut usable = Vec::new();
+        for (vm, record) in records {
+            match record {
+                Ok(record) => usable.push(record),
+                Err(error) => {
+                    let reason = format!("its journal cannot be used: {}", chain(&error));
+                    tracing::warn!(%vm, %reason, "a VM of an earlier daemon is removed");
+                    host.hypervisor.release(vm).await?;
+                    host.journal.remove(vm)?;
+                    adoption.released.push((vm, reason));
+                }
+            }
+        }
+        // The broom goes before the first new start could be taken for rubbish.
+        let keep: BTreeSet<VmId> = usable.iter().map(|record| record.start.vm).collect();
+        adoption.swept = host.hypervisor.sweep(&keep).await?;
+        let node = Self { host, images };
+        node.adopt(usable, &mut adoption).await;
+        Ok((node, adoption))
+    }
+
+    async fn adopt(&self, records: Vec<Record>, adoption: &mut Adoption) {
+        let mut actors = Vec::new();
+        for record in records {
+            let vm = record.start.vm;
+            lock(&self.host.capacity).adopt(vm, record.start.resources);
+            let first = VmEvent::Adopt(record.milestone);
+            actors.push((vm, actor::spawn(&self.host, record, None, first)));
+        }
+        for (vm, mut handle) in actors {
+            let settled = handle
+                .adopted
+                .wait_for(|adopted| *adopted != Adopted::Unknown)
+                .await;
+            if settled.is_ok_and(|adopted| *adopted == Adopted::Alive) {
+                tracing::info!(%vm, "a VM of an earlier daemon goes on");
+                adoption.adopted.push(vm);
+            } else {
+                let reason = "it was half made, gone or ending".to_owned();
+                tracing::warn!(%vm, %reason, "a VM of an earlier daemon is removed");
+                adoption.released.push((vm, reason));
+            }
+        }
+    }
+
+    /// Ends this daemon's part and leaves the VMs as they are, for the next daemon to adopt.
+    pub async fn detach(&self) {
+        self.host.tasks.end().await;
+    }
+
+    /// Starts a VM. Starting one twice is one start; for a VM that was adopted, the second start
+    /// tells its actor the secrets again, without which its output is not kept.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing was made then, and the same id may be used again.
+    pub fn start(&self, start: StartVm) -> Result<VmStatus, StartError> {
+        let vm = start.vm;
+        for name in [&start.owner.account, &start.owner.app] {
+            if !is_name(name) {
+                return Err(StartError::Name(name.chars().take(64).collect()));
+            }
+        }
+        let secrets = Secrets {
+            environment: start.process.secret_environment.clone(),
+            files: start.process.secret_files.clone(),
+        };
+        // One lock from the look to the entry: two starts at once are one.
+        let mut capacity = lock(&self.host.capacity);
+        if let Some(status) = self.host.board.get(vm) {
+            drop(capacity);
+            if let Some(actor) = self.actor(vm) {
+                let told = VmRequest::Secrets(Arc::new(secrets));
+                if actor.requests.try_send(told).is_err() {
+                    tracing::debug!(%vm, "the VM's actor is busy or gone; secrets not told");
+                }
+            }
+            return Ok(status);
+        }
+        let machine = Machine {
+            resources: start.resources,
+            image: self.image(&start.image)?,
+            folder: match &start.folder {
+                Some(id) => Some(self.image(id)?),
+                None => None,
+            },
+            egress: start.egress.clone(),
+        };
+        capacity.admit(vm, start.resources)?;
+        let record = Record::new(self.host.hypervisor.caps().name, &start, machine);
+        actor::spawn(&self.host, record, Some(secrets), VmEvent::Start);
+        drop(capacity);
+        self.host
+            .board
+            .get(vm)
+            .ok_or_else(|| unreachable!("a VM is on the board from its start on"))
+    }
+
+    fn image(&self, id: &ImageId) -> Result<PathBuf, StartError> {
+        self.images.path(id).ok_or(StartError::Image(*id))
+    }
+
+    /// Asks a VM to stop. Asking again, or for one that is over, is no error; [`Self::watch`] or
+    /// [`Self::stopped`] tell when nothing of it is left.
+    ///
+    /// # Errors
+    /// [`VmError::Unknown`].
+    pub async fn stop(&self, vm: VmId, mode: StopMode) -> Result<(), VmError> {
+        let Some(actor) = self.actor(vm) else {
+            return match self.status(vm) {
+                Some(_over) => Ok(()),
+                None => Err(VmError::Unknown(vm)),
+            };
+        };
+        // An actor that ended meanwhile has nothing left to stop.
+        drop(actor.requests.send(VmRequest::Stop(mode)).await);
+        Ok(())
+    }
+
+    /// Waits until nothing of a VM is left.
+    ///
+    /// # Errors
+    /// [`VmError::Unknown`].
+    pub async fn stopped(&self, vm: VmId) -> Result<VmStatus, VmError> {
+        let mut watch = self.watch();
+        loop {
+            let status = self.status(vm).ok_or(VmError::Unknown(vm))?;
+            if status.phase.is_over() {
+                return Ok(status);
+            }
+            watch.next().await;
+        }
+    }
+
+    /// A VM as it is, or as it ended.
+    #[must_use]
+    pub fn status(&self, vm: VmId) -> Option<VmStatus> {
+        self.host.board.get(vm)
+    }
+
+    /// All VMs, those lately over included.
+    #[must_use]
+    pub fn list(&self) -> Vec<VmStatus> {
+        self.host.board.list()
+    }
+
+    /// Every VM as it is now, then every change.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        self.host.board.watch()
+    }
+
+    /// The node as it is.
+    #[must_use]
+    pub fn node_status(&self) -> NodeStatus {
+        let caps = self.host.hypervisor.caps();
+        let capacity = lock(&self.host.capacity);
+        NodeStatus {
+            hypervisor: caps.name.to_owned(),
+            hypervisor_version: caps.version.clone(),
+            boundary: caps.boundary,
+            kernel: caps.kernel.clone(),
+            memory_mib_total: capacity.memory_mib_total(),
+            memory_mib_used: capacity.memory_mib_used(),
+            vms: u32::try_from(capacity.vms()).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// A connection to the app's own port, and never to another.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn connect(&self, vm: VmId) -> Result<TcpStream, VmError> {
+        let access = self.ready(vm)?;
+        let port = access.port;
+        let connected = access.vm.connect(port).await;
+        connected.map_err(|source| VmError::Connect { port, source })
+    }
+
+    /// Runs a program beside the app.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn exec(&self, vm: VmId, exec: Exec) -> Result<ExecStream, VmError> {
+        let access = self.ready(vm)?;
+        Ok(access.link.exec(exec, SESSION_WAIT).await?)
+    }
+
+    /// Reads a file of the guest.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn read_file(&self, vm: VmId, path: String) -> Result<FileReader, VmError> {
+        let access = self.ready(vm)?;
+        Ok(access.link.read_file(path, SESSION_WAIT).await?)
+    }
+
+    /// Writes a file of the guest.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn write_file(&self, vm: VmId, file: WriteFile) -> Result<FileWriter, VmError> {
+        let access = self.ready(vm)?;
+        Ok(access.link.write_file(file, SESSION_WAIT).await?)
+    }
+
+    /// The guest's agent as it is.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn agent_status(&self, vm: VmId) -> Result<AgentStatus, VmError> {
+        let access = self.ready(vm)?;
+        Ok(access.link.status(SESSION_WAIT).await?)
+    }
+
+    /// What a VM uses of the host.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn stats(&self, vm: VmId) -> Result<VmStats, VmError> {
+        let access = self.access(vm)?;
+        let stats = access.vm.stats().await;
+        stats.map_err(|source| VmError::Stats { vm, source })
+    }
+
+    /// The last lines of an app, over all its incarnations.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    pub fn log_tail(
+        &self,
+        account: &str,
+        app: &str,
+        lines: usize,
+    ) -> Result<Vec<LogLine>, LogError> {
+        self.host.logs.app(account, app)?.tail(lines)
+    }
+
+    /// The last lines of an app and every line after them. A follower that is too slow is told by
+    /// the channel how many it missed.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    pub fn log_follow(
+        &self,
+        account: &str,
+        app: &str,
+        lines: usize,
+    ) -> Result<(Vec<LogLine>, broadcast::Receiver<LogLine>), LogError> {
+        self.host.logs.app(account, app)?.follow(lines)
+    }
+
+    /// Removes the log of an app that is gone.
+    ///
+    /// # Errors
+    /// [`LogError`].
+    pub fn log_remove(&self, account: &str, app: &str) -> Result<(), LogError> {
+        self.host.logs.remove(account, app)
+    }
+
+    fn actor(&self, vm: VmId) -> Option<ActorHandle> {
+        lock(&self.host.actors).get(&vm).cloned()
+    }
+
+    fn access(&self, vm: VmId) -> Result<Access, VmError> {
+        let status = self.status(vm).ok_or(VmError::Unknown(vm))?;
+        let access = self
+            .actor(vm)
+            .and_then(|actor| actor.access.borrow().clone());
+        access.ok_or(VmError::NotReady {
+            vm,
+            phase: status.phase,
+        })
+    }
+
+    /// The ways into a VM whose app is ready: before the thaw nothing may go in.
+    fn ready(&self, vm: VmId) -> Result<Access, VmError> {
+        let access = self.access(vm)?;
+        match self.status(vm) {
+            Some(status) if status.phase == VmPhase::Ready => Ok(access),
+            Some(status) => Err(VmError::NotReady {
+                vm,
+                phase: status.phase,
+            }),
+            None => Err(VmError::Unknown(vm)),
+        }
+    }
+}

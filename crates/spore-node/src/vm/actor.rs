@@ -1,0 +1,662 @@
+//! The task that lives one VM: carries out effects in order and feeds back what came of them.
+//!
+//! Spawned by the node for a start and for each VM that re-adoption finds; everybody else sends it
+//! requests. It alone writes the VM's journal and its entry on the board. It decides nothing: the
+//! pure machine in [`super::state`] does. An actor that panics has its VM released and reported.
+//!
+//! ```text
+//!   events ──▶ state.step ──▶ effects ──▶ done at once (journal, report, kill)
+//!     ▲                          └──────▶ asking: one future at a time ──┐
+//!     ├── the future's outcome ◀─────────────────────────────────────────┘
+//!     ├── requests: stop, secrets
+//!     ├── the agent's link: up, news, lost
+//!     └── the VMM's exit
+//! ```
+
+use core::panic::AssertUnwindSafe;
+use core::time::Duration;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use spore_wire::gateway::Phase;
+use spore_wire::guest::{AgentHello, AppStatus, Event};
+use spore_wire::id::VmId;
+use spore_wire::node::{StopMode, VmFailure, VmFailureKind, VmStatus};
+use spore_wire::secret::SecretBytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::Instant;
+
+use super::board::Board;
+use super::collect::{Collector, LastLines};
+use super::effect::{self, AppView, Gain, Outcome};
+use super::guest::{AgentLink, LinkEvent, Patience, SessionTimes, chain, clean};
+use super::mask::Masker;
+use super::state::{BootStep, Ending, Failure, Milestone, ThawStep, VmEffect, VmEvent, VmState};
+use super::tasks::{Scope, Tasks};
+use crate::capacity::Capacity;
+use crate::config::{Config, KillPoint};
+use crate::hypervisor::{Hypervisor, Vm, VmExit};
+use crate::journal::{Journal, Record, SecretsKept};
+use crate::log::LogStore;
+
+/// The longest keep-awake lease.
+const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What the actors of a node share.
+pub(crate) struct Host {
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    pub(crate) config: Config,
+    pub(crate) journal: Journal,
+    pub(crate) logs: LogStore,
+    pub(crate) board: Board,
+    pub(crate) turns: Arc<Semaphore>,
+    pub(crate) capacity: Mutex<Capacity>,
+    pub(crate) actors: Mutex<HashMap<VmId, ActorHandle>>,
+    pub(crate) tasks: Tasks,
+}
+
+impl core::fmt::Debug for Host {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Host")
+            .field("hypervisor", self.hypervisor.caps())
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An app's secrets.
+#[derive(Debug, Default)]
+pub(crate) struct Secrets {
+    pub(crate) environment: Vec<(String, SecretBytes)>,
+    pub(crate) files: Vec<(String, SecretBytes)>,
+}
+
+/// What others ask of an actor.
+#[derive(Debug)]
+pub(crate) enum VmRequest {
+    /// Stop it.
+    Stop(StopMode),
+    /// The app's secrets, again: an adopted VM's actor does not know them.
+    Secrets(Arc<Secrets>),
+}
+
+/// The ways into a VM that runs.
+#[derive(Clone)]
+pub(crate) struct Access {
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) link: AgentLink,
+    pub(crate) port: u16,
+}
+
+impl core::fmt::Debug for Access {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Access").finish_non_exhaustive()
+    }
+}
+
+/// How an adoption came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Adopted {
+    /// It is not decided yet.
+    Unknown,
+    /// The VM lives and is ours.
+    Alive,
+    /// What was left of it is being removed, or is.
+    Released,
+}
+
+/// How others reach an actor.
+#[derive(Clone, Debug)]
+pub(crate) struct ActorHandle {
+    pub(crate) requests: mpsc::Sender<VmRequest>,
+    pub(crate) access: watch::Receiver<Option<Access>>,
+    pub(crate) adopted: watch::Receiver<Adopted>,
+}
+
+/// The effect under way.
+struct Asking {
+    effect: VmEffect,
+    begun: Instant,
+    future: BoxFuture<'static, Outcome>,
+}
+
+/// One VM's actor.
+pub(crate) struct Actor {
+    pub(super) host: Arc<Host>,
+    pub(super) record: Record,
+    pub(super) vm: Option<Arc<dyn Vm>>,
+    pub(super) link: Option<AgentLink>,
+    pub(super) hello: watch::Sender<Option<AgentHello>>,
+    pub(super) app: watch::Sender<AppView>,
+    pub(super) secrets: watch::Sender<Option<Arc<Secrets>>>,
+    pub(super) releases: u32,
+    state: VmState,
+    events: VecDeque<VmEvent>,
+    asking: Option<Asking>,
+    exited: Option<BoxFuture<'static, VmExit>>,
+    link_events: Option<mpsc::Receiver<LinkEvent>>,
+    requests: mpsc::Receiver<VmRequest>,
+    access: watch::Sender<Option<Access>>,
+    adopted: watch::Sender<Adopted>,
+    turn: Option<OwnedSemaphorePermit>,
+    awake_until: Option<Instant>,
+    out_of_memory_kills: u64,
+    last_lines: LastLines,
+    collector: Option<Scope>,
+}
+
+/// Spawns the supervised actor of a VM, and enters it in the register.
+pub(crate) fn spawn(
+    host: &Arc<Host>,
+    record: Record,
+    secrets: Option<Secrets>,
+    first: VmEvent,
+) -> ActorHandle {
+    let vm = record.start.vm;
+    let (send_request, requests) = mpsc::channel(16);
+    let (access, see_access) = watch::channel(None);
+    let (adopted, see_adopted) = watch::channel(Adopted::Unknown);
+    let actor = Actor {
+        host: Arc::clone(host),
+        vm: None,
+        link: None,
+        hello: watch::Sender::new(None),
+        app: watch::Sender::new(AppView::default()),
+        secrets: watch::Sender::new(secrets.map(Arc::new)),
+        releases: 0,
+        state: VmState::Absent,
+        events: VecDeque::from([first]),
+        asking: None,
+        exited: None,
+        link_events: None,
+        requests,
+        access,
+        adopted,
+        turn: None,
+        awake_until: None,
+        out_of_memory_kills: 0,
+        last_lines: LastLines::default(),
+        collector: None,
+        record,
+    };
+    let handle = ActorHandle {
+        requests: send_request,
+        access: see_access,
+        adopted: see_adopted,
+    };
+    // The first report comes before anybody can ask for the VM.
+    actor.report();
+    let register = || host.actors.lock().unwrap_or_else(PoisonError::into_inner);
+    register().insert(vm, handle.clone());
+    host.tasks.spawn(supervise(Arc::clone(host), actor));
+    handle
+}
+
+/// Runs an actor to its end, and cleans up after one that panics.
+async fn supervise(host: Arc<Host>, actor: Actor) {
+    let record = actor.record.clone();
+    let vm = record.start.vm;
+    let run = AssertUnwindSafe(Box::pin(actor.run())).catch_unwind();
+    if run.await.is_err() {
+        tracing::error!(%vm, "a VM's actor panicked; the VM is released");
+        clean_up(&host, record).await;
+    }
+    let mut actors = host.actors.lock().unwrap_or_else(PoisonError::into_inner);
+    actors.remove(&vm);
+}
+
+async fn clean_up(host: &Host, mut record: Record) {
+    let vm = record.start.vm;
+    record.milestone = Milestone::EndingFailed;
+    if let Err(error) = host.journal.write(&record) {
+        tracing::error!(%vm, error = %chain(&error), "the journal cannot be written");
+    }
+    while let Err(error) = host.hypervisor.release(vm).await {
+        tracing::error!(%vm, error = %chain(&error), "something of a VM is left; tried again");
+        tokio::time::sleep(Duration::from_secs(10)).await;
+    }
+    if let Err(error) = host.journal.remove(vm) {
+        tracing::error!(%vm, error = %chain(&error), "the journal cannot be removed");
+    }
+    give_back(host, vm);
+    let failure = VmFailure {
+        kind: VmFailureKind::Died,
+        message: "the node made a mistake and removed the VM: start another, and report the \
+                  node's log"
+            .to_owned(),
+        last_lines: Vec::new(),
+    };
+    let status = VmStatus {
+        failure: Some(failure),
+        phase: spore_wire::node::VmPhase::Failed,
+        ..status_of(host, &record)
+    };
+    host.board.publish(status, None);
+}
+
+fn give_back(host: &Host, vm: VmId) {
+    let mut capacity = host.capacity.lock().unwrap_or_else(PoisonError::into_inner);
+    capacity.release(vm);
+}
+
+fn status_of(host: &Host, record: &Record) -> VmStatus {
+    VmStatus {
+        vm: record.start.vm,
+        owner: record.start.owner.clone(),
+        phase: spore_wire::node::VmPhase::Preparing,
+        failure: None,
+        app: AppStatus::Absent,
+        phases: record.phases.clone(),
+        boundary: host.hypervisor.caps().boundary,
+        boot_id: None,
+        awake_for_ms: 0,
+    }
+}
+
+/// The result of a future that may not be there.
+async fn of<T>(future: Option<&mut (impl Future<Output = T> + Unpin)>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => core::future::pending().await,
+    }
+}
+
+async fn heard(events: Option<&mut mpsc::Receiver<LinkEvent>>) -> LinkEvent {
+    let heard = match events {
+        Some(events) => events.recv().await,
+        None => None,
+    };
+    match heard {
+        Some(event) => event,
+        // A link that gave up has said so before; there is nothing more to hear.
+        None => core::future::pending().await,
+    }
+}
+
+impl Actor {
+    async fn run(mut self) {
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                self.step(event).await;
+            }
+            if self.state.is_over() {
+                return;
+            }
+            tokio::select! {
+                outcome = of(self.asking.as_mut().map(|asking| &mut asking.future)) => {
+                    self.done(outcome).await;
+                }
+                Some(request) = self.requests.recv() => self.request(request),
+                event = heard(self.link_events.as_mut()) => self.link_event(event).await,
+                exit = of(self.exited.as_mut()) => {
+                    self.exited = None;
+                    self.events.push_back(VmEvent::Exited(effect::exit_failure(exit)));
+                }
+            }
+        }
+    }
+
+    async fn step(&mut self, event: VmEvent) {
+        tracing::debug!(vm = %self.record.start.vm, state = ?self.state, ?event, "a VM's event");
+        let state = core::mem::replace(&mut self.state, VmState::Absent);
+        let (state, effects) = state.step(event);
+        self.state = state;
+        if !matches!(
+            self.state,
+            VmState::Preparing { .. } | VmState::Booting { .. }
+        ) {
+            self.turn = None;
+        }
+        if matches!(self.state, VmState::Releasing(_)) {
+            self.access.send_replace(None);
+            self.adopted.send_replace(Adopted::Released);
+        }
+        for effect in effects {
+            self.point(effect, KillPoint::Before).await;
+            if effect.asks() {
+                self.ask(effect);
+                continue;
+            }
+            if let Err(failure) = self.perform(effect) {
+                // What was to follow stands on what failed.
+                self.events.push_back(VmEvent::Failed(failure));
+                return;
+            }
+            self.point(effect, KillPoint::After).await;
+        }
+    }
+
+    /// Borrows nothing while it waits: an actor is not `Sync`.
+    fn point(&self, effect: VmEffect, point: KillPoint) -> impl Future<Output = ()> + use<> {
+        let hook = Arc::clone(&self.host.config.kill_points);
+        let vm = self.record.start.vm;
+        async move { hook.reached(vm, effect, point).await }
+    }
+
+    fn perform(&mut self, effect: VmEffect) -> Result<(), Failure> {
+        match effect {
+            VmEffect::Journal(milestone) => self.journal(milestone)?,
+            VmEffect::RemoveJournal => {
+                let removed = self.host.journal.remove(self.record.start.vm);
+                if let Err(error) = removed {
+                    // The next start releases it again, which harms nobody.
+                    tracing::error!(error = %chain(&error), "a journal is left");
+                }
+                give_back(&self.host, self.record.start.vm);
+            }
+            VmEffect::Report => self.report(),
+            VmEffect::Kill => {
+                if let Some(vm) = &self.vm {
+                    vm.kill();
+                }
+            }
+            asks => unreachable!("{asks:?} asks"),
+        }
+        Ok(())
+    }
+
+    fn journal(&mut self, milestone: Milestone) -> Result<(), Failure> {
+        self.record.milestone = milestone;
+        let Err(error) = self.host.journal.write(&self.record) else {
+            return Ok(());
+        };
+        let message = chain(&error);
+        if matches!(self.state, VmState::Releasing(_)) {
+            // Nothing is worse than to leave it running.
+            tracing::error!(vm = %self.record.start.vm, %message, "a VM ends unjournaled");
+            return Ok(());
+        }
+        Err(Failure {
+            kind: VmFailureKind::Boot,
+            message,
+        })
+    }
+
+    fn ask(&mut self, effect: VmEffect) {
+        match effect {
+            VmEffect::ConnectAgent => self.connect_agent(),
+            VmEffect::AwaitReady => self.collect(),
+            // An adopted guest may have much to say before it goes.
+            VmEffect::Shutdown => self.collect(),
+            _ => {}
+        }
+        self.asking = Some(Asking {
+            effect,
+            begun: Instant::now(),
+            future: effect::begin(self, effect),
+        });
+    }
+
+    /// An asking effect came to its end.
+    async fn done(&mut self, outcome: Outcome) {
+        let Some(asking) = self.asking.take() else {
+            return;
+        };
+        match outcome.gain {
+            Gain::Nothing => {}
+            Gain::Turn(permit) => self.turn = Some(permit),
+            Gain::Prepared(prepared) => self.record.prepared = Some(prepared),
+            Gain::Identity(identity) => self.record.identity = Some(identity),
+            Gain::Vm(vm) => {
+                let watched = Arc::clone(&vm);
+                self.exited = Some(async move { watched.exited().await }.boxed());
+                self.vm = Some(vm);
+            }
+        }
+        match outcome.event {
+            VmEvent::ReleaseFailed => self.releases += 1,
+            // Its last words were taken in while it was removed.
+            VmEvent::Released => {
+                self.link = None;
+                self.link_events = None;
+                self.collector = None;
+                self.vm = None;
+                self.exited = None;
+            }
+            _ => {}
+        }
+        self.time(asking.effect, asking.begun.elapsed());
+        self.point(asking.effect, KillPoint::After).await;
+        self.events.push_back(outcome.event);
+    }
+
+    /// Adds what an effect took to the phases of the start.
+    fn time(&mut self, effect: VmEffect, took: Duration) {
+        let name = match effect {
+            VmEffect::TakeTurn | VmEffect::Prepare => "prepare",
+            VmEffect::Boot | VmEffect::Attach => "boot",
+            VmEffect::ConnectAgent => "agent",
+            VmEffect::Thaw | VmEffect::OpenNetwork => "thaw",
+            VmEffect::StartApp | VmEffect::AwaitReady => "app",
+            _ => return,
+        };
+        let is_again = matches!(
+            self.state,
+            VmState::Booting {
+                adopted: Some(_),
+                ..
+            }
+        );
+        if is_again {
+            return;
+        }
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        match self
+            .record
+            .phases
+            .iter_mut()
+            .find(|phase| phase.name == name)
+        {
+            Some(phase) => phase.us = phase.us.saturating_add(us),
+            None => self.record.phases.push(Phase {
+                name: name.to_owned(),
+                us,
+            }),
+        }
+    }
+
+    fn connect_agent(&mut self) {
+        let Some(vm) = self.vm.clone() else {
+            unreachable!("an agent without a VM that was attached");
+        };
+        let limits = &self.host.config.limits;
+        let patience = Patience {
+            times: SessionTimes::default(),
+            first: limits.agent,
+            failures_max: limits.agent_failures_max,
+        };
+        let (link, events) = AgentLink::new(Arc::clone(&vm), patience, &self.host.tasks);
+        self.link_events = Some(events);
+        self.link = Some(link.clone());
+        self.access.send_replace(Some(Access {
+            vm,
+            link,
+            port: self.record.start.process.port,
+        }));
+        self.adopted.send_replace(Adopted::Alive);
+    }
+
+    /// Begins to collect what the app prints, once it may run and its secrets are known.
+    fn collect(&mut self) {
+        let secrets = self.secrets.borrow().clone();
+        let secrets = match (self.record.secrets, secrets) {
+            (SecretsKept::None, _) => Arc::default(),
+            (SecretsKept::Elsewhere, Some(secrets)) => secrets,
+            // The agent keeps the lines until control has told the secrets again.
+            (SecretsKept::Elsewhere, None) => return,
+        };
+        let (None, Some(link)) = (&self.collector, self.link.clone()) else {
+            return;
+        };
+        let owner = self.record.start.owner.clone();
+        let log = match self.host.logs.app(&owner.account, &owner.app) {
+            Ok(log) => log,
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "an app's output is not kept");
+                return;
+            }
+        };
+        let values = secrets.environment.iter().chain(&secrets.files);
+        let collector = Collector {
+            vm: self.record.start.vm,
+            owner,
+            link,
+            log,
+            masker: Arc::new(Masker::new(values.map(|(_name, value)| value))),
+            last_lines: self.last_lines.clone(),
+        };
+        let scope = self.host.tasks.scope();
+        scope.tasks().spawn(collector.run());
+        self.collector = Some(scope);
+    }
+
+    fn request(&mut self, request: VmRequest) {
+        match request {
+            VmRequest::Stop(mode) => self.events.push_back(VmEvent::Stop(mode)),
+            VmRequest::Secrets(secrets) => {
+                let unknown = self.secrets.borrow().is_none();
+                if unknown && self.record.secrets == SecretsKept::Elsewhere {
+                    self.secrets.send_replace(Some(secrets));
+                    if self.app_may_run() {
+                        self.collect();
+                    }
+                }
+            }
+        }
+    }
+
+    const fn app_may_run(&self) -> bool {
+        matches!(
+            self.state,
+            VmState::Thawing {
+                at: ThawStep::Ready
+            } | VmState::Ready
+                | VmState::Draining
+        )
+    }
+
+    async fn link_event(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Up(hello) => self.up(hello),
+            LinkEvent::News(event) => self.news(event),
+            LinkEvent::Lost(reason) => {
+                let is_first = matches!(
+                    self.state,
+                    VmState::Booting {
+                        at: BootStep::Agent,
+                        adopted: None,
+                        ..
+                    }
+                );
+                let (kind, what) = if is_first {
+                    self.read_console().await;
+                    (VmFailureKind::Boot, "the guest's agent did not come up")
+                } else {
+                    (VmFailureKind::Died, "the guest's agent was lost")
+                };
+                self.fail(kind, format!("{what}: {reason}"));
+            }
+        }
+    }
+
+    /// Where the guest's agent never came, the console has the only words there are.
+    async fn read_console(&mut self) {
+        let Some(vm) = self.vm.clone() else {
+            return;
+        };
+        let lines = tokio::time::timeout(Duration::from_secs(2), vm.console_tail()).await;
+        for line in lines.unwrap_or_default() {
+            self.last_lines.push(&clean(&line));
+        }
+    }
+
+    fn up(&mut self, hello: AgentHello) {
+        let known = self.hello.borrow().clone();
+        if let Some(known) = known
+            && known.boot_id != hello.boot_id
+        {
+            let message = "the guest restarted by itself: its app's state is gone".to_owned();
+            self.fail(VmFailureKind::Died, message);
+            return;
+        }
+        let app = hello.app.clone();
+        self.hello.send_replace(Some(hello));
+        self.app_is(app);
+    }
+
+    fn news(&mut self, event: Event) {
+        match event {
+            Event::App(status) => self.app_is(status),
+            Event::AppUnready { reason } => self
+                .app
+                .send_modify(|view| view.unready = Some(clean(&reason))),
+            Event::KeepAwake { for_ms } => {
+                let lease = Duration::from_millis(for_ms).min(LEASE_MAX);
+                self.awake_until = (!lease.is_zero()).then(|| Instant::now() + lease);
+                self.report();
+            }
+            Event::OutOfMemory { kills } => self.out_of_memory_kills = kills,
+            other => tracing::debug!(?other, "news of a later generation"),
+        }
+    }
+
+    fn app_is(&mut self, status: AppStatus) {
+        let limit = self.host.config.limits.app_failures_max;
+        if let AppStatus::Backoff { failures, exit, .. } = &status
+            && *failures >= limit
+            && self.state == VmState::Ready
+        {
+            let memory = if self.out_of_memory_kills > 0 {
+                "; the guest's kernel killed it for want of memory: give it more"
+            } else {
+                ": see its last lines"
+            };
+            let text = effect::exit_text(*exit);
+            let message = format!("the app ended {failures} times in a row, with {text}{memory}");
+            self.fail(VmFailureKind::App, message);
+        }
+        self.app.send_modify(|view| view.status = status);
+        self.report();
+    }
+
+    fn fail(&mut self, kind: VmFailureKind, message: String) {
+        self.events
+            .push_back(VmEvent::Failed(Failure { kind, message }));
+    }
+
+    fn report(&self) {
+        let failure = match &self.state {
+            VmState::Failed(failure) => Some(VmFailure {
+                kind: failure.kind,
+                message: self.mask(&failure.message),
+                last_lines: self.last_lines.get(),
+            }),
+            _ => None,
+        };
+        let status = VmStatus {
+            phase: self.state.phase(),
+            failure,
+            app: self.app.borrow().status.clone(),
+            boot_id: self
+                .hello
+                .borrow()
+                .as_ref()
+                .map(|hello| hello.boot_id.clone()),
+            ..status_of(&self.host, &self.record)
+        };
+        self.host.board.publish(status, self.awake_until);
+        if let VmState::Releasing(Ending::Failed(failure)) = &self.state {
+            let message = self.mask(&failure.message);
+            tracing::warn!(vm = %self.record.start.vm, kind = ?failure.kind, %message, "a VM fails");
+        }
+    }
+
+    /// A failure may quote the guest.
+    fn mask(&self, text: &str) -> String {
+        let secrets = self.secrets.borrow().clone().unwrap_or_default();
+        let values = secrets.environment.iter().chain(&secrets.files);
+        Masker::new(values.map(|(_name, value)| value)).mask(text)
+    }
+}

@@ -1,0 +1,456 @@
+//! The effects that take time: what each one does, and the event that tells of it.
+//!
+//! Begun by the VM's actor, which drops the future when the effect is overtaken. Never changes the
+//! VM's state or its journal: results are data that the actor keeps.
+
+use core::time::Duration;
+use std::sync::Arc;
+
+use data_encoding::HEXLOWER;
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use spore_wire::guest::{AgentHello, AppStatus, Exit, HOST_ADDRESS, StartApp, Thaw};
+use spore_wire::node::VmFailureKind;
+use spore_wire::secret::SecretBytes;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+
+use super::actor::{Actor, Host, Secrets};
+use super::guest::{AgentLink, GuestError, chain};
+use super::state::{AgentSeen, AppSeen, Failure, VmEffect, VmEvent};
+use crate::config::VmLimits;
+use crate::hypervisor::{AttachError, Identity, Prepared, Vm, VmExit};
+use crate::journal::{Record, SecretsKept};
+
+/// What an effect gave besides its event.
+pub(super) enum Gain {
+    Nothing,
+    Turn(OwnedSemaphorePermit),
+    Prepared(Prepared),
+    Identity(Identity),
+    Vm(Arc<dyn Vm>),
+}
+
+/// How an effect ended.
+pub(super) struct Outcome {
+    pub(super) event: VmEvent,
+    pub(super) gain: Gain,
+}
+
+impl From<VmEvent> for Outcome {
+    fn from(event: VmEvent) -> Self {
+        Self {
+            event,
+            gain: Gain::Nothing,
+        }
+    }
+}
+
+/// What the agent last said of the app.
+#[derive(Clone, Debug, Default)]
+pub(super) struct AppView {
+    pub(super) status: AppStatus,
+    pub(super) unready: Option<String>,
+}
+
+pub(super) fn failed(kind: VmFailureKind, message: String) -> Outcome {
+    VmEvent::Failed(Failure { kind, message }).into()
+}
+
+/// The future of an asking effect.
+pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outcome> {
+    let host = Arc::clone(&actor.host);
+    let record = actor.record.clone();
+    let limits = host.config.limits;
+    match effect {
+        VmEffect::TakeTurn => take_turn(host).boxed(),
+        VmEffect::Prepare => prepare(host, record).boxed(),
+        VmEffect::Boot => boot(host, record).boxed(),
+        VmEffect::Attach => attach(host, record).boxed(),
+        VmEffect::Release => release(host, record, actor.releases).boxed(),
+        VmEffect::ConnectAgent => connect_agent(actor.hello.subscribe()).boxed(),
+        VmEffect::AwaitReady => await_ready(actor.app.subscribe(), record, limits).boxed(),
+        VmEffect::Thaw | VmEffect::OpenNetwork | VmEffect::StartApp | VmEffect::Shutdown => {
+            let (Some(vm), Some(link)) = (actor.vm.clone(), actor.link.clone()) else {
+                unreachable!("{effect:?} without a VM that was attached");
+            };
+            match effect {
+                VmEffect::Thaw => thaw(host, record, link).boxed(),
+                VmEffect::OpenNetwork => open_network(vm, limits).boxed(),
+                VmEffect::StartApp => {
+                    start_app(record, link, actor.secrets.subscribe(), limits).boxed()
+                }
+                _ => shutdown(record, vm, link, limits).boxed(),
+            }
+        }
+        VmEffect::Journal(_) | VmEffect::RemoveJournal | VmEffect::Report | VmEffect::Kill => {
+            unreachable!("{effect:?} asks nothing")
+        }
+    }
+}
+
+async fn take_turn(host: Arc<Host>) -> Outcome {
+    match Arc::clone(&host.turns).acquire_owned().await {
+        Ok(permit) => Outcome {
+            event: VmEvent::TurnTaken,
+            gain: Gain::Turn(permit),
+        },
+        Err(_closed) => failed(
+            VmFailureKind::Boot,
+            "the node is ending: start the VM again once it is back".to_owned(),
+        ),
+    }
+}
+
+async fn prepare(host: Arc<Host>, record: Record) -> Outcome {
+    let limit = host.config.limits.prepare;
+    let work = host.hypervisor.prepare(record.start.vm, &record.machine);
+    match tokio::time::timeout(limit, work).await {
+        Ok(Ok(prepared)) => Outcome {
+            event: VmEvent::Prepared,
+            gain: Gain::Prepared(prepared),
+        },
+        Ok(Err(error)) => failed(VmFailureKind::Boot, chain(&error)),
+        Err(_elapsed) => failed(VmFailureKind::Boot, slow("preparing the host", limit)),
+    }
+}
+
+async fn boot(host: Arc<Host>, record: Record) -> Outcome {
+    let Some(prepared) = &record.prepared else {
+        unreachable!("a boot before anything was prepared");
+    };
+    let limit = host.config.limits.boot;
+    let work = host
+        .hypervisor
+        .boot(record.start.vm, &record.machine, prepared);
+    match tokio::time::timeout(limit, work).await {
+        Ok(Ok(identity)) => Outcome {
+            event: VmEvent::Booted,
+            gain: Gain::Identity(identity),
+        },
+        Ok(Err(error @ crate::hypervisor::BootError::Image { .. })) => {
+            failed(VmFailureKind::Image, chain(&error))
+        }
+        Ok(Err(error)) => failed(VmFailureKind::Boot, chain(&error)),
+        Err(_elapsed) => failed(VmFailureKind::Boot, slow("starting the VMM", limit)),
+    }
+}
+
+async fn attach(host: Arc<Host>, record: Record) -> Outcome {
+    let (Some(prepared), Some(identity)) = (&record.prepared, &record.identity) else {
+        return failed(
+            VmFailureKind::Died,
+            "the journal names no process: start another VM".to_owned(),
+        );
+    };
+    let limit = host.config.limits.boot;
+    let work = host.hypervisor.attach(record.start.vm, prepared, identity);
+    match tokio::time::timeout(limit, work).await {
+        Ok(Ok(vm)) => Outcome {
+            event: VmEvent::Attached,
+            gain: Gain::Vm(vm),
+        },
+        Ok(Err(error @ (AttachError::Gone(_) | AttachError::AnotherBoot))) => {
+            failed(VmFailureKind::Died, chain(&error))
+        }
+        Ok(Err(error)) => failed(VmFailureKind::Boot, chain(&error)),
+        Err(_elapsed) => failed(VmFailureKind::Boot, slow("reaching the VMM", limit)),
+    }
+}
+
+async fn release(host: Arc<Host>, record: Record, tried: u32) -> Outcome {
+    const LIMIT: Duration = Duration::from_secs(60);
+    if tried > 0 {
+        let pause = 2_u64.saturating_pow(tried.min(5)).min(30);
+        tokio::time::sleep(Duration::from_secs(pause)).await;
+    }
+    let vm = record.start.vm;
+    match tokio::time::timeout(LIMIT, host.hypervisor.release(vm)).await {
+        Ok(Ok(())) => VmEvent::Released.into(),
+        Ok(Err(error)) => {
+            tracing::error!(%vm, error = %chain(&error), "something of a VM is left; tried again");
+            VmEvent::ReleaseFailed.into()
+        }
+        Err(_elapsed) => {
+            tracing::error!(%vm, "releasing a VM takes over {LIMIT:?}; tried again");
+            VmEvent::ReleaseFailed.into()
+        }
+    }
+}
+
+async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>) -> Outcome {
+    // The link tells the actor when it gives up, so this wait needs no end of its own.
+    let said = match hello.wait_for(Option::is_some).await {
+        Ok(said) => said.clone(),
+        Err(_gone) => None,
+    };
+    match said {
+        Some(hello) => VmEvent::AgentUp(AgentSeen {
+            thawed: hello.thawed,
+            app: seen(&hello.app),
+        })
+        .into(),
+        None => failed(VmFailureKind::Boot, "the VM is ending".to_owned()),
+    }
+}
+
+pub(super) const fn seen(app: &AppStatus) -> AppSeen {
+    match app {
+        AppStatus::Absent => AppSeen::Absent,
+        AppStatus::Starting { .. } | AppStatus::Backoff { .. } => AppSeen::Starting,
+        AppStatus::Ready { .. } => AppSeen::Ready,
+        AppStatus::Stopped => AppSeen::Stopped,
+    }
+}
+
+async fn thaw(host: Arc<Host>, record: Record, link: AgentLink) -> Outcome {
+    let limit = host.config.limits.answer;
+    let mut last = None;
+    for _attempt in 0..3 {
+        // The time is read once the way is open, as late as possible.
+        let done = match link.session(limit).await {
+            Ok(_session) => match fresh(&host, &record) {
+                Ok(thaw) => link.thaw(thaw, limit).await,
+                Err(error) => return failed(VmFailureKind::Thaw, error.to_string()),
+            },
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(()) => return VmEvent::Thawed.into(),
+            Err(error @ GuestError::Unreachable(_)) => {
+                // The answer may have been lost, not the work.
+                if link.status(limit).await.is_ok_and(|status| status.thawed) {
+                    return VmEvent::Thawed.into();
+                }
+                last = Some(error);
+            }
+            Err(error) => return failed(VmFailureKind::Thaw, guest(&error)),
+        }
+    }
+    failed(
+        VmFailureKind::Thaw,
+        last.map_or_else(String::new, |error| guest(&error)),
+    )
+}
+
+/// What a VM must not share with another, new each time.
+fn fresh(host: &Host, record: &Record) -> Result<Thaw, getrandom::Error> {
+    let mut entropy = vec![0_u8; 64];
+    getrandom::fill(&mut entropy)?;
+    let mut machine_id = [0_u8; 16];
+    getrandom::fill(&mut machine_id)?;
+    Ok(Thaw {
+        realtime_ns: u64::try_from(host.config.clock.realtime().as_nanos()).unwrap_or(u64::MAX),
+        entropy: SecretBytes::new(entropy),
+        hostname: record.start.owner.app.clone(),
+        machine_id: HEXLOWER.encode(&machine_id),
+        resolver: (!record.start.egress.is_empty()).then_some(HOST_ADDRESS),
+    })
+}
+
+async fn open_network(vm: Arc<dyn Vm>, limits: VmLimits) -> Outcome {
+    match tokio::time::timeout(limits.answer, vm.open_network()).await {
+        Ok(Ok(())) => VmEvent::NetworkOpen.into(),
+        Ok(Err(error)) => failed(VmFailureKind::Policy, chain(&error)),
+        Err(_elapsed) => failed(
+            VmFailureKind::Policy,
+            slow("opening the network", limits.answer),
+        ),
+    }
+}
+
+async fn start_app(
+    record: Record,
+    link: AgentLink,
+    mut secrets: watch::Receiver<Option<Arc<Secrets>>>,
+    limits: VmLimits,
+) -> Outcome {
+    let secrets = if record.secrets == SecretsKept::None {
+        Arc::default()
+    } else {
+        let told = secrets.wait_for(Option::is_some);
+        match tokio::time::timeout(limits.secrets, told).await {
+            Ok(Ok(told)) => told.clone().unwrap_or_default(),
+            _ => {
+                return failed(
+                    VmFailureKind::Thaw,
+                    "the node was restarted before the app started, and was not told the app's \
+                     secrets again: start another VM"
+                        .to_owned(),
+                );
+            }
+        }
+    };
+    let mut last = None;
+    for _attempt in 0..3 {
+        let start = start_of(&record, &secrets);
+        match link.start_app(start, limits.answer).await {
+            Ok(()) => return VmEvent::AppStarted.into(),
+            Err(error @ GuestError::Unreachable(_)) => {
+                // The answer may have been lost, not the work.
+                let status = link.status(limits.answer).await;
+                if status.is_ok_and(|status| status.app != AppStatus::Absent) {
+                    return VmEvent::AppStarted.into();
+                }
+                last = Some(error);
+            }
+            Err(error @ (GuestError::Refused { .. } | GuestError::TooLarge)) => {
+                let message = format!("the app cannot be started: {error}");
+                return failed(VmFailureKind::App, message);
+            }
+            Err(error) => return failed(VmFailureKind::Thaw, guest(&error)),
+        }
+    }
+    failed(
+        VmFailureKind::Thaw,
+        last.map_or_else(String::new, |error| guest(&error)),
+    )
+}
+
+/// The app's process as the agent is told. What Spore promises an app to find wins over what a
+/// release sets; a search path and a time zone are only defaults.
+fn start_of(record: &Record, secrets: &Secrets) -> StartApp {
+    let process = &record.start.process;
+    let owner = &record.start.owner;
+    let set = [
+        ("PORT", process.port.to_string()),
+        ("SPORE_APP", owner.app.clone()),
+        ("SPORE_RELEASE", owner.release.to_string()),
+    ];
+    let mut environment: Vec<(String, String)> = process
+        .environment
+        .iter()
+        .filter(|(name, _value)| set.iter().all(|(taken, _)| taken != name))
+        .cloned()
+        .collect();
+    let defaults = [
+        (
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        ),
+        ("TZ", "UTC"),
+    ];
+    for (name, value) in defaults {
+        if environment.iter().all(|(taken, _)| taken != name) {
+            environment.push((name.to_owned(), value.to_owned()));
+        }
+    }
+    environment.extend(set.map(|(name, value)| (name.to_owned(), value)));
+    StartApp {
+        command: process.command.clone(),
+        directory: match record.start.folder {
+            Some(_) => "/app".to_owned(),
+            None => "/".to_owned(),
+        },
+        environment,
+        secret_environment: secrets.environment.clone(),
+        secret_files: secrets.files.clone(),
+        user: process.user.clone(),
+        port: process.port,
+        ready: process.ready.clone(),
+        ready_timeout_ms: process.ready_timeout_ms,
+    }
+}
+
+async fn await_ready(
+    mut app: watch::Receiver<AppView>,
+    record: Record,
+    limits: VmLimits,
+) -> Outcome {
+    let within = Duration::from_millis(record.start.process.ready_timeout_ms);
+    let decided = async {
+        loop {
+            match verdict(&app.borrow_and_update(), &limits) {
+                Verdict::Ready => return None,
+                Verdict::Failed(message) => return Some(message),
+                Verdict::Unknown => {}
+            }
+            if app.changed().await.is_err() {
+                return Some("the VM is ending".to_owned());
+            }
+        }
+    };
+    let limit = within.saturating_add(limits.ready_slack);
+    match tokio::time::timeout(limit, decided).await {
+        Ok(None) => VmEvent::AppReady.into(),
+        Ok(Some(message)) => {
+            // Its last lines are on their way beside the news of its end.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            failed(VmFailureKind::App, message)
+        }
+        Err(_elapsed) => failed(
+            VmFailureKind::App,
+            format!(
+                "the app was not ready on port {} within {within:?}: check that it listens there",
+                record.start.process.port
+            ),
+        ),
+    }
+}
+
+enum Verdict {
+    Ready,
+    Failed(String),
+    Unknown,
+}
+
+fn verdict(view: &AppView, limits: &VmLimits) -> Verdict {
+    match &view.status {
+        AppStatus::Ready { .. } => Verdict::Ready,
+        AppStatus::Backoff { failures, exit, .. } if *failures >= limits.app_start_failures_max => {
+            Verdict::Failed(format!(
+                "the app ended {failures} times before it was ready, last with {}: see its last \
+                 lines",
+                exit_text(*exit)
+            ))
+        }
+        AppStatus::Stopped => Verdict::Failed("the app was stopped from inside".to_owned()),
+        _ => view.unready.as_ref().map_or(Verdict::Unknown, |reason| {
+            Verdict::Failed(format!("the app was not ready in its time: {reason}"))
+        }),
+    }
+}
+
+pub(super) fn exit_text(exit: Exit) -> String {
+    match exit {
+        Exit::Code { code } => format!("exit code {code}"),
+        Exit::Signal { signal } => format!("signal {signal}"),
+        Exit::Timeout => "its time up".to_owned(),
+    }
+}
+
+async fn shutdown(record: Record, vm: Arc<dyn Vm>, link: AgentLink, limits: VmLimits) -> Outcome {
+    let grace = Duration::from_millis(record.start.process.stop_grace_ms);
+    let limit = grace.saturating_add(limits.shutdown_slack);
+    let asked = link.shutdown(grace, limit).await;
+    if let Err(error) = asked {
+        tracing::info!(vm = %record.start.vm, %error, "the guest was not asked to power off");
+        return VmEvent::ShutDown.into();
+    }
+    // Whether it went or must be killed, the release comes next.
+    drop(tokio::time::timeout(limits.shutdown_slack, vm.exited()).await);
+    VmEvent::ShutDown.into()
+}
+
+/// Why a VM that was not asked to end is gone.
+pub(super) fn exit_failure(exit: VmExit) -> Failure {
+    let message = if exit.out_of_memory {
+        format!(
+            "the host's kernel killed the VM for exceeding its memory ({}): give it more",
+            exit.reason
+        )
+    } else {
+        format!("the VM ended by itself: {}", exit.reason)
+    };
+    Failure {
+        kind: VmFailureKind::Died,
+        message,
+    }
+}
+
+fn guest(error: &GuestError) -> String {
+    format!("the guest could not be made ready: {}", chain(error))
+}
+
+fn slow(what: &str, limit: Duration) -> String {
+    format!("{what} took over {limit:?}: the host may be overloaded")
+}

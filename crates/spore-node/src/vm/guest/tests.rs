@@ -1,0 +1,1 @@
+//! The channel against agents that behave, and agents that do not.
