@@ -1,0 +1,541 @@
+//! Releases: begun by the API, tried by the app's life, written down here when that is decided.
+//!
+//! A deploy is one commit at its beginning (release, operation, the app's mark) and one at its
+//! end. Between the two a crash leaves a release that is pending and an operation that runs; the
+//! next start writes both down as failed, and what served before serves on.
+
+use spore_api::error::ErrorCode;
+use spore_wire::id::{ImageId, VmId};
+
+use super::life::{Event, Failure};
+use super::{AppRef, Converge};
+use crate::clock::next_id;
+use crate::domain::RuleError;
+use crate::domain::app::{RollbackError, forgotten, one_more_app, rollback_to};
+use crate::operations::{Operations, Outcome};
+use crate::store::record::account::account_key;
+use crate::store::record::app::{AppRecord, app_key, apps_of};
+use crate::store::record::idempotency::{IdempotencyRecord, idempotency_key};
+use crate::store::record::operation::{OperationRecord, StoredOperationState, operation_key};
+use crate::store::record::release::{ReleaseRecord, Rules, StoredState, release_key, releases_of};
+use crate::store::record::{Versioned, decode, encode, load};
+use crate::store::{CommitError, Range, StoreError, Transaction};
+
+/// Tries of a commit that others are faster at.
+const TRIES_MAX: usize = 16;
+
+/// A release to make.
+#[derive(Clone, Debug)]
+pub struct NewRelease {
+    /// What runs and how.
+    pub rules: Rules,
+    /// The root file system.
+    pub image: ImageId,
+    /// The app's folder.
+    pub folder: Option<ImageId>,
+}
+
+/// The client's key of a create, so that a repetition is the same create.
+#[derive(Clone, Debug)]
+pub struct Repeatable {
+    /// What the client sent.
+    pub key: String,
+    /// Of method, path and body.
+    pub fingerprint: String,
+}
+
+/// Why a deploy or rollback did not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    /// Another one is under way.
+    #[error("the operation {operation} tries a release of `{app}` now: wait until it is over")]
+    UnderWay {
+        /// Which app.
+        app: String,
+        /// Which operation.
+        operation: String,
+    },
+    /// No such app.
+    #[error("there is no app `{app}`: `spore ps` lists them")]
+    NoApp {
+        /// Which.
+        app: String,
+    },
+    /// The key was used for another call.
+    #[error("the Idempotency-Key was used for another call: use a new key for a new call")]
+    Mismatch,
+    /// The account has as many as it may.
+    #[error(transparent)]
+    Rule(#[from] RuleError),
+    /// There is nothing to roll back to.
+    #[error(transparent)]
+    Rollback(#[from] RollbackError),
+    /// The store did not serve.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Others changed the app at the same time, again and again.
+    #[error("`{app}` is being changed by many calls at once: try again")]
+    Contended {
+        /// Which app.
+        app: String,
+    },
+}
+
+impl Converge {
+    /// Makes a release and begins to try it; answers the operation.
+    ///
+    /// # Errors
+    /// When it may not begin; nothing was changed then.
+    pub async fn deploy(
+        &self,
+        app: &AppRef,
+        new: &NewRelease,
+        repeatable: Option<&Repeatable>,
+    ) -> Result<String, DeployError> {
+        for _ in 0..TRIES_MAX {
+            if let Some(operation) = self.repeated(app, repeatable).await? {
+                return Ok(operation);
+            }
+            let stored = self.app_record(app).await?;
+            if stored.is_none() {
+                let used = self.inner.store.count(&apps_of(&app.account)).await?;
+                one_more_app(used)?;
+            }
+            let (version, mut record) = match stored {
+                Some(stored) => (stored.version, stored.record),
+                None => (0, AppRecord::new(self.now_ms())),
+            };
+            let release = ReleaseRecord {
+                number: record.next_release,
+                state: StoredState::Pending,
+                image: new.image,
+                folder: new.folder,
+                rules: new.rules.clone(),
+                created_at_ms: self.now_ms(),
+                failure: None,
+            };
+            record.next_release += 1;
+            let key = release_key(&app.account, &app.app, release.number);
+            let transaction = Transaction::default().put(key, encode(&release));
+            let kind = "deploy";
+            let try_it = self
+                .begin_try(
+                    app,
+                    version,
+                    record,
+                    &release,
+                    kind,
+                    transaction,
+                    repeatable,
+                )
+                .await?;
+            if let Some(operation) = try_it {
+                return Ok(operation);
+            }
+        }
+        let app = app.app.to_string();
+        Err(DeployError::Contended { app })
+    }
+
+    /// Begins to try an older release again; answers the operation.
+    ///
+    /// # Errors
+    /// When it may not begin; nothing was changed then.
+    pub async fn rollback(
+        &self,
+        app: &AppRef,
+        wanted: Option<u64>,
+        repeatable: Option<&Repeatable>,
+    ) -> Result<String, DeployError> {
+        for _ in 0..TRIES_MAX {
+            if let Some(operation) = self.repeated(app, repeatable).await? {
+                return Ok(operation);
+            }
+            let stored = self.app_record(app).await?;
+            let name = || app.app.to_string();
+            let stored = stored.ok_or_else(|| DeployError::NoApp { app: name() })?;
+            let releases = self.releases(app).await?;
+            let number = rollback_to(&releases, stored.record.release, wanted)?;
+            let release = releases.iter().find(|release| release.number == number);
+            let release = release.ok_or(RollbackError::NoneBefore)?;
+            let (version, record) = (stored.version, stored.record);
+            let nothing = Transaction::default();
+            let try_it = self
+                .begin_try(
+                    app, version, record, release, "rollback", nothing, repeatable,
+                )
+                .await?;
+            if let Some(operation) = try_it {
+                return Ok(operation);
+            }
+        }
+        let app = app.app.to_string();
+        Err(DeployError::Contended { app })
+    }
+
+    /// `None` when somebody else was faster.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one part of the one commit"
+    )]
+    async fn begin_try(
+        &self,
+        app: &AppRef,
+        version: u64,
+        mut record: AppRecord,
+        release: &ReleaseRecord,
+        kind: &str,
+        transaction: Transaction,
+        repeatable: Option<&Repeatable>,
+    ) -> Result<Option<String>, DeployError> {
+        if let Some(operation) = record.deploying {
+            let app = app.app.to_string();
+            return Err(DeployError::UnderWay { app, operation });
+        }
+        let id = next_id(&*self.inner.chance);
+        record.deploying = Some(id.clone());
+        let operation =
+            Operations::record(kind, app.app.as_str(), Some(release.number), self.now_ms());
+        let key = app_key(&app.account, &app.app);
+        let mut transaction = transaction
+            .when(&key, version)
+            .put(&key, encode(&record))
+            .put(operation_key(&app.account, &id), encode(&operation));
+        if let Some(repeatable) = repeatable {
+            transaction = self.remember(app, transaction, repeatable, &id);
+        }
+        // Followed before it is committed: whoever sees the record sees its progress too.
+        self.inner
+            .operations
+            .begin(&app.account, &id, operation.clone());
+        match self.inner.store.commit(transaction).await {
+            Ok(_) => {}
+            Err(error) => {
+                self.inner.operations.end(&app.account, &id, operation);
+                return match error {
+                    CommitError::Conflict { .. } => Ok(None),
+                    CommitError::Store(error) => Err(error.into()),
+                };
+            }
+        }
+        self.refresh(app).await?;
+        let target = super::app::target_of(release);
+        let operation = id.clone();
+        self.event(app, Event::Deploy { operation, target });
+        Ok(Some(id))
+    }
+
+    /// Writes a client's key down with what it begins.
+    pub(crate) fn remember(
+        &self,
+        app: &AppRef,
+        transaction: Transaction,
+        repeatable: &Repeatable,
+        operation: &str,
+    ) -> Transaction {
+        let key = idempotency_key(&app.account, &repeatable.key);
+        let record = IdempotencyRecord {
+            fingerprint: repeatable.fingerprint.clone(),
+            operation: operation.to_owned(),
+            created_at_ms: self.now_ms(),
+        };
+        transaction.when(&key, 0).put(&key, encode(&record))
+    }
+
+    /// The operation that an earlier call with the same key began.
+    async fn repeated(
+        &self,
+        app: &AppRef,
+        repeatable: Option<&Repeatable>,
+    ) -> Result<Option<String>, DeployError> {
+        let Some(repeatable) = repeatable else {
+            return Ok(None);
+        };
+        self.earlier(&app.account, repeatable).await
+    }
+
+    /// Writes down that a release is live.
+    pub(super) async fn promote(&self, app: &AppRef, operation: &str, release: u64, vm: VmId) {
+        let event = match self.write_promotion(app, operation, release).await {
+            Ok(()) => {
+                tracing::info!(%app, release, %vm, "live");
+                Event::Promoted(vm)
+            }
+            Err(failure) => Event::NotPromoted(vm, failure),
+        };
+        self.event(app, event);
+    }
+
+    async fn write_promotion(
+        &self,
+        app: &AppRef,
+        operation: &str,
+        release: u64,
+    ) -> Result<(), Failure> {
+        let store_failed = |error: StoreError| {
+            let message = super::app::chain(&error);
+            Failure::new(ErrorCode::Internal, message)
+        };
+        for _ in 0..TRIES_MAX {
+            let promotion = self
+                .promotion(app, operation, release)
+                .await
+                .map_err(store_failed)?;
+            let Some((transaction, ended)) = promotion else {
+                return Err(Failure::new(
+                    ErrorCode::Conflict,
+                    "the app was removed meanwhile",
+                ));
+            };
+            match self.inner.store.commit(transaction).await {
+                Ok(_) => {
+                    // The gateway learns of the release before anybody learns of the end.
+                    if let Err(error) = self.refresh(app).await {
+                        tracing::warn!(%app, %error, "the route is told later");
+                    }
+                    self.inner.operations.end(&app.account, operation, ended);
+                    return Ok(());
+                }
+                Err(CommitError::Conflict { .. }) => {}
+                Err(CommitError::Store(error)) => return Err(store_failed(error)),
+            }
+        }
+        Err(Failure::new(
+            ErrorCode::Conflict,
+            "the app is being changed by many calls at once",
+        ))
+    }
+
+    async fn promotion(
+        &self,
+        app: &AppRef,
+        operation: &str,
+        number: u64,
+    ) -> Result<Option<(Transaction, OperationRecord)>, StoreError> {
+        let (account, name) = (&app.account, &app.app);
+        let Some(Versioned {
+            version,
+            mut record,
+        }) = self.app_record(app).await?
+        else {
+            return Ok(None);
+        };
+        let at = app_key(account, name);
+        let mut transaction = Transaction::default().when(&at, version);
+        let mut releases = self.releases(app).await?;
+        for release in &mut releases {
+            let state = if release.number == number {
+                StoredState::Live
+            } else if release.state == StoredState::Live {
+                StoredState::Retired
+            } else {
+                continue;
+            };
+            release.state = state;
+            release.failure = None;
+            let key = release_key(account, name, release.number);
+            transaction = transaction.put(key, encode(release));
+        }
+        for old in forgotten(&releases, Some(number)) {
+            transaction = transaction.delete(release_key(account, name, old));
+        }
+        record.release = Some(number);
+        record.deploying = None;
+        let key = operation_key(account, operation);
+        let Some(stored) = load::<OperationRecord>(&*self.inner.store, &key).await? else {
+            return Ok(None);
+        };
+        let result = number.to_string();
+        let outcome = Outcome::Succeeded { result };
+        let ended = self
+            .inner
+            .operations
+            .ended(account, operation, stored.record, outcome);
+        let transaction = transaction
+            .put(&at, encode(&record))
+            .put(key, encode(&ended));
+        Ok(Some((transaction, ended)))
+    }
+
+    /// Writes down that a release did not become healthy.
+    pub(super) async fn deploy_failed(
+        &self,
+        app: &AppRef,
+        operation: &str,
+        release: u64,
+        failure: Failure,
+    ) {
+        tracing::info!(%app, release, message = failure.message, "a release did not go live");
+        self.inner
+            .metrics
+            .failed(&super::app::code_name(failure.code));
+        let message = with_last_lines(&failure);
+        for _ in 0..TRIES_MAX {
+            let code = failure.code;
+            match self
+                .write_failure(app, operation, release, code, &message)
+                .await
+            {
+                Ok(()) => return,
+                Err(CommitError::Conflict { .. }) => {}
+                Err(CommitError::Store(error)) => {
+                    // The next start finds the operation under way and ends it.
+                    tracing::error!(%app, %error, "a failed deploy cannot be written down");
+                    let record = Operations::record("deploy", app.app.as_str(), Some(release), 0);
+                    let outcome = Outcome::Failed { code, message };
+                    let operations = &self.inner.operations;
+                    let ended = operations.ended(&app.account, operation, record, outcome);
+                    operations.end(&app.account, operation, ended);
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn write_failure(
+        &self,
+        app: &AppRef,
+        operation: &str,
+        number: u64,
+        code: ErrorCode,
+        message: &str,
+    ) -> Result<(), CommitError> {
+        let account = &app.account;
+        let at = operation_key(account, operation);
+        let stored = load::<OperationRecord>(&*self.inner.store, &at).await?;
+        let running =
+            |s: &Versioned<OperationRecord>| s.record.state == StoredOperationState::Running;
+        let Some(stored) = stored.filter(running) else {
+            return Ok(());
+        };
+        let outcome = Outcome::Failed {
+            code,
+            message: message.to_owned(),
+        };
+        let ended = self
+            .inner
+            .operations
+            .ended(account, operation, stored.record, outcome);
+        let mut transaction = Transaction::default()
+            .when(&at, stored.version)
+            .put(&at, encode(&ended));
+        transaction = self
+            .release_failed(app, number, message, transaction)
+            .await?;
+        self.inner.store.commit(transaction).await?;
+        self.inner.operations.end(account, operation, ended);
+        Ok(())
+    }
+
+    /// Adds to `transaction` that a release that was tried is failed, and that nothing is tried
+    /// any more. A release that was healthy once stays what it was.
+    pub(crate) async fn release_failed(
+        &self,
+        app: &AppRef,
+        number: u64,
+        message: &str,
+        mut transaction: Transaction,
+    ) -> Result<Transaction, StoreError> {
+        let (account, name) = (&app.account, &app.app);
+        let Some(mut stored) = self.app_record(app).await? else {
+            return Ok(transaction);
+        };
+        stored.record.deploying = None;
+        let at = app_key(account, name);
+        transaction = transaction
+            .when(&at, stored.version)
+            .put(&at, encode(&stored.record));
+        if let Some(mut release) = self.release(app, number).await?
+            && release.state == StoredState::Pending
+        {
+            release.state = StoredState::Failed;
+            release.failure = Some(message.to_owned());
+            transaction = transaction.put(release_key(account, name, number), encode(&release));
+        }
+        Ok(transaction)
+    }
+
+    /// An app's record.
+    ///
+    /// # Errors
+    /// When the store cannot serve.
+    pub async fn app_record(
+        &self,
+        app: &AppRef,
+    ) -> Result<Option<Versioned<AppRecord>>, StoreError> {
+        load(&*self.inner.store, &app_key(&app.account, &app.app)).await
+    }
+
+    /// An app's releases, oldest first.
+    ///
+    /// # Errors
+    /// When the store cannot serve.
+    pub async fn releases(&self, app: &AppRef) -> Result<Vec<ReleaseRecord>, StoreError> {
+        let range = Range::all(releases_of(&app.account, &app.app));
+        let entries = self.inner.store.list(range).await?;
+        let releases = entries.iter().map(decode).collect::<Result<_, _>>();
+        Ok(releases?)
+    }
+
+    /// Writes down the account, if there is none.
+    pub(crate) async fn ensure_account(
+        &self,
+        account: &spore_api::name::AccountName,
+    ) -> Result<(), StoreError> {
+        let at = account_key(account);
+        let record = crate::store::record::account::AccountRecord {
+            created_at_ms: self.now_ms(),
+        };
+        let first = Transaction::default()
+            .when(&at, 0)
+            .put(&at, encode(&record));
+        match self.inner.store.commit(first).await {
+            Ok(_) | Err(CommitError::Conflict { .. }) => Ok(()),
+            Err(CommitError::Store(error)) => Err(error),
+        }
+    }
+
+    pub(crate) fn now_ms(&self) -> i64 {
+        self.inner.clock.now().as_millisecond()
+    }
+}
+
+fn with_last_lines(failure: &Failure) -> String {
+    if failure.last_lines.is_empty() {
+        return failure.message.clone();
+    }
+    let lines = failure.last_lines.join("\n  ");
+    format!("{}\nThe app's last lines:\n  {lines}", failure.message)
+}
+
+impl Converge {
+    /// The operation that an earlier call with this key began, if it was the same call.
+    ///
+    /// # Errors
+    /// [`DeployError::Mismatch`] when it was another.
+    pub(crate) async fn earlier(
+        &self,
+        account: &spore_api::name::AccountName,
+        repeatable: &Repeatable,
+    ) -> Result<Option<String>, DeployError> {
+        let key = idempotency_key(account, &repeatable.key);
+        let Some(stored) = load::<IdempotencyRecord>(&*self.inner.store, &key).await? else {
+            return Ok(None);
+        };
+        let age_ms = self.now_ms().saturating_sub(stored.record.created_at_ms);
+        let kept_ms = i64::try_from(spore_api::limits::IDEMPOTENCY_S * 1000).unwrap_or(i64::MAX);
+        if age_ms > kept_ms {
+            let forget = Transaction::default()
+                .when(&key, stored.version)
+                .delete(&key);
+            return match self.inner.store.commit(forget).await {
+                Ok(_) | Err(CommitError::Conflict { .. }) => Ok(None),
+                Err(CommitError::Store(error)) => Err(error.into()),
+            };
+        }
+        if stored.record.fingerprint != repeatable.fingerprint {
+            return Err(DeployError::Mismatch);
+        }
+        Ok(Some(stored.record.operation))
+    }
+}

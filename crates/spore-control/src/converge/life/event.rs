@@ -1,0 +1,295 @@
+//! What may happen to an app, and what it changes at once.
+//!
+//! Events come from the gateway, the node, the API and the reconciler itself, in any order and
+//! more than once; each is harmless when it comes late.
+
+use spore_api::error::ErrorCode;
+use spore_wire::gateway::Activity;
+use spore_wire::id::VmId;
+use spore_wire::node::{StopMode, VmPhase, VmStatus};
+
+use super::{Breaker, Deploy, Effect, Failure, Life, Moment, Stage, Target, Vm, failure_of};
+use crate::config::Timing;
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Somebody waits for the app to be awake.
+    Wake,
+    /// Its owner wants it asleep; the next wake starts it again.
+    Sleep,
+    /// Its owner wants a fresh VM, if there is one.
+    Restart,
+    /// A call of the API uses the VM from now on.
+    Hold,
+    /// It does not any more.
+    LetGo,
+    /// The node told how a VM is.
+    Vm(VmStatus),
+    /// The node has no such VM.
+    Lost(VmId),
+    /// The node took the start.
+    Accepted(VmId),
+    /// It refused it.
+    Refused(VmId, Failure),
+    /// The gateway told how busy a VM is.
+    Activity(Activity),
+    /// The gateway closed admission, and nothing is in flight.
+    Reaped(VmId),
+    /// Something is in flight; admission stays open.
+    Busy(VmId),
+    /// A gateway connected, and believes these awake.
+    DoorBack(Vec<Activity>),
+    /// A release is to be tried.
+    Deploy {
+        /// The operation that does so.
+        operation: String,
+        /// Which.
+        target: Target,
+    },
+    /// It was written down that this VM's release is live.
+    Promoted(VmId),
+    /// It could not be written down.
+    NotPromoted(VmId, Failure),
+}
+
+impl Life {
+    /// Takes in what happened; what follows is decided by the next step.
+    pub fn on(&mut self, event: Event, now: Moment, timing: &Timing) {
+        match event {
+            Event::Wake => {
+                self.wake = true;
+                self.rest = false;
+            }
+            Event::Sleep => {
+                self.sleep = !self.is_asleep();
+                self.rest = true;
+            }
+            Event::Restart => {
+                if !self.is_asleep() {
+                    self.sleep = true;
+                    self.wake = true;
+                }
+            }
+            Event::Hold => self.holds += 1,
+            Event::LetGo => {
+                self.holds = self.holds.saturating_sub(1);
+                let serving = self.serving.and_then(|vm| self.vms.get_mut(&vm));
+                if let Some(idle_since) = serving.and_then(|vm| vm.idle_since.as_mut()) {
+                    *idle_since = now;
+                }
+            }
+            Event::Vm(status) => self.on_status(status, now, timing),
+            Event::Lost(vm) => {
+                let message = "the VM is not on its node any more; see `spore logs`";
+                let failure = Failure::new(ErrorCode::AppFailed, message);
+                self.over(vm, Some(failure), now, timing);
+            }
+            Event::Accepted(vm) => {
+                if let Some(life) = self.vms.get_mut(&vm) {
+                    life.accepted.get_or_insert(now);
+                }
+            }
+            Event::Refused(vm, failure) => self.over(vm, Some(failure), now, timing),
+            Event::Activity(activity) => self.on_activity(&activity, now),
+            Event::Reaped(vm) => self.on_reaped(vm, now, timing),
+            Event::Busy(vm) => {
+                if let Some(life) = self.vms.get_mut(&vm)
+                    && life.stage == (Stage::Closing { force: false })
+                {
+                    life.stage = Stage::Serving;
+                    life.idle_since = None;
+                }
+            }
+            Event::DoorBack(warm) => self.on_door_back(&warm, now),
+            Event::Deploy { operation, target } => self.on_deploy(operation, target),
+            Event::Promoted(vm) => self.on_promoted(vm, now, timing),
+            Event::NotPromoted(vm, failure) => {
+                self.fail_deploy(failure);
+                self.stop(vm, StopMode::Graceful, now, timing);
+            }
+        }
+    }
+
+    fn on_status(&mut self, status: VmStatus, now: Moment, timing: &Timing) {
+        let vm = status.vm;
+        if status.phase.is_over() {
+            let failed = status.phase == VmPhase::Failed || status.failure.is_some();
+            let failure = failed.then(|| failure_of(&status));
+            self.over(vm, failure, now, timing);
+            return;
+        }
+        let life = self.vms.entry(vm).or_insert_with(|| Vm {
+            release: status.owner.release,
+            stage: Stage::Found,
+            phase: status.phase,
+            until: now.after(timing.boot_allowance),
+            accepted: Some(now),
+            ready_at: None,
+            idle_since: Some(now),
+            lease_until: now,
+            told: false,
+            status: None,
+        });
+        life.accepted.get_or_insert(now);
+        if status.phase < life.phase {
+            // Phases come in the order of a life: this is old news.
+            return;
+        }
+        life.phase = status.phase;
+        life.lease_until = now.after_ms(status.awake_for_ms);
+        life.status = Some(status);
+        if life.phase == VmPhase::Ready && life.stage == Stage::Starting {
+            self.serve(vm, now);
+        }
+    }
+
+    /// A VM is over: what that means depends on where it stood.
+    fn over(&mut self, vm: VmId, failure: Option<Failure>, now: Moment, timing: &Timing) {
+        let Some(life) = self.vms.remove(&vm) else {
+            return;
+        };
+        if self.serving == Some(vm) {
+            self.serving = None;
+        }
+        let ended = || Failure::new(ErrorCode::AppFailed, "the VM ended; see `spore logs`");
+        match life.stage {
+            Stage::Trying | Stage::Healthy => {
+                self.fail_deploy(failure.clone().unwrap_or_else(ended));
+            }
+            Stage::Starting => {
+                self.start_failed(failure.clone().unwrap_or_else(ended), now, timing)
+            }
+            Stage::Serving => {
+                let lived = life
+                    .ready_at
+                    .map_or(now, |at| at.after(timing.healthy_after));
+                if lived <= now {
+                    self.breaker.failures = 0;
+                }
+                self.breaker.failed(now, timing);
+                self.last_failure = Some(failure.clone().unwrap_or_else(ended));
+            }
+            Stage::Found | Stage::Closing { .. } | Stage::Stopping => {
+                if life.ready_at.is_some() {
+                    self.breaker = Breaker::default();
+                }
+            }
+        }
+        if life.told {
+            let reason = match (life.stage, failure) {
+                (Stage::Stopping | Stage::Closing { .. }, _) | (_, None) => "it was stopped".into(),
+                (_, Some(failure)) => failure.message,
+            };
+            self.say(Effect::Gone { vm, reason });
+        }
+    }
+
+    /// A VM that was to serve did not get there.
+    pub(super) fn start_failed(&mut self, mut failure: Failure, now: Moment, timing: &Timing) {
+        if failure.code == ErrorCode::NoCapacity {
+            // The app is not to blame: the next try needs only a pause.
+            self.breaker.until = now.after(timing.backoff_least);
+        } else {
+            self.breaker.failed(now, timing);
+        }
+        failure.retry_after_ms = self.breaker.until.0.saturating_sub(now.0);
+        self.last_failure = Some(failure.clone());
+        self.fail_wake(failure);
+    }
+
+    pub(super) fn fail_deploy(&mut self, failure: Failure) {
+        if let Some(deploy) = self.deploy.take() {
+            self.say(Effect::DeployFailed {
+                operation: deploy.operation,
+                release: deploy.target.release,
+                failure,
+            });
+        }
+    }
+
+    fn on_activity(&mut self, activity: &Activity, now: Moment) {
+        if let Some(life) = self.vms.get_mut(&activity.vm) {
+            let since = Moment(now.0.saturating_sub(activity.idle_ms));
+            life.idle_since = (activity.in_flight == 0).then_some(since);
+        }
+    }
+
+    fn on_reaped(&mut self, vm: VmId, now: Moment, timing: &Timing) {
+        // An answer that comes after its time still means that the gateway has closed.
+        let closed = |life: &Vm| matches!(life.stage, Stage::Closing { .. } | Stage::Serving);
+        if self.vms.get(&vm).is_some_and(closed) {
+            self.stop(vm, StopMode::Graceful, now, timing);
+        }
+    }
+
+    fn on_door_back(&mut self, warm: &[Activity], now: Moment) {
+        for activity in warm {
+            if !self.vms.contains_key(&activity.vm) {
+                let reason = "it ended while the daemon was away".to_owned();
+                let vm = activity.vm;
+                self.say(Effect::Gone { vm, reason });
+            }
+        }
+        let told: Vec<_> = self
+            .vms
+            .iter()
+            .map(|(vm, life)| (*vm, life.stage))
+            .collect();
+        for (vm, stage) in told {
+            match stage {
+                Stage::Serving => {
+                    let phases = Vec::new();
+                    self.say(Effect::Awake { vm, phases });
+                }
+                // The question may have been lost with the connection.
+                Stage::Closing { force } => self.say(Effect::Close { vm, force }),
+                _ => {}
+            }
+        }
+        for activity in warm {
+            self.on_activity(activity, now);
+        }
+    }
+
+    fn on_deploy(&mut self, operation: String, target: Target) {
+        if let Some(running) = &self.deploy {
+            let message = format!("the operation {} was faster", running.operation);
+            self.say(Effect::DeployFailed {
+                operation,
+                release: target.release,
+                failure: Failure::new(ErrorCode::Conflict, message),
+            });
+            return;
+        }
+        self.deploy = Some(Deploy {
+            operation,
+            target,
+            vm: None,
+        });
+    }
+
+    fn on_promoted(&mut self, vm: VmId, now: Moment, timing: &Timing) {
+        self.deploy = None;
+        self.rest = false;
+        self.breaker = Breaker::default();
+        let old = self.serving;
+        if self
+            .vms
+            .get(&vm)
+            .is_some_and(|life| life.stage == Stage::Healthy)
+        {
+            self.serve(vm, now);
+        }
+        if let Some(old) = old.filter(|old| *old != vm) {
+            // From Closing too: what was asked without force is asked with it.
+            if self
+                .vms
+                .get(&old)
+                .is_some_and(|life| life.stage != Stage::Stopping)
+            {
+                self.close(old, true, now.after(timing.drain));
+            }
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Compares what the node has with what is believed: at the start, and now and then.
+
+use std::collections::HashSet;
+
+use super::life::Event;
+use super::{AppRef, Converge};
+use crate::nodes::NodesError;
+use crate::store::StoreError;
+
+impl Converge {
+    /// Takes over what the node has, at the start. Nothing else has happened yet.
+    pub(crate) async fn adopt(&self) -> Result<usize, NodesError> {
+        let vms = self.inner.nodes.list().await?;
+        let count = vms.len();
+        for status in vms {
+            self.vm_changed(status);
+        }
+        Ok(count)
+    }
+
+    /// Looks at every app once: those that are always awake are started.
+    pub(crate) async fn look_at_all(&self) -> Result<usize, StoreError> {
+        let apps = self.all_apps().await?;
+        for (app, _) in &apps {
+            self.signal(app);
+        }
+        Ok(apps.len())
+    }
+
+    /// Takes in the node's list: states whose news were lost, VMs that are gone.
+    pub(super) async fn repair(&self) {
+        let began = self.now();
+        let vms = match self.inner.nodes.list().await {
+            Ok(vms) => vms,
+            Err(error) => {
+                tracing::warn!(%error, "the node does not list its VMs");
+                return;
+            }
+        };
+        let listed: HashSet<_> = vms.iter().map(|status| status.vm).collect();
+        for status in vms {
+            self.vm_changed(status);
+        }
+        for (app, vm) in self.missing(&listed, began) {
+            tracing::warn!(%app, %vm, "a VM is not on its node any more");
+            self.event(&app, Event::Lost(vm));
+        }
+    }
+
+    /// VMs that the node had before the list was asked for, and that are not in it.
+    fn missing(
+        &self,
+        listed: &HashSet<spore_wire::id::VmId>,
+        began: super::Moment,
+    ) -> Vec<(AppRef, spore_wire::id::VmId)> {
+        let slots = self.slots();
+        let mut missing = Vec::new();
+        for (app, slot) in slots.iter() {
+            for (vm, accepted) in slot.life.accepted() {
+                if accepted < began && !listed.contains(&vm) {
+                    missing.push((app.clone(), vm));
+                }
+            }
+        }
+        missing
+    }
+}

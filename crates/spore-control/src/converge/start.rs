@@ -1,0 +1,157 @@
+//! Turns a release into a VM's start: the only place where secrets are opened.
+
+use spore_api::error::ErrorCode;
+use spore_api::name::SecretName;
+use spore_wire::guest::Readiness;
+use spore_wire::id::VmId;
+use spore_wire::node::{Owner, Process, Resources, StartVm, StopMode};
+use spore_wire::secret::SecretBytes;
+
+use super::life::Failure;
+use super::{AppRef, Converge};
+use crate::nodes::NodesError;
+use crate::secrets::{Place, SecretsError};
+use crate::store::StoreError;
+use crate::store::record::load;
+use crate::store::record::release::{ReleaseRecord, Rules};
+use crate::store::record::secret::{SecretRecord, secret_key};
+
+/// Why a VM is not even asked for.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("release {release} is not there any more: deploy again")]
+    NoRelease { release: u64 },
+    #[error("the secret `{name}` is not set: `spore secret set {app} {name}`, then try again")]
+    NoSecret { app: String, name: SecretName },
+    #[error(transparent)]
+    Secrets(#[from] SecretsError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Converge {
+    /// Asks the node for a VM of this release.
+    pub(super) async fn start(&self, app: &AppRef, vm: VmId, release: u64) -> Result<(), Failure> {
+        let start = self.start_vm(app, vm, release).await.map_err(|error| {
+            let code = match &error {
+                StartError::NoRelease { .. } => ErrorCode::NoRelease,
+                StartError::NoSecret { .. } => ErrorCode::AppFailed,
+                StartError::Secrets(_) | StartError::Store(_) => ErrorCode::Internal,
+            };
+            Failure::new(code, super::app::chain(&error))
+        })?;
+        let Err(error) = self.inner.nodes.start(start).await else {
+            return Ok(());
+        };
+        if matches!(
+            error,
+            NodesError::Timeout { .. } | NodesError::Failed { .. }
+        ) {
+            // The node may have begun all the same. Should it say so later, it is stopped again.
+            let stopped = self.inner.nodes.stop(vm, StopMode::Kill).await;
+            tracing::debug!(%vm, ?stopped, "stopped a start that failed");
+        }
+        Err(refused(&error))
+    }
+
+    async fn start_vm(&self, app: &AppRef, vm: VmId, number: u64) -> Result<StartVm, StartError> {
+        let release = self.release(app, number).await?;
+        let release = release.ok_or(StartError::NoRelease { release: number })?;
+        let secret_environment = self.secrets(app, &release.rules.secret_names).await?;
+        let secret_files = self.secrets(app, &release.rules.secret_files).await?;
+        let mut process = self.process(app, &release);
+        process.secret_environment = secret_environment;
+        process.secret_files = secret_files;
+        let rules = release.rules;
+        Ok(StartVm {
+            vm,
+            owner: Owner {
+                account: app.account.to_string(),
+                app: app.app.to_string(),
+                release: number,
+            },
+            image: release.image,
+            folder: release.folder,
+            resources: Resources {
+                cpus: rules.cpus,
+                memory_mib: rules.memory_mib,
+                disk_mib: rules.disk_mib,
+            },
+            process,
+            egress: rules.egress,
+        })
+    }
+
+    fn process(&self, app: &AppRef, release: &ReleaseRecord) -> Process {
+        let rules = &release.rules;
+        let grace = self.inner.config.timing.stop_grace.as_millis();
+        Process {
+            command: rules.command.clone(),
+            environment: environment(app, release.number, rules),
+            secret_environment: Vec::new(),
+            secret_files: Vec::new(),
+            user: None,
+            port: rules.port,
+            ready: match &rules.health_path {
+                Some(path) => Readiness::Http { path: path.clone() },
+                None => Readiness::Port,
+            },
+            ready_timeout_ms: rules.health_timeout_ms,
+            stop_grace_ms: u64::try_from(grace).unwrap_or(u64::MAX),
+        }
+    }
+
+    async fn secrets(
+        &self,
+        app: &AppRef,
+        names: &[SecretName],
+    ) -> Result<Vec<(String, SecretBytes)>, StartError> {
+        let mut opened = Vec::with_capacity(names.len());
+        for name in names {
+            let key = secret_key(&app.account, &app.app, name);
+            let stored = load::<SecretRecord>(&*self.inner.store, &key).await?;
+            let stored = stored.ok_or_else(|| StartError::NoSecret {
+                app: app.app.to_string(),
+                name: name.clone(),
+            })?;
+            let place = Place {
+                account: &app.account,
+                app: &app.app,
+                name,
+            };
+            let value = self.inner.vault.open(place, &stored.record).await?;
+            opened.push((name.to_string(), value));
+        }
+        Ok(opened)
+    }
+}
+
+/// What every app finds, then what its manifest adds.
+fn environment(app: &AppRef, release: u64, rules: &Rules) -> Vec<(String, String)> {
+    let own = [
+        ("PORT", rules.port.to_string()),
+        ("SPORE_APP", app.app.to_string()),
+        ("SPORE_RELEASE", release.to_string()),
+        // The home of `DEFAULT_UID` may not exist in the image; /tmp is always writable.
+        ("HOME", "/tmp".to_owned()),
+        ("TZ", "UTC".to_owned()),
+    ];
+    let own = own.map(|(name, value)| (name.to_owned(), value));
+    own.into_iter()
+        .chain(rules.environment.iter().cloned())
+        .collect()
+}
+
+fn refused(error: &NodesError) -> Failure {
+    let code = match error {
+        NodesError::NoCapacity { .. } => ErrorCode::NoCapacity,
+        NodesError::DiskFull { .. } => ErrorCode::DiskFull,
+        NodesError::Timeout { .. } => ErrorCode::Timeout,
+        NodesError::NotFound { .. } | NodesError::Invalid { .. } => ErrorCode::AppFailed,
+        NodesError::NoVm { .. }
+        | NodesError::TooLarge { .. }
+        | NodesError::Image { .. }
+        | NodesError::Failed { .. } => ErrorCode::Internal,
+    };
+    Failure::new(code, error.to_string())
+}

@@ -1,0 +1,62 @@
+//! Apps: what their owner wants.
+
+use serde::{Deserialize, Serialize};
+use spore_api::name::{AccountName, AppName};
+
+use super::Record;
+
+/// An app.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppRecord {
+    /// Milliseconds since the Unix epoch.
+    pub created_at_ms: i64,
+    /// Whether it may be woken.
+    pub enabled: bool,
+    /// The release that serves; `None` before the first healthy one.
+    pub release: Option<u64>,
+    /// The number that the next release gets.
+    pub next_release: u64,
+    /// The operation that tries a release now: at most one at a time.
+    pub deploying: Option<String>,
+}
+
+impl AppRecord {
+    /// An app without a release.
+    #[must_use]
+    pub const fn new(created_at_ms: i64) -> Self {
+        Self {
+            created_at_ms,
+            enabled: true,
+            release: None,
+            next_release: 1,
+            deploying: None,
+        }
+    }
+}
+
+impl Record for AppRecord {
+    const KIND: &'static str = "app";
+    const VERSION: u32 = 1;
+}
+
+/// All apps begin with it.
+pub const APPS: &str = "app/";
+
+/// The key of an app.
+#[must_use]
+pub fn app_key(account: &AccountName, app: &AppName) -> String {
+    format!("{APPS}{account}/{app}")
+}
+
+/// The keys of an account's apps begin with it.
+#[must_use]
+pub fn apps_of(account: &AccountName) -> String {
+    format!("{APPS}{account}/")
+}
+
+/// The account and app of a key.
+#[must_use]
+pub fn names_of(key: &str) -> Option<(AccountName, AppName)> {
+    let (account, app) = key.strip_prefix(APPS)?.split_once('/')?;
+    Some((account.parse().ok()?, app.parse().ok()?))
+}
