@@ -213,6 +213,12 @@ impl Decoder {
         }))
     }
 
+    /// Passes over one byte. After an error that ended the session, an agent looks for the next
+    /// session's preamble and `Hello` this way; they may already have been fed.
+    pub fn skip(&mut self) {
+        self.consumed = (self.consumed + 1).min(self.buffer.len());
+    }
+
     /// True once frames may be read.
     fn scan(&mut self) -> bool {
         let Some(mark) = &self.scan_for else {
@@ -312,6 +318,30 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_hello_is_found_behind_any_garbage(
+            garbage in prop::collection::vec(any::<u8>(), 0..2000),
+            step in 100_usize..70_000,
+        ) {
+            let mut bytes = garbage;
+            bytes.extend_from_slice(&[0; PREAMBLE_BYTES]);
+            bytes.extend_from_slice(&whole(0, FrameKind::Message, b"hello"));
+            let mut decoder = Decoder::new();
+            let mut last = None;
+            for part in bytes.chunks(step) {
+                decoder.feed(part);
+                loop {
+                    match decoder.next_frame() {
+                        Ok(None) => break,
+                        Ok(Some(frame)) => last = Some(frame.payload),
+                        Err(FrameError::Checksum) => {}
+                        Err(_) => decoder.skip(),
+                    }
+                }
+            }
+            prop_assert_eq!(last, Some(b"hello".to_vec()));
+        }
+
         #[test]
         fn frames_read_back_however_they_are_cut(
             frames in prop::collection::vec(

@@ -1,0 +1,197 @@
+//! What a VM must renew before a tenant's first instruction: entropy, clock, names, resolver.
+//!
+//! [`Real`] is the machine of [`crate::init`]; a step that fails fails the thaw, and the host ends the
+//! VM. Entropy comes first: whatever follows may use the kernel's random numbers.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd as _;
+
+use rustix::fs::{AtFlags, Mode, OFlags, fchmod, openat, renameat, unlinkat};
+use rustix::io::Errno;
+use rustix::system::{RebootCommand, reboot, sethostname};
+use rustix::time::{ClockId, Timespec, clock_settime};
+use spore_wire::guest::{AgentError, AgentErrorCode, Thaw};
+
+use crate::agent::Machine;
+use crate::guest::{Guest, path_error, refused};
+use crate::{console, net, sys};
+
+/// The least entropy that is taken.
+const ENTROPY_BYTES_MIN: usize = 32;
+
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// The VM itself.
+#[derive(Debug)]
+pub struct Real;
+
+impl Machine for Real {
+    fn thaw(&mut self, guest: &Guest, thaw: &Thaw) -> Result<(), AgentError> {
+        check(thaw)?;
+        let entropy = thaw.entropy.expose();
+        File::open("/dev/urandom")
+            .and_then(|random| sys::add_entropy(random.as_fd(), entropy))
+            .map_err(|error| refused("renew the kernel's entropy", &error))?;
+        let now = Timespec {
+            tv_sec: i64::try_from(thaw.realtime_ns / NANOSECONDS).unwrap_or(i64::MAX),
+            tv_nsec: i64::try_from(thaw.realtime_ns % NANOSECONDS).unwrap_or(0),
+        };
+        clock_settime(ClockId::Realtime, now)
+            .map_err(|errno| refused("set the clock", &errno.into()))?;
+        sethostname(thaw.hostname.as_bytes())
+            .map_err(|errno| refused("set the host name", &errno.into()))?;
+        for (name, text, mode) in files(thaw) {
+            put(guest, name, &text, mode)?;
+        }
+        Ok(())
+    }
+
+    fn power_off(&mut self) {
+        rustix::fs::sync();
+        // A machine without ACPI cannot be turned off; QEMU with -no-reboot ends at a reset too.
+        for command in [RebootCommand::PowerOff, RebootCommand::Restart] {
+            if let Err(errno) = reboot(command) {
+                console::say(&format!("cannot power off: {}", io::Error::from(errno)));
+            }
+        }
+    }
+}
+
+fn check(thaw: &Thaw) -> Result<(), AgentError> {
+    let invalid = |message: String| AgentError {
+        code: AgentErrorCode::Invalid,
+        message,
+    };
+    let bytes = thaw.entropy.expose().len();
+    if !(ENTROPY_BYTES_MIN..=sys::ENTROPY_BYTES_MAX).contains(&bytes) {
+        return Err(invalid(format!(
+            "{bytes} bytes of entropy: 32 to 512 are taken"
+        )));
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.';
+    let hostname = &thaw.hostname;
+    if hostname.is_empty() || hostname.len() > 64 || !hostname.chars().all(plain) {
+        return Err(invalid(format!(
+            "host name `{hostname}`: 1 to 64 letters, digits, `-` and `.` are expected"
+        )));
+    }
+    let digit = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
+    if thaw.machine_id.len() != 32 || !thaw.machine_id.chars().all(digit) {
+        return Err(invalid(
+            "machine id: 32 digits 0-9 and a-f are expected".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+/// The files of `/etc` that name this VM.
+fn files(thaw: &Thaw) -> [(&'static str, String, u32); 4] {
+    let hostname = &thaw.hostname;
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n{}\t{hostname}\n",
+        net::guest_address()
+    );
+    let resolver = match thaw.resolver {
+        Some(address) => format!(
+            "nameserver {}\noptions timeout:5\n",
+            Ipv4Addr::from(address)
+        ),
+        None => "# This app has no [egress]: there is no resolver to ask.\n".to_owned(),
+    };
+    [
+        ("machine-id", format!("{}\n", thaw.machine_id), 0o444),
+        ("hostname", format!("{hostname}\n"), 0o644),
+        ("hosts", hosts, 0o644),
+        ("resolv.conf", resolver, 0o644),
+    ]
+}
+
+/// Replaces a file of the tenant's `/etc`, whatever the image has there; a link is not followed.
+fn put(guest: &Guest, name: &str, text: &str, mode: u32) -> Result<(), AgentError> {
+    let failed = |errno| path_error(&format!("/etc/{name}"), errno);
+    match rustix::fs::mkdirat(&guest.root, "etc", Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(failed(errno)),
+    }
+    let folder = guest.open("/etc", OFlags::PATH | OFlags::DIRECTORY)?;
+    let temporary = ".spore-thaw";
+    match unlinkat(&folder, temporary, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(errno) => return Err(failed(errno)),
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+    let file = openat(
+        &folder,
+        temporary,
+        flags | OFlags::CLOEXEC,
+        Mode::from_raw_mode(0o600),
+    )
+    .map_err(failed)?;
+    fchmod(&file, Mode::from_raw_mode(mode)).map_err(failed)?;
+    File::from(file)
+        .write_all(text.as_bytes())
+        .map_err(|error| refused(&format!("write /etc/{name}"), &error))?;
+    renameat(&folder, temporary, &folder, name).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use spore_wire::guest::{AgentErrorCode, Thaw};
+    use spore_wire::secret::SecretBytes;
+
+    use super::{check, files};
+
+    fn thaw() -> Thaw {
+        Thaw {
+            realtime_ns: 1,
+            entropy: SecretBytes::new(vec![7; 32]),
+            hostname: "notes".to_owned(),
+            machine_id: "0123456789abcdef0123456789abcdef".to_owned(),
+            resolver: Some([10, 42, 0, 1]),
+        }
+    }
+
+    #[test]
+    fn a_thaw_that_would_write_nonsense_is_refused_before_anything_is_done() {
+        assert!(check(&thaw()).is_ok());
+        let wrong = [
+            Thaw {
+                entropy: SecretBytes::new(vec![7; 31]),
+                ..thaw()
+            },
+            Thaw {
+                entropy: SecretBytes::new(vec![7; 513]),
+                ..thaw()
+            },
+            Thaw {
+                hostname: "a b".to_owned(),
+                ..thaw()
+            },
+            Thaw {
+                hostname: "x\n127.0.0.1 bank".to_owned(),
+                ..thaw()
+            },
+            Thaw {
+                machine_id: "0123".to_owned(),
+                ..thaw()
+            },
+        ];
+        for thaw in wrong {
+            assert_eq!(check(&thaw).unwrap_err().code, AgentErrorCode::Invalid);
+        }
+    }
+
+    #[test]
+    fn the_resolver_is_named_only_when_there_is_one() {
+        let [_, _, hosts, resolver] = files(&thaw());
+        assert_eq!(hosts.1, "127.0.0.1\tlocalhost\n10.42.0.2\tnotes\n");
+        assert!(resolver.1.starts_with("nameserver 10.42.0.1\n"));
+        let [_, _, _, none] = files(&Thaw {
+            resolver: None,
+            ..thaw()
+        });
+        assert!(!none.1.contains("nameserver"));
+    }
+}
