@@ -1,0 +1,208 @@
+//! Stories of bodies, events and upgraded connections.
+
+use std::time::Duration;
+
+use spore_wire::gateway::FromGateway;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::app::App;
+use crate::client::{Client, request};
+use crate::daemon::{Reap, Rig, key, route, vm};
+
+const LARGE: usize = 100 * 1024 * 1024;
+
+#[tokio::test]
+async fn a_websocket_echoes_through_a_wake_and_keeps_its_app_awake() {
+    let rig = Rig::start();
+    let daemon = rig.daemon(vec![route("app")]).await;
+    let app = App::start("app").await;
+    daemon.on_wake("app", vm(1), app.address);
+    let mut client = Client::connect(rig.address).await;
+    client
+        .send(
+            "GET /upgrade HTTP/1.1\r\nHost: app.localhost\r\nConnection: Upgrade\r\n\
+             Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        )
+        .await;
+    let answer = client.answer().await;
+    assert_eq!(answer.status, 101);
+    assert_eq!(answer.header("upgrade").unwrap(), "websocket");
+    assert!(answer.header("server-timing").is_some());
+    // Masked text frames, as a browser sends them; the app gives the bytes back.
+    for frame in [
+        &b"\x81\x85\x01\x02\x03\x04igoph"[..],
+        b"\x89\x80\x01\x02\x03\x04",
+    ] {
+        client.send(frame).await;
+        assert_eq!(client.bytes(frame.len()).await, frame);
+    }
+    assert_eq!(daemon.reap("app", vm(1), false).await, Reap::Busy);
+    client.stream.shutdown().await.unwrap();
+    assert_eq!(client.rest().await, b"");
+    loop {
+        if daemon.reap("app", vm(1), false).await == Reap::Reaped {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upgraded_connection_ends_with_its_vm() {
+    let rig = Rig::start();
+    let daemon = rig.daemon(vec![route("app")]).await;
+    let app = App::start("app").await;
+    daemon.on_wake("app", vm(1), app.address);
+    let mut client = Client::connect(rig.address).await;
+    client
+        .send(
+            "GET /upgrade HTTP/1.1\r\nHost: app.localhost\r\nConnection: upgrade\r\n\
+             Upgrade: anything/1\r\n\r\nearly",
+        )
+        .await;
+    assert_eq!(client.answer().await.status, 101);
+    assert_eq!(client.bytes(5).await, b"early");
+    daemon.gone("app", vm(1));
+    assert_eq!(client.rest().await, b"");
+}
+
+#[tokio::test]
+async fn events_arrive_when_they_are_sent() {
+    let rig = Rig::start();
+    let daemon = rig.daemon(vec![route("app")]).await;
+    let app = App::start("app").await;
+    daemon.on_wake("app", vm(1), app.address);
+    let mut client = Client::connect(rig.address).await;
+    client.send(request("GET", "app", "/sse")).await;
+    assert!(client.head().await.contains("text/event-stream"));
+    // The app does not go on before the first event was read here.
+    assert_eq!(client.bytes(14).await, b"9\r\ndata: 1\n\n\r\n");
+    app.go_on();
+    assert_eq!(client.bytes(14).await, b"9\r\ndata: 2\n\n\r\n");
+    app.go_on();
+    assert_eq!(client.bytes(5).await, b"0\r\n\r\n");
+}
+
+fn resident_kib() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let number = line.unwrap().split_whitespace().nth(1);
+    number.unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_hundred_megabytes_go_both_ways_past_a_slow_reader_in_little_memory() {
+    let rig = Rig::start();
+    let daemon = rig.daemon(vec![route("app")]).await;
+    let app = App::start("app").await;
+    daemon.on_wake("app", vm(1), app.address);
+    let client = Client::connect(rig.address).await;
+    let before = resident_kib();
+    let (mut read, mut write) = client.stream.into_split();
+    let writer = tokio::spawn(async move {
+        let head = format!(
+            "POST /echo HTTP/1.1\r\nHost: app.localhost\r\nContent-Length: {LARGE}\r\n\
+             Connection: close\r\n\r\n"
+        );
+        write.write_all(head.as_bytes()).await.unwrap();
+        let piece = vec![b'x'; 64 * 1024];
+        for _ in 0..LARGE / piece.len() {
+            write.write_all(&piece).await.unwrap();
+        }
+        write
+    });
+    // Nothing is read for a while: everything in between must stop, not swell.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!writer.is_finished());
+    let mut received = 0;
+    let mut most = before;
+    let mut piece = vec![0; 256 * 1024];
+    loop {
+        let count = read.read(&mut piece).await.unwrap();
+        if count == 0 {
+            break;
+        }
+        received += count;
+        most = most.max(resident_kib());
+    }
+    assert!(received > LARGE, "{received}");
+    assert!(most - before < 32 * 1024, "grew by {} KiB", most - before);
+    drop(writer.await.unwrap());
+}
+
+#[tokio::test]
+async fn an_answer_before_the_end_of_the_request_does_not_stop_the_request() {
+    let rig = Rig::start();
+    let daemon = rig.daemon(vec![route("app")]).await;
+    let app = App::start("app").await;
+    daemon.on_wake("app", vm(1), app.address);
+    let mut client = Client::connect(rig.address).await;
+    client
+        .send("POST /echo HTTP/1.1\r\nHost: app.localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        .await;
+    // Both directions move in turn, on one exchange.
+    client.send("3\r\none\r\n").await;
+    client.head().await;
+    assert_eq!(client.bytes(8).await, b"3\r\none\r\n");
+    client.send("3\r\ntwo\r\n").await;
+    assert_eq!(client.bytes(8).await, b"3\r\ntwo\r\n");
+    client.send("0\r\n\r\n").await;
+    assert_eq!(client.bytes(5).await, b"0\r\n\r\n");
+}
+
+#[tokio::test]
+async fn a_chunked_get_keeps_its_body_and_trailers_pass_both_ways() {
+    let rig = Rig::start();
+    let daemon = rig.daemon(vec![route("app")]).await;
+    let app = App::start("app").await;
+    daemon.on_wake("app", vm(1), app.address);
+    let mut client = Client::connect(rig.address).await;
+    client
+        .send(
+            "GET /echo HTTP/1.1\r\nHost: app.localhost\r\nTransfer-Encoding: chunked\r\n\r\n\
+             5\r\nhello\r\n0\r\n\r\n",
+        )
+        .await;
+    assert_eq!(client.answer().await.text(), "hello");
+    let mut client = Client::connect(rig.address).await;
+    client
+        .send(
+            "POST /trailers HTTP/1.1\r\nHost: app.localhost\r\nTransfer-Encoding: chunked\r\n\
+             TE: trailers\r\nTrailer: X-Sum\r\n\r\n5\r\nhello\r\n0\r\nX-Sum: 42\r\n\r\n",
+        )
+        .await;
+    let answer = client.answer().await;
+    assert_eq!((answer.status, answer.text()), (200, "body"));
+    assert_eq!(answer.header("x-sum").unwrap(), "42");
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_app() {
+    let rig = Rig::start();
+    let daemon = rig.daemon(vec![route("app")]).await;
+    let app = App::start("app").await;
+    daemon.on_wake("app", vm(1), app.address);
+    let mut hanging = Client::connect(rig.address).await;
+    hanging.send(request("GET", "app", "/hang")).await;
+    let mut flooded = Client::connect(rig.address).await;
+    flooded.send(request("GET", "app", "/flood")).await;
+    app.asked("/hang").await;
+    app.asked("/flood").await;
+    drop(hanging);
+    drop(flooded);
+    loop {
+        let app = key("app");
+        let (vm, force) = (vm(1), false);
+        drop(app);
+        if daemon.reap("app", vm, force).await == Reap::Reaped {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    daemon
+        .heard(
+            1,
+            |heard| matches!(heard, FromGateway::Counts(counts) if counts.by_class[0] > 0),
+        )
+        .await;
+}
