@@ -6,7 +6,7 @@
 pub(crate) mod images;
 pub(crate) mod kernel;
 mod modules;
-mod packages;
+pub(crate) mod packages;
 mod vmlinux;
 
 use anyhow::Result;

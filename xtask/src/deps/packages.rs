@@ -12,6 +12,7 @@ use crate::progress::{say, step};
 /// What the daemon, the build and the tests need, each with its reason.
 const PACKAGES: &[(&str, &str)] = &[
     ("ca-certificates", "apps that speak TLS"),
+    ("curl", "`make up` shows a wake"),
     ("e2fsprogs", "empty ext4 disks"),
     ("gcc", "linking"),
     ("iproute2", "namespaces in tests"),

@@ -1,0 +1,42 @@
+# Names for people; the work is done by `cargo xtask` (see CONTRIBUTING.md).
+
+CARGO ?= cargo
+XTASK = $(CARGO) run --quiet --package xtask --
+
+.PHONY: help up down test deps clean-host fmt lint bench rig-test
+
+help:
+	@echo "make up          build, install and start Spore, deploy examples/hello"
+	@echo "make down        stop all VMs and the daemon"
+	@echo "make test        the whole test suite"
+	@echo "make deps        fetch everything from outside, once"
+	@echo "make clean-host  remove everything that up and deps put on this machine"
+	@echo "make fmt | lint | bench | rig-test"
+
+up:
+	@$(XTASK) up
+
+down:
+	@$(XTASK) down
+
+test:
+	@$(XTASK) test
+
+deps:
+	@$(XTASK) deps
+
+clean-host:
+	@$(XTASK) clean-host
+
+fmt:
+	@$(CARGO) fmt --all
+
+lint:
+	@$(XTASK) tidy
+	@$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+bench:
+	@$(CARGO) bench --workspace
+
+rig-test:
+	@echo "SKIPPED: there is no rig yet; it comes with the kvm driver"
