@@ -179,8 +179,11 @@ impl Node {
         // The broom goes before the first new start could be taken for rubbish.
         let keep: BTreeSet<VmId> = usable.iter().map(|record| record.start.vm).collect();
         adoption.swept = host.hypervisor.sweep(&keep).await?;
+        // An opening that is given up leaves no actor behind.
+        let unless_given_up = host.tasks.end_on_drop();
         let node = Self { host, images };
         node.adopt(usable, &mut adoption).await;
+        drop(unless_given_up.disarm());
         Ok((node, adoption))
     }
 

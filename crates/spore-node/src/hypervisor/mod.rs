@@ -17,6 +17,8 @@
 //! is idempotent and needs no memory of its own: names of cgroups, folders and the like are made
 //! from the [`VmId`]. `sweep` removes what bears no id that is kept.
 
+pub mod sim;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;

@@ -48,6 +48,11 @@ impl Tasks {
         }
     }
 
+    /// Ends every task when it is dropped before it is disarmed.
+    pub(crate) fn end_on_drop(&self) -> DropGuard {
+        self.token.clone().drop_guard()
+    }
+
     /// Ends every task and waits until all are gone.
     pub(crate) async fn end(&self) {
         self.token.cancel();

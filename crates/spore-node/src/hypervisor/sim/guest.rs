@@ -1,0 +1,259 @@
+//! A simulated guest: its boot, its app, and how it ends.
+//!
+//! Made by the driver's `boot`; lives on tasks of its own, as a process does, until it is ended.
+
+use core::time::Duration;
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use spore_wire::guest::{AppStatus, Event, Exit, LogRecord, OutputKind, StartApp};
+use spore_wire::id::VmId;
+use tokio::io::DuplexStream;
+use tokio::sync::{Notify, broadcast, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{SimHost, agent, lock, web};
+use crate::hypervisor::VmExit;
+
+/// One guest.
+#[derive(Debug)]
+pub(super) struct Guest {
+    pub(super) vm: VmId,
+    pub(super) pid: u32,
+    pub(super) boot_id: String,
+    pub(super) state: Mutex<GuestState>,
+    /// News for the session, if there is one.
+    pub(super) news: broadcast::Sender<Event>,
+    /// Something was printed.
+    pub(super) printed: Notify,
+    pub(super) over: CancellationToken,
+    booted_at: Instant,
+    exit: watch::Sender<Option<VmExit>>,
+    session: Mutex<CancellationToken>,
+    host: SimHost,
+}
+
+/// What a guest knows.
+#[derive(Debug, Default)]
+pub(super) struct GuestState {
+    pub(super) thawed: bool,
+    pub(super) network_open: bool,
+    pub(super) app: AppStatus,
+    pub(super) hostname: String,
+    pub(super) port: u16,
+    pub(super) starts: u32,
+    pub(super) records: Vec<LogRecord>,
+    pub(super) files: HashMap<String, Vec<u8>>,
+    web: Option<SocketAddr>,
+    stop_app: Option<CancellationToken>,
+}
+
+impl Guest {
+    pub(super) fn boot(host: &SimHost, vm: VmId, pid: u32) -> Arc<Self> {
+        let word = host.draw(vm, "boot id");
+        let boot_ms = 100 + host.draw(vm, "kernel") % 700;
+        let guest = Arc::new(Self {
+            vm,
+            pid,
+            boot_id: format!(
+                "{:08x}-{:04x}-4000-8000-{:012x}",
+                word >> 32,
+                (word >> 16) & 0xffff,
+                pid
+            ),
+            state: Mutex::default(),
+            news: broadcast::channel(256).0,
+            printed: Notify::new(),
+            over: CancellationToken::new(),
+            booted_at: Instant::now() + Duration::from_millis(boot_ms),
+            exit: watch::Sender::new(None),
+            session: Mutex::default(),
+            host: host.clone(),
+        });
+        if host.happens(vm, "dies", |plan| plan.dies) {
+            let after = Duration::from_millis(host.draw(vm, "death") % 60_000);
+            let dying = Arc::clone(&guest);
+            guest.spawn(async move {
+                tokio::time::sleep(after).await;
+                dying.end("died by plan", false);
+            });
+        }
+        guest
+    }
+
+    /// Runs as long as the guest does.
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let over = self.over.clone();
+        drop(tokio::spawn(async move {
+            over.run_until_cancelled(work).await;
+        }));
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        !self.over.is_cancelled()
+    }
+
+    pub(super) fn end(&self, reason: &str, out_of_memory: bool) {
+        if self.is_alive() {
+            self.over.cancel();
+            self.exit.send_replace(Some(VmExit {
+                reason: reason.to_owned(),
+                out_of_memory,
+            }));
+        }
+    }
+
+    pub(super) async fn exited(&self) -> VmExit {
+        let mut exit = self.exit.subscribe();
+        let exit = exit.wait_for(Option::is_some).await;
+        exit.ok().and_then(|exit| exit.clone()).unwrap_or(VmExit {
+            reason: "gone".to_owned(),
+            out_of_memory: false,
+        })
+    }
+
+    pub(super) fn break_session(&self) {
+        lock(&self.session).cancel();
+    }
+
+    /// The newest connection has the agent.
+    pub(super) fn connect_agent(self: &Arc<Self>, host: &SimHost) -> DuplexStream {
+        let (ours, theirs) = tokio::io::duplex(256 * 1024);
+        let token = CancellationToken::new();
+        let before = core::mem::replace(&mut *lock(&self.session), token.clone());
+        before.cancel();
+        let vm = self.vm;
+        let trouble = agent::Trouble {
+            silent: host.happens(vm, "silent", |plan| plan.silent),
+            malformed: host.happens(vm, "malformed", |plan| plan.malformed),
+            breaks_after: host
+                .happens(vm, "breaks", |plan| plan.breaks)
+                .then(|| Duration::from_millis(host.draw(vm, "break") % 5000)),
+        };
+        let guest = Arc::clone(self);
+        let booted_at = self.booted_at;
+        self.spawn(async move {
+            let serve = async {
+                tokio::time::sleep_until(booted_at).await;
+                agent::serve(guest, theirs, trouble).await;
+            };
+            token.run_until_cancelled(serve).await;
+        });
+        ours
+    }
+
+    pub(super) fn violation(&self, text: &str) {
+        self.host.violation(format!("{}: {text}", self.vm));
+    }
+
+    /// Where the app answers, if it does.
+    pub(super) async fn web(self: &Arc<Self>, port: u16) -> io::Result<SocketAddr> {
+        {
+            let state = lock(&self.state);
+            let listens = matches!(state.app, AppStatus::Ready { .. }) && port == state.port;
+            if !self.is_alive() || !state.network_open || !listens {
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            }
+            if let Some(address) = state.web {
+                return Ok(address);
+            }
+        }
+        let address = web::listen(self).await?;
+        lock(&self.state).web = Some(address);
+        Ok(address)
+    }
+
+    pub(super) fn print(&self, text: &str) {
+        let mut state = lock(&self.state);
+        let sequence = u64::try_from(state.records.len()).unwrap_or(u64::MAX) + 1;
+        state.records.push(LogRecord {
+            sequence,
+            at_us: 0,
+            from: OutputKind::Stdout,
+            text: text.to_owned(),
+        });
+        drop(state);
+        self.printed.notify_waiters();
+    }
+
+    fn app_is(&self, status: AppStatus) {
+        lock(&self.state).app = status.clone();
+        // Nobody listens: the next session's hello tells it.
+        drop(self.news.send(Event::App(status)));
+    }
+
+    pub(super) fn start_app(self: &Arc<Self>, start: StartApp) {
+        let stop = CancellationToken::new();
+        {
+            let mut state = lock(&self.state);
+            state.port = start.port;
+            state.stop_app = Some(stop.clone());
+        }
+        let guest = Arc::clone(self);
+        self.spawn(async move {
+            stop.run_until_cancelled(guest.run_app(start)).await;
+        });
+    }
+
+    pub(super) fn stop_app(&self) {
+        let stop = lock(&self.state).stop_app.take();
+        if let Some(stop) = stop {
+            stop.cancel();
+            self.app_is(AppStatus::Stopped);
+        }
+    }
+
+    async fn run_app(self: Arc<Self>, start: StartApp) {
+        let script = self.host.script(&lock(&self.state).hostname.clone());
+        let deadline = Instant::now() + Duration::from_millis(start.ready_timeout_ms);
+        let mut failures = 0;
+        let mut pid = 100;
+        loop {
+            pid += 1;
+            lock(&self.state).starts += 1;
+            self.app_is(AppStatus::Starting { pid });
+            for line in &script.lines {
+                self.print(line);
+            }
+            let ends = async {
+                match script.ends_after {
+                    Some(after) => tokio::time::sleep(after).await,
+                    None => core::future::pending().await,
+                }
+            };
+            let lives = async {
+                let wait = tokio::time::timeout_at(deadline, async {
+                    match script.ready_after {
+                        Some(after) => tokio::time::sleep(after).await,
+                        None => core::future::pending().await,
+                    }
+                });
+                if wait.await.is_ok() {
+                    self.app_is(AppStatus::Ready { pid });
+                    if let Some(for_ms) = script.keep_awake_ms {
+                        drop(self.news.send(Event::KeepAwake { for_ms }));
+                    }
+                } else {
+                    let reason = "nothing listens on its port".to_owned();
+                    drop(self.news.send(Event::AppUnready { reason }));
+                }
+                core::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = ends => {}
+                () = lives => {}
+            }
+            failures += 1;
+            let wait_ms = (200_u64 << failures.min(8)).min(30_000);
+            self.app_is(AppStatus::Backoff {
+                failures,
+                restart_in_ms: wait_ms,
+                exit: Exit::Code { code: 3 },
+            });
+            tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! A simulated host with the daemon of the moment, and what tests ask of it.
+//!
+//! Used by the tests in this folder. Never touches the real host beyond a temp folder.
+
+use core::time::Duration;
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use spore_node::config::{Config, Images, KillPoint, KillPoints};
+use spore_node::hypervisor::sim::SimHost;
+use spore_node::node::{Adoption, Node};
+use spore_node::vm::state::{Milestone, VmEffect};
+use spore_wire::guest::{Exec, Readiness};
+use spore_wire::id::{ImageId, VmId};
+use spore_wire::node::{NodeEvent, Owner, Process, Resources, StartVm, VmPhase, VmStatus};
+use spore_wire::secret::SecretBytes;
+use tokio::sync::Notify;
+
+#[derive(Debug)]
+pub(crate) struct AnyImage;
+
+impl Images for AnyImage {
+    fn path(&self, id: &ImageId) -> Option<PathBuf> {
+        (*id != ImageId::from_hash([0xff; 32])).then(|| PathBuf::from(format!("/images/{id}")))
+    }
+}
+
+/// Freezes the daemon at the chosen point; the test then drops it.
+#[derive(Debug, Default)]
+pub(crate) struct Crash {
+    pub(crate) at: Mutex<Option<(VmEffect, KillPoint)>>,
+    pub(crate) in_points: AtomicU32,
+    pub(crate) happened: Notify,
+    pub(crate) panic_at: Mutex<Option<VmEffect>>,
+}
+
+#[async_trait]
+impl KillPoints for Crash {
+    async fn reached(&self, _vm: VmId, effect: VmEffect, point: KillPoint) {
+        if *self.panic_at.lock().unwrap() == Some(effect) {
+            self.panic_at.lock().unwrap().take();
+            panic!("a bug, in a test");
+        }
+        let named = *self.at.lock().unwrap() == Some((effect, point));
+        let counted = self.in_points.load(Ordering::Relaxed) > 0
+            && self.in_points.fetch_sub(1, Ordering::Relaxed) == 1;
+        if named || counted {
+            self.happened.notify_one();
+            core::future::pending::<()>().await;
+        }
+    }
+}
+
+/// A host, its folder, and the daemon of the moment.
+pub(crate) struct Bench {
+    pub(crate) host: SimHost,
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) crash: Arc<Crash>,
+    pub(crate) node: Node,
+}
+
+pub(crate) async fn open(host: &SimHost, folder: &Path, crash: &Arc<Crash>) -> (Node, Adoption) {
+    let mut config = Config::new(folder.join("run"), folder.join("log"), 4096);
+    config.kill_points = Arc::clone(crash) as Arc<dyn KillPoints>;
+    Node::open(config, Arc::new(host.hypervisor()), Arc::new(AnyImage))
+        .await
+        .unwrap()
+}
+
+impl Bench {
+    pub(crate) async fn new(seed: u64) -> Self {
+        let host = SimHost::new(seed);
+        let folder = tempfile::tempdir().unwrap();
+        let crash = Arc::new(Crash::default());
+        let (node, _nothing) = open(&host, folder.path(), &crash).await;
+        Self {
+            host,
+            folder,
+            crash,
+            node,
+        }
+    }
+
+    /// The daemon is gone this instant, and the next one starts.
+    pub(crate) async fn restart(&mut self) -> Adoption {
+        self.node.detach().await;
+        let crash = Arc::new(Crash::default());
+        let (node, adoption) = open(&self.host, self.folder.path(), &crash).await;
+        self.crash = crash;
+        self.node = node;
+        adoption
+    }
+
+    /// VMs that are journaled, with how far they got.
+    pub(crate) fn journal(&self) -> BTreeMap<VmId, Milestone> {
+        #[derive(serde::Deserialize)]
+        struct Record {
+            milestone: Milestone,
+        }
+        let mut journal = BTreeMap::new();
+        for entry in std::fs::read_dir(self.folder.path().join("run/vms")).unwrap() {
+            let entry = entry.unwrap();
+            let vm = entry.file_name().to_str().unwrap().parse().unwrap();
+            if let Ok(bytes) = std::fs::read(entry.path().join("journal.json")) {
+                let record: Record = serde_json::from_slice(&bytes).unwrap();
+                journal.insert(vm, record.milestone);
+            }
+        }
+        journal
+    }
+
+    /// What must be true when all VMs are over.
+    pub(crate) fn nothing_is_left(&self) {
+        assert_eq!(self.host.leftovers(), Vec::<String>::new());
+        assert_eq!(self.host.violations(), Vec::<String>::new());
+        assert!(self.journal().is_empty(), "{:?}", self.journal());
+        assert_eq!(self.node.node_status().vms, 0);
+        assert_eq!(self.node.node_status().memory_mib_used, 0);
+    }
+}
+
+pub(crate) fn vm(number: u8) -> VmId {
+    VmId::from_bytes([number; 16])
+}
+
+pub(crate) fn start(vm: VmId, app: &str) -> StartVm {
+    StartVm {
+        vm,
+        owner: Owner {
+            account: "me".to_owned(),
+            app: app.to_owned(),
+            release: 7,
+        },
+        image: ImageId::from_hash([1; 32]),
+        folder: Some(ImageId::from_hash([2; 32])),
+        resources: Resources {
+            cpus: 1,
+            memory_mib: 256,
+            disk_mib: 64,
+        },
+        process: Process {
+            command: vec!["/bin/app".to_owned()],
+            environment: Vec::new(),
+            secret_environment: Vec::new(),
+            secret_files: Vec::new(),
+            user: None,
+            port: 8000,
+            ready: Readiness::Port,
+            ready_timeout_ms: 5000,
+            stop_grace_ms: 1000,
+        },
+        egress: Vec::new(),
+    }
+}
+
+pub(crate) fn with_secret(mut start: StartVm) -> StartVm {
+    start.process.secret_environment =
+        vec![("KEY".to_owned(), SecretBytes::new(b"canary-4711".to_vec()))];
+    start
+}
+
+/// Waits, on the virtual clock, until the VM is so.
+pub(crate) async fn until(node: &Node, vm: VmId, so: impl Fn(&VmStatus) -> bool) -> VmStatus {
+    let mut watch = node.watch();
+    let seen = tokio::time::timeout(Duration::from_secs(600), async {
+        loop {
+            let NodeEvent::Vm(status) = watch.next().await;
+            if status.vm == vm && so(&status) {
+                return status;
+            }
+        }
+    });
+    match seen.await {
+        Ok(status) => status,
+        Err(_elapsed) => panic!("{vm} stays {:?}", node.status(vm)),
+    }
+}
+
+pub(crate) async fn until_phase(node: &Node, vm: VmId, phase: VmPhase) -> VmStatus {
+    until(node, vm, |status| {
+        status.phase == phase || status.phase.is_over()
+    })
+    .await
+}
+
+pub(crate) fn on_virtual_time<F: Future>(future: F) -> F::Output {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(future)
+}
+
+pub(crate) fn exec(argv: &[&str]) -> Exec {
+    Exec {
+        argv: argv.iter().map(|word| (*word).to_owned()).collect(),
+        environment: Vec::new(),
+        directory: None,
+        user: None,
+        pty: None,
+        timeout_ms: None,
+    }
+}
+
+/// What the next daemon must make of a VM that is journaled so and runs.
+pub(crate) const fn must_adopt(milestone: Milestone) -> bool {
+    matches!(
+        milestone,
+        Milestone::Booted
+            | Milestone::Thawed
+            | Milestone::Open
+            | Milestone::Started
+            | Milestone::Draining
+    )
+}
+
+pub(crate) fn walk(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(walk(&path));
+        } else {
+            files.push(path);
+        }
+    }
+    files
+}
