@@ -48,7 +48,7 @@ paths() {
 cat >"$folder/files.conf" <<CONF
 pid $folder/files/pid; $common
 http { $(paths "$folder/files") sendfile on; tcp_nodelay on; keepalive_requests 100000000;
-  open_file_cache max=16; 
+  open_file_cache max=16;
   server { listen 127.0.0.1:$files_port; root $folder/www; } }
 CONF
 cat >"$folder/proxy.conf" <<CONF
@@ -56,6 +56,7 @@ pid $folder/proxy/pid; $common
 http { $(paths "$folder/proxy") tcp_nodelay on; keepalive_requests 100000000;
   upstream app { server 127.0.0.1:$files_port; keepalive 64; keepalive_requests 100000000; }
   server { listen 127.0.0.1:$nginx_port;
+    proxy_buffers 32 8k; proxy_busy_buffers_size 128k;
     location / { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection "";
       proxy_set_header Host \$host; proxy_set_header X-Forwarded-For \$remote_addr;
       proxy_set_header X-Request-Id \$request_id; } } }

@@ -178,7 +178,8 @@ impl Feed {
         }
     }
 
-    fn settle_wake(&self, app: &AppKey) {
+    /// A wake of this app is no longer waited for: the next one is said again.
+    pub(crate) fn settle_wake(&self, app: &AppKey) {
         lock(&self.inner).asked.remove(app);
     }
 

@@ -145,6 +145,7 @@ impl Gateway {
     fn forget_unrouted(&self, app: &Arc<wake::App>) {
         if app.routes.load(std::sync::atomic::Ordering::Relaxed) == 0 {
             app.unrouted();
+            self.feed.settle_wake(app.key());
             self.apps.forget_blank(app);
         }
     }

@@ -340,7 +340,8 @@ fn html(text: &Text, request_id: &str) -> String {
          body{{font:16px/1.5 system-ui,sans-serif;max-width:36em;margin:15vh auto;padding:0 1em;\
          color:#222;background:#fff}}\
          small{{color:#666}}\
-         @media(prefers-color-scheme:dark){{body{{color:#ddd;background:#161616}}small{{color:#999}}}}\
+         @media(prefers-color-scheme:dark)\
+         {{body{{color:#ddd;background:#161616}}small{{color:#999}}}}\
          </style></head><body><h1>{title}</h1><p>{message}</p>\
          <p><small>{status} {code} &middot; request {request_id}</small></p></body></html>\n"
     )

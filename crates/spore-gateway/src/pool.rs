@@ -39,8 +39,8 @@ pub(crate) struct Incarnation {
     gone: CancellationToken,
 }
 
-/// hyper's connection future, which hands over its stream when the protocol changes; its type has no
-/// public name.
+/// hyper's connection future, which hands over its stream when the protocol changes; its type has
+/// no public name.
 type Driver = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
 
 /// One HTTP connection to an app.

@@ -130,7 +130,7 @@ impl Client {
     }
 
     async fn fill(&mut self) -> usize {
-        let mut piece = [0; 16 * 1024];
+        let mut piece = vec![0; 16 * 1024];
         let count = self.stream.read(&mut piece).await.unwrap_or(0);
         self.buffer.extend_from_slice(&piece[..count]);
         count
