@@ -1,9 +1,10 @@
 //! How the proxy gives up what it does not need, before it has read a byte.
 //!
-//! Called once by `main`, in a process with one thread. What every helper process gives up is
-//! [`crate::confine`]'s; added here are limits that fit a proxy, and a second filter: the only new
-//! sockets are TCP and UDP ones. In the host's network namespace that matters, since abstract unix
-//! sockets and netlink are found there without any file. Never loosens anything.
+//! Called by `main`, in a process with one thread: [`enter`] first of all, [`seal`] last. What
+//! every helper process gives up is [`crate::confine`]'s; added here are limits that fit a proxy,
+//! and a second filter: the only new sockets are TCP and UDP ones. In the host's network
+//! namespace that matters, since abstract unix sockets and netlink are found there without any
+//! file. Never loosens anything.
 
 use std::collections::BTreeMap;
 
@@ -70,9 +71,18 @@ pub fn enter(uid: u32, keep: &[i32]) -> Result<(), CageError> {
         keep: keep.to_vec(),
         network: Network::Host,
         files_max: FILES_MAX,
-        // A file that outgrows a limit ends its writer (SIGXFSZ); the log is bounded by `tally.rs`.
+        // A file that outgrows a limit ends its writer (SIGXFSZ); the log is bounded by `tally`.
         file_bytes_max: None,
     })?;
+    Ok(())
+}
+
+/// Gives up every kind of socket but those that a proxy makes. Legal once, after [`enter`] and
+/// after the runtime was made, which wants a socket pair for signals.
+///
+/// # Errors
+/// [`CageError`]; the process must then end.
+pub fn seal() -> Result<(), CageError> {
     seccompiler::apply_filter(&sockets_only()?)?;
     Ok(())
 }

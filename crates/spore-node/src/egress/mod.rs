@@ -30,7 +30,7 @@
 //!   blob is accepted, after which both pipes are replaced by `/dev/null`. End of file without it
 //!   means that the start failed; the reason is on descriptor 2.
 //! - descriptor 2: the log, a file opened for appending. Not a pipe: the proxy outlives its
-//!   reader, and a full pipe would stop it. What is written is bounded (`tally.rs`).
+//!   reader, and a full pipe would stop it. What is written is bounded (`tally`).
 //! - descriptor 3: the listening TCP socket on [`PROXY_PORT`](spore_wire::egress::PROXY_PORT), and
 //!   descriptor 4: the UDP socket on port 53, both made inside the VM's namespace. The listener
 //!   must have been made *before* the redirection is, the redirection before the tap goes up.
@@ -171,6 +171,7 @@ pub fn main(uid: u32, blob: impl Read) -> Result<(), EgressError> {
         .enable_time()
         .build()
         .map_err(start("runtime"))?;
+    cage::seal()?;
     runtime.block_on(async {
         let tcp = TcpListener::from_std(tcp).map_err(start("TCP socket"))?;
         let dns = UdpSocket::from_std(dns).map_err(start("UDP socket"))?;

@@ -1,6 +1,6 @@
 //! What a proxy counts, and the few lines it writes about it.
 //!
-//! Used by `proxy.rs` and `resolver.rs`. Counts everything, writes little: the first refusals with
+//! Used by `proxy.rs` and `resolver`. Counts everything, writes little: the first refusals with
 //! their address, then a summary a minute and only if something changed, so that a guest cannot
 //! fill a disk. Never writes what a connection carried, nor a byte that the guest chose freely.
 

@@ -1,7 +1,7 @@
 //! DNS messages: what a guest asked, what it is told, what the host's resolvers are asked and what
 //! they say.
 //!
-//! Used by `resolver.rs`. Pure: bytes in, bytes out. A query that goes out is made from a granted
+//! Used by `resolver`. Pure: bytes in, bytes out. A query that goes out is made from a granted
 //! name alone, so no byte of the guest's ever leaves through DNS. Never believes a record that the
 //! question and its chain of aliases do not lead to.
 

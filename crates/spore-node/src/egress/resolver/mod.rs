@@ -18,12 +18,12 @@ use tokio::net::UdpSocket;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use super::Shared;
-use super::message::{
+use crate::egress::Shared;
+use crate::egress::message::{
     ADDRESSES_MAX, ANSWER_BYTES_MAX, Answer, Plan, QUERY_BYTES_MAX, Question, ask, read_answer,
 };
-use super::policy::NameIndex;
-use super::tally::Event;
+use crate::egress::policy::NameIndex;
+use crate::egress::tally::Event;
 
 /// The most questions that wait for a lookup at once.
 pub const QUESTIONS_MAX: usize = 32;
@@ -218,9 +218,12 @@ async fn ask_one(resolver: SocketAddr, name: &str, patience: Duration) -> Option
             .ok()?;
         match read_answer(packet.get(..length)?, id, name) {
             Ok(answer) => return Some(answer),
-            Err(super::message::AnswerError::Foreign) => {}
+            Err(crate::egress::message::AnswerError::Foreign) => {}
             Err(_failed) => return None,
         }
     }
     None
 }
+
+#[cfg(test)]
+mod tests;
