@@ -9,6 +9,7 @@ pub mod config;
 pub mod confine;
 pub mod egress;
 pub mod hypervisor;
+pub mod image;
 pub mod journal;
 pub mod log;
 pub mod node;
