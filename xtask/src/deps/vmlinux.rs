@@ -51,8 +51,8 @@ pub(crate) fn extract(image: &[u8]) -> Result<Vec<u8>> {
 fn decompress(payload: &[u8]) -> Result<Vec<u8>> {
     if !payload.starts_with(&LZ4_LEGACY) {
         bail!(
-            "the kernel is compressed with something other than LZ4 (starts with {:02x?}): Debian's \
-             cloud kernel is expected",
+            "the kernel is compressed with something other than LZ4 (it starts with {:02x?}): \
+             Debian's cloud kernel is expected",
             payload.get(..4).unwrap_or(payload)
         );
     }

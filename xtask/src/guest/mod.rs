@@ -1,5 +1,6 @@
-//! `cargo xtask guest`: builds the guest's PID 1 and packs it with the kernel's modules. Run by `up`
-//! and by tests; the kernel must be there (`cargo xtask deps`).
+//! `cargo xtask guest`: builds the guest's PID 1 and packs it with the kernel's modules.
+//!
+//! Run by `up` and by tests; the kernel must be there (`cargo xtask deps`).
 
 mod initramfs;
 

@@ -1,4 +1,4 @@
-//! What is packed reads back, by `backhand` and by squashfs-tools, and what must not enter does not.
+//! What is packed reads back, by `backhand` and by squashfs-tools; what must not enter does not.
 
 use std::fs::File;
 use std::io::{BufReader, Read};
