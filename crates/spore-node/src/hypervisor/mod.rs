@@ -103,6 +103,7 @@ pub trait Vm: Send + Sync + 'static {
 
     /// Opens the tap for traffic, as the machine's policy says, and reads the policy back. Until
     /// then no packet passes in either direction.
+    /// Idempotent: the daemon after one that died right behind this call makes it again.
     ///
     /// # Errors
     /// [`PolicyError`]; the caller kills the VM.

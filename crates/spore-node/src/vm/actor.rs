@@ -284,16 +284,21 @@ impl Actor {
             if self.state.is_over() {
                 return;
             }
+            // In this order, so that a seed decides the same in every run; what a guest tells comes
+            // last, and its session slows a flood down.
+            // In this order, so that a seed decides the same in every run; what a guest tells comes
+            // last, and its session slows a flood down.
             tokio::select! {
+                biased;
                 outcome = of(self.asking.as_mut().map(|asking| &mut asking.future)) => {
                     self.done(outcome).await;
                 }
-                Some(request) = self.requests.recv() => self.request(request),
-                event = heard(self.link_events.as_mut()) => self.link_event(event).await,
                 exit = of(self.exited.as_mut()) => {
                     self.exited = None;
                     self.events.push_back(VmEvent::Exited(effect::exit_failure(exit)));
                 }
+                Some(request) = self.requests.recv() => self.request(request),
+                event = heard(self.link_events.as_mut()) => self.link_event(event).await,
             }
         }
     }

@@ -96,6 +96,7 @@ pub(super) async fn serve(guest: Arc<Guest>, stream: DuplexStream, trouble: Trou
         }
     };
     tokio::select! {
+        biased;
         () = write => {}
         () = read => {}
         () = breaks => {}

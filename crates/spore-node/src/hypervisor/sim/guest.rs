@@ -243,6 +243,7 @@ impl Guest {
                 core::future::pending::<()>().await;
             };
             tokio::select! {
+                biased;
                 () = ends => {}
                 () = lives => {}
             }

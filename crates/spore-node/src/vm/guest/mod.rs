@@ -259,6 +259,7 @@ impl Run {
         self.publish.send_replace(LinkState::Up(session.clone()));
         let reason = loop {
             tokio::select! {
+                biased;
                 Some(event) = told.recv() => {
                     if self.events.send(LinkEvent::News(event)).await.is_err() {
                         session.close();

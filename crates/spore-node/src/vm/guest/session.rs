@@ -210,6 +210,7 @@ impl Session {
         let ends = OverOnDrop(Arc::clone(&shared));
         tasks.spawn(async move {
             let reason = tokio::select! {
+                biased;
                 error = run.read(reader, decoder) => error,
                 error = write_frames(writer, frames_waiting, cancels_waiting) => error,
                 error = run.watch() => error,
@@ -237,6 +238,7 @@ impl Session {
         let shared = &self.shared;
         // Room in the queue comes first, so that ids rise in the order they are written.
         let permit = tokio::select! {
+            biased;
             permit = shared.frames.reserve() => permit.map_err(|_e| shared.is_over())?,
             () = shared.over.cancelled() => return Err(shared.is_over()),
         };
@@ -291,6 +293,7 @@ impl Shared {
 
     async fn send(&self, frame: Zeroizing<Vec<u8>>) -> Result<(), StreamError> {
         tokio::select! {
+            biased;
             sent = self.frames.send(frame) => sent.map_err(|_e| self.is_over()),
             () = self.over.cancelled() => Err(self.is_over()),
         }
@@ -501,6 +504,7 @@ impl Stream {
                 return Ok(taken);
             }
             tokio::select! {
+                biased;
                 () = changed => {}
                 () = self.shared.over.cancelled() => {
                     // What came before the end counts.
