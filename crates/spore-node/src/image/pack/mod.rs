@@ -154,6 +154,10 @@ const IMPLIED: Attributes = Attributes {
     mtime_s: 0,
 };
 
+/// What a guest mounts on: a root image has them even when its archive does not (Debian's without
+/// device nodes has no `/dev`).
+const MOUNT_POINTS: &[&str] = &["app", "dev", "proc", "run", "sys", "tmp"];
+
 /// Packs the tar or tar.zst of `stream` into `image`, which is empty, by way of `spool`, likewise.
 ///
 /// # Errors
@@ -245,6 +249,12 @@ fn read(request: &PackRequest, stream: impl Read, spool: &File) -> Result<Tree, 
         insert(&mut tree, limits, path, content, attributes)?;
     }
     spooled.out.flush().map_err(PackError::Spool)?;
+    if request.kind == ImageKind::Root {
+        for folder in MOUNT_POINTS {
+            let entry = tree.nodes.entry(PathBuf::from(folder));
+            entry.or_insert((Content::Folder, IMPLIED));
+        }
+    }
     Ok(tree)
 }
 

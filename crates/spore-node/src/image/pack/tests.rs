@@ -173,6 +173,16 @@ fn folders_that_no_entry_describes_are_made() {
 }
 
 #[test]
+fn a_root_image_has_what_a_guest_mounts_on_and_a_folder_only_what_it_was_given() {
+    let root = packed(Root, &[file("bin/sh", "#!")]);
+    let expected = [
+        "/", "/app", "/bin", "/bin/sh", "/dev", "/proc", "/run", "/sys", "/tmp",
+    ];
+    assert_eq!(paths(&root), expected);
+    assert_eq!(paths(&packed(Folder, &[])), ["/"]);
+}
+
+#[test]
 fn a_hard_link_has_the_content_of_its_target_and_stores_it_once() {
     let noise: Vec<u8> = (0..400_000_u32)
         .map(|n| u8::try_from(n.wrapping_mul(2_654_435_761) >> 24).unwrap())
