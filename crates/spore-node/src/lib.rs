@@ -4,13 +4,18 @@
 //! should run, and never runs a tenant's code outside a VM.
 
 pub mod capacity;
+pub mod cgroup;
 pub mod clock;
 pub mod config;
 pub mod confine;
+pub mod disk;
 pub mod egress;
 pub mod hypervisor;
 pub mod image;
+pub mod jail;
 pub mod journal;
 pub mod log;
+pub mod net;
 pub mod node;
+mod sys;
 pub mod vm;

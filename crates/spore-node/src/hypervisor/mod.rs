@@ -17,6 +17,9 @@
 //! is idempotent and needs no memory of its own: names of cgroups, folders and the like are made
 //! from the [`VmId`]. `sweep` removes what bears no id that is kept.
 
+pub mod process;
+pub mod qemu;
+pub mod room;
 pub mod sim;
 
 use std::collections::BTreeSet;

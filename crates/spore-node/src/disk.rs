@@ -1,0 +1,252 @@
+//! Scratch disks: sparse raw files with an empty ext4, made by the host before any guest saw them.
+//!
+//! Used by `hypervisor/room.rs`. One empty file per size is made by `mkfs.ext4` (as an unprivileged
+//! user, on a file that no guest ever wrote) and copied, holes and all, for each VM. Never opens,
+//! checks or resizes a file that a guest could have written: those are only unlinked.
+
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek, statvfs};
+use rustix::io::Errno;
+use spore_wire::id::VmId;
+
+use crate::hypervisor::PrepareError;
+
+/// Changes when the empty file system is made in another way, so that old ones are not used.
+const RECIPE: u32 = 1;
+
+const MIB: u64 = 1024 * 1024;
+
+/// The scratch disks of all VMs of this daemon.
+#[derive(Clone, Debug)]
+pub struct Disks {
+    folder: PathBuf,
+    /// Who runs `mkfs.ext4`.
+    uid: u32,
+}
+
+impl Disks {
+    /// Disks under `folder`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// When the folder cannot be made.
+    pub fn open(folder: PathBuf, uid: u32) -> io::Result<Self> {
+        fs::create_dir_all(&folder)?;
+        // The uid of mkfs passes through, others of the host do not get here: the folder above is
+        // root's alone.
+        fs::set_permissions(&folder, Permissions::from_mode(0o700))?;
+        Ok(Self { folder, uid })
+    }
+
+    fn path(&self, vm: VmId) -> PathBuf {
+        self.folder.join(format!("{vm}.raw"))
+    }
+
+    fn empty(&self, mib: u32) -> PathBuf {
+        self.folder.join(format!("empty-{RECIPE}-{mib}.ext4"))
+    }
+
+    /// Makes the scratch disk of `vm`. Blocks.
+    ///
+    /// # Errors
+    /// [`PrepareError::DiskFull`] when the data disk has no room for all of it.
+    pub fn make(&self, vm: VmId, mib: u32) -> Result<(), PrepareError> {
+        self.try_make(vm, mib).map_err(|source| {
+            if source.raw_os_error() == Some(Errno::NOSPC.raw_os_error()) {
+                PrepareError::DiskFull { mib }
+            } else {
+                PrepareError::Step {
+                    what: "a scratch disk",
+                    source,
+                }
+            }
+        })
+    }
+
+    fn try_make(&self, vm: VmId, mib: u32) -> io::Result<()> {
+        let room = statvfs(&self.folder)?;
+        if room.f_bavail.saturating_mul(room.f_frsize) < u64::from(mib) * MIB {
+            return Err(Errno::NOSPC.into());
+        }
+        let empty = self.empty(mib);
+        if !empty.exists() {
+            self.make_empty(vm, &empty, mib)?;
+        }
+        copy_sparse(&empty, &self.path(vm))
+    }
+
+    /// Two VMs may make the same one at once: each has a name of its own until it is whole.
+    fn make_empty(&self, vm: VmId, empty: &Path, mib: u32) -> io::Result<()> {
+        let draft = self.folder.join(format!("{vm}.draft"));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&draft)?;
+        file.set_len(u64::from(mib) * MIB)?;
+        chown(&draft, Some(self.uid), Some(self.uid))?;
+        let output = Command::new("mkfs.ext4")
+            // No journal: the disk is gone with its VM, so nothing is ever replayed.
+            .args(["-q", "-F", "-m", "0", "-O", "^has_journal"])
+            .args([
+                "-E",
+                "lazy_itable_init=1,nodiscard,root_owner=0:0",
+                "/dev/stdin",
+            ])
+            .env_clear()
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .current_dir("/")
+            .uid(self.uid)
+            .gid(self.uid)
+            .stdin(file)
+            .stdout(Stdio::null())
+            .output()?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            fs::remove_file(&draft)?;
+            if said.contains("No space left") {
+                return Err(Errno::NOSPC.into());
+            }
+            return Err(io::Error::other(format!("mkfs.ext4: {}", said.trim())));
+        }
+        chown(&draft, Some(0), Some(0))?;
+        fs::set_permissions(&draft, Permissions::from_mode(0o600))?;
+        fs::rename(&draft, empty)
+    }
+
+    /// Opens the scratch disk of `vm` for its VMM.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn open_scratch(&self, vm: VmId) -> io::Result<OwnedFd> {
+        Ok(File::options()
+            .read(true)
+            .write(true)
+            .open(self.path(vm))?
+            .into())
+    }
+
+    /// Unlinks what bears the id of `vm`; whoever has it open keeps it until they end.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn remove(&self, vm: VmId) -> io::Result<()> {
+        for path in [self.path(vm), self.folder.join(format!("{vm}.draft"))] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The VMs that have a disk here.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn list(&self) -> io::Result<Vec<VmId>> {
+        let mut vms = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let name = entry?.file_name();
+            let stem = Path::new(&name).file_stem().and_then(|stem| stem.to_str());
+            vms.extend(stem.and_then(|stem| stem.parse::<VmId>().ok()));
+        }
+        vms.sort();
+        vms.dedup();
+        Ok(vms)
+    }
+}
+
+/// Copies a file and its holes; shares its blocks where the file system can.
+fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    let from = File::open(from)?;
+    let to = File::options().write(true).create_new(true).open(to)?;
+    to.set_permissions(Permissions::from_mode(0o600))?;
+    match ioctl_ficlone(&to, &from) {
+        Ok(()) => return Ok(()),
+        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let size = from.metadata()?.size();
+    to.set_len(size)?;
+    let mut at = 0;
+    while at < size {
+        let start = match seek(&from, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // Only a hole is left.
+            Err(Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(&from, SeekFrom::Hole(start))?;
+        copy_range(&from, &to, start, end)?;
+        at = end;
+    }
+    Ok(())
+}
+
+fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
+    let (mut read_at, mut write_at) = (start, start);
+    while read_at < end {
+        let left = usize::try_from(end - read_at).map_err(io::Error::other)?;
+        let copied = copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), left)?;
+        if copied == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use spore_wire::id::VmId;
+
+    use super::Disks;
+    use crate::hypervisor::PrepareError;
+
+    #[test]
+    fn a_scratch_disk_is_an_empty_ext4_and_sparse_and_private() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: mkfs.ext4 is run as another user, which needs root");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let disks = Disks::open(folder.path().join("scratch"), 290_000).unwrap();
+        let vms: Vec<VmId> = (1..3).map(|n| VmId::from_bytes([n; 16])).collect();
+        for vm in &vms {
+            disks.make(*vm, 512).unwrap();
+            let path = disks.path(*vm);
+            let meta = std::fs::metadata(&path).unwrap();
+            assert_eq!(meta.len(), 512 << 20);
+            assert!(meta.blocks() * 512 < 16 << 20, "{} blocks", meta.blocks());
+            assert_eq!((meta.uid(), meta.mode() & 0o777), (0, 0o600));
+            let bytes = std::fs::read(&path).unwrap();
+            assert_eq!(bytes[0x438..0x43a], [0x53, 0xef]);
+        }
+        assert_eq!(disks.list().unwrap(), vms);
+        for vm in vms {
+            disks.remove(vm).unwrap();
+            disks.remove(vm).unwrap();
+        }
+        assert_eq!(disks.list().unwrap(), []);
+    }
+
+    #[test]
+    fn a_disk_larger_than_the_free_space_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let disks = Disks::open(folder.path().join("scratch"), 290_000).unwrap();
+        let refused = disks.make(VmId::from_bytes([9; 16]), u32::MAX).unwrap_err();
+        assert!(
+            matches!(refused, PrepareError::DiskFull { mib: u32::MAX }),
+            "{refused}"
+        );
+        assert_eq!(disks.list().unwrap(), []);
+    }
+}

@@ -1,0 +1,229 @@
+//! QEMU's command line: a microvm in software emulation whose every resource is a descriptor.
+//!
+//! Called by the `qemu` driver. Pure: numbers and text in, text out. Never names a path of the
+//! host; what has a path here has it inside the jail.
+
+use std::path::Path;
+
+use spore_wire::guest::PORT_NAME;
+use spore_wire::node::Resources;
+
+use crate::net::tap::GUEST_MAC_TEXT;
+
+/// Where the VMM finds the guest's kernel while it starts.
+pub(super) const KERNEL: &str = "/kernel";
+
+/// Where it finds the initramfs.
+pub(super) const INITRAMFS: &str = "/initramfs";
+
+/// The descriptors of a VMM, in order: what a launcher places at 0, 1, 2 …
+pub(super) const FD_TAP: usize = 3;
+pub(super) const FD_QMP: usize = 4;
+pub(super) const FD_AGENT: usize = 5;
+pub(super) const FD_DISKS: usize = 6;
+
+/// The character device of the guest's console: a ring in QEMU's memory, which can neither block
+/// the guest nor fill a disk.
+pub(super) const CONSOLE: &str = "console";
+
+/// Its size; QEMU wants a power of two.
+pub(super) const CONSOLE_BYTES: usize = 64 * 1024;
+
+/// The cache of translated code. A part of the driver's overhead beyond the guest's memory.
+const TRANSLATION_MIB: u32 = 64;
+
+/// Ticks per second of the guest's kernel (Debian's cloud kernel).
+const GUEST_HZ: u64 = 250;
+
+/// A disk, in the order in which the guest names them: vda, vdb, vdc.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Disk {
+    /// The root image.
+    Image,
+    /// The app's folder.
+    Folder,
+    /// Gone with the VM.
+    Scratch,
+}
+
+impl Disk {
+    /// The disks of a machine.
+    pub(super) fn of(folder: Option<&Path>, resources: &Resources) -> Vec<Self> {
+        let mut disks = vec![Self::Image];
+        disks.extend(folder.map(|_path| Self::Folder));
+        disks.extend((resources.disk_mib > 0).then_some(Self::Scratch));
+        disks
+    }
+
+    /// The serial number by which the guest tells it from the others.
+    const fn serial(self) -> &'static str {
+        match self {
+            Self::Image => "image",
+            Self::Folder => "folder",
+            Self::Scratch => "scratch",
+        }
+    }
+
+    /// Formats are explicit: QEMU would else guess from what a guest wrote. A scratch disk is gone
+    /// with its VM, so nothing is gained by flushing it; freed blocks are given back to the host.
+    /// Without `auto-read-only=off` QEMU would open it read-only first, which its descriptor is
+    /// not.
+    const fn options(self) -> &'static str {
+        match self {
+            Self::Image | Self::Folder => "format=raw,readonly=on,file.locking=off",
+            Self::Scratch => concat!(
+                "format=raw,auto-read-only=off,file.locking=off,",
+                "cache=unsafe,discard=unmap,werror=report,rerror=report",
+            ),
+        }
+    }
+}
+
+/// The guest's kernel command line.
+///
+/// The rate of the time stamp counter must be told, and right: in software emulation the guest's
+/// is the host's, and a guest that measures it gives up ("Marking TSC unstable") and hangs.
+/// `mitigations=off` and `nokaslr` weaken the guest's kernel; they are here because this driver
+/// has no boundary that they could weaken, and they save a quarter of the boot.
+pub(super) fn kernel_line(tsc_khz: u64) -> String {
+    let lpj = tsc_khz * 1000 / GUEST_HZ;
+    format!(
+        "console=ttyS0 quiet panic=-1 tsc_early_khz={tsc_khz} tsc=reliable no_timer_check \
+         lpj={lpj} mitigations=off random.trust_cpu=on raid=noautodetect cryptomgr.notests \
+         8250.nr_uarts=1 nokaslr lsm=lockdown audit=0"
+    )
+}
+
+/// The whole command line, without the program.
+pub(super) fn arguments(resources: &Resources, disks: &[Disk], tsc_khz: u64) -> Vec<String> {
+    let mut line = Line::default();
+    line.flag("-no-user-config")
+        .flag("-nodefaults")
+        .flag("-no-reboot");
+    line.option("-display", "none");
+    line.option("-machine", "microvm,mem-merge=off,dump-guest-core=off");
+    line.option(
+        "-accel",
+        format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"),
+    );
+    // What x86-64-v2 has, since prebuilt programs expect it, and RDRAND for the first entropy.
+    line.option("-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand");
+    line.option("-smp", resources.cpus.to_string());
+    line.option("-m", format!("{}M", resources.memory_mib));
+    // After the guest's end QEMU waits, so that the console can be read before it quits.
+    line.option("-action", "shutdown=pause,panic=pause");
+    line.option(
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    );
+    line.option("-kernel", KERNEL).option("-initrd", INITRAMFS);
+    line.option("-append", kernel_line(tsc_khz));
+    line.option("-global", "virtio-mmio.force-legacy=false");
+    line.option(
+        "-chardev",
+        format!("socket,id=qmp,fd={FD_QMP},server=on,wait=off"),
+    );
+    line.option("-mon", "chardev=qmp,mode=control");
+    line.option(
+        "-chardev",
+        format!("ringbuf,id={CONSOLE},size={CONSOLE_BYTES}"),
+    );
+    line.option("-serial", format!("chardev:{CONSOLE}"));
+    for (index, disk) in disks.iter().enumerate() {
+        let (fd, serial) = (FD_DISKS + index, disk.serial());
+        line.option("-add-fd", format!("fd={fd},set={fd}"));
+        let options = disk.options();
+        line.option(
+            "-drive",
+            format!("if=none,id={serial},file=/dev/fdset/{fd},{options}"),
+        );
+        line.option(
+            "-device",
+            format!("virtio-blk-device,drive={serial},serial={serial}"),
+        );
+    }
+    line.option("-netdev", format!("tap,id=net,fd={FD_TAP},vhost=off"));
+    line.option(
+        "-device",
+        format!("virtio-net-device,netdev=net,mac={GUEST_MAC_TEXT}"),
+    );
+    line.option("-device", "virtio-serial-device,max_ports=2");
+    line.option(
+        "-chardev",
+        format!("socket,id=agent,fd={FD_AGENT},server=on,wait=off"),
+    );
+    line.option(
+        "-device",
+        format!("virtserialport,chardev=agent,nr=1,name={PORT_NAME}"),
+    );
+    line.option("-object", "rng-builtin,id=rng");
+    line.option("-device", "virtio-rng-device,rng=rng");
+    line.words
+}
+
+#[derive(Debug, Default)]
+struct Line {
+    words: Vec<String>,
+}
+
+impl Line {
+    fn flag(&mut self, name: &str) -> &mut Self {
+        self.words.push(name.to_owned());
+        self
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<String>) -> &mut Self {
+        self.flag(name);
+        self.words.push(value.into());
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use spore_wire::node::Resources;
+
+    use super::{Disk, arguments, kernel_line};
+
+    const RESOURCES: Resources = Resources {
+        cpus: 2,
+        memory_mib: 256,
+        disk_mib: 1024,
+    };
+
+    #[test]
+    fn the_command_line_is_the_golden_one() {
+        let disks = Disk::of(Some(Path::new("/folder")), &RESOURCES);
+        let line = arguments(&RESOURCES, &disks, 2_100_000).join("\n");
+        assert_eq!(line, include_str!("arguments.golden.txt").trim_end());
+    }
+
+    #[test]
+    fn a_machine_without_folder_and_scratch_has_one_disk() {
+        let resources = Resources {
+            disk_mib: 0,
+            ..RESOURCES
+        };
+        assert_eq!(Disk::of(None, &resources), [Disk::Image]);
+    }
+
+    #[test]
+    fn no_word_names_a_path_outside_the_jail() {
+        let disks = Disk::of(None, &RESOURCES);
+        for word in arguments(&RESOURCES, &disks, 1) {
+            let path = word.split(['=', ',']).find(|part| part.starts_with('/'));
+            let known = |path: &str| {
+                path.starts_with("/dev/fdset/") || path == "/kernel" || path == "/initramfs"
+            };
+            assert!(path.is_none_or(known), "{word}");
+        }
+    }
+
+    #[test]
+    fn loops_per_jiffy_follow_the_time_stamp_counter() {
+        assert!(kernel_line(1_000_000).contains("tsc_early_khz=1000000 "));
+        assert!(kernel_line(1_000_000).contains("lpj=4000000 "));
+    }
+}

@@ -1,0 +1,485 @@
+//! The `qemu` driver: microVMs in software emulation, for hosts without usable KVM.
+//!
+//! Used through the traits of [`super`]. QEMU is confined like a process (see `jail.rs`), but its
+//! software emulation is no security boundary, and the driver says so ([`Boundary::None`]). Every
+//! resource of a VMM is a descriptor that the node opened; its sockets listen in the VM's folder,
+//! so that the next daemon can connect.
+//!
+//! ```text
+//!   boot: open files ▶ launcher ▶ QMP answers ▶ root emptied, scratch unlinked ▶ Identity
+//! ```
+
+mod arguments;
+mod qmp;
+mod tsc;
+mod vm;
+
+use std::collections::BTreeSet;
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use spore_wire::id::VmId;
+use spore_wire::node::{Boundary, Resources};
+use tokio::time::timeout;
+
+use self::arguments::{Disk, FD_DISKS, INITRAMFS, KERNEL, arguments};
+use self::qmp::Qmp;
+use self::vm::QemuVm;
+use super::room::{RoomConfig, RoomError, Rooms, blocking};
+use super::{
+    AttachError, BootError, Caps, Hypervisor, Identity, Machine, PrepareError, Prepared,
+    ReleaseError, Swept, Vm, VmFds, process,
+};
+use crate::cgroup::Limits;
+use crate::jail::{self, Jail, JailLimits, Launch};
+use crate::sys;
+
+/// Memory of a VMM beyond its guest's: QEMU itself and its translated code.
+const OVERHEAD_MIB: u32 = 128;
+
+/// Threads of a VMM beyond its vCPUs: main loop, RCU, and up to 64 that wait for disks.
+const OVERHEAD_THREADS: u32 = 80;
+
+/// Descriptors of a VMM; a quiet one has about thirty.
+const FDS_MAX: u64 = 128;
+
+/// What of QEMU's own output is kept.
+const LOG_BYTES: u64 = 64 * 1024;
+
+/// The least file size that a VMM may write: its own output.
+const FILE_BYTES_MIN: u64 = LOG_BYTES;
+
+/// How long QEMU may take until its monitor answers; usually 30 ms.
+const QMP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a VMM whose monitor hung up is given to end.
+const ENDING: Duration = Duration::from_secs(5);
+
+/// The monitor's socket in the VM's folder.
+const QMP_SOCKET: &str = "qmp.sock";
+
+/// The agent's socket in the VM's folder.
+const AGENT_SOCKET: &str = "agent.sock";
+
+const MIB: u64 = 1024 * 1024;
+
+/// What the driver is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QemuConfig {
+    /// Folders, cgroup, uids and pool.
+    pub room: RoomConfig,
+    /// The guest's kernel, an uncompressed ELF with a PVH entry.
+    pub kernel: PathBuf,
+    /// Its release, for people.
+    pub kernel_release: String,
+    /// The initramfs with the agent.
+    pub initramfs: PathBuf,
+    /// QEMU's program, an absolute path.
+    pub qemu: PathBuf,
+    /// Files and folders that QEMU is loaded from, beside its program: bound read-only into the
+    /// jail, at the same paths, until it runs.
+    pub libraries: Vec<PathBuf>,
+    /// Program and arguments that call [`jail::main`].
+    pub launcher: Vec<String>,
+}
+
+impl QemuConfig {
+    /// Where Debian's `qemu-system-x86` has its program.
+    pub const DEBIAN_QEMU: &str = "/usr/bin/qemu-system-x86_64";
+
+    /// What Debian's `qemu-system-x86` is loaded from.
+    #[must_use]
+    pub fn debian_libraries() -> Vec<PathBuf> {
+        let all = [
+            "/lib64/ld-linux-x86-64.so.2",
+            "/usr/lib/x86_64-linux-gnu",
+            "/usr/share/qemu",
+            "/usr/share/seabios",
+        ];
+        all.map(PathBuf::from).to_vec()
+    }
+}
+
+/// Why the driver cannot be used on this host.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QemuError {
+    /// The host's resources.
+    #[error(transparent)]
+    Room(#[from] RoomError),
+    /// QEMU is missing or does not run.
+    #[error("cannot run {program}: install the package qemu-system-x86")]
+    Program {
+        /// Which.
+        program: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file of the guest is missing.
+    #[error("the guest's file {path} cannot be opened: run `make deps`")]
+    Guest {
+        /// Which.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The runtime is shutting down.
+    #[error("a worker thread ended")]
+    Worker(#[source] io::Error),
+}
+
+/// The driver.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: QemuConfig,
+    caps: Caps,
+    rooms: Arc<Rooms>,
+    tsc_khz: u64,
+}
+
+impl Qemu {
+    /// Looks at the host, measures its time stamp counter and starts filling the pool.
+    ///
+    /// # Errors
+    /// [`QemuError`].
+    pub async fn open(config: QemuConfig) -> Result<Self, QemuError> {
+        for path in [&config.kernel, &config.initramfs] {
+            let failed = |source| QemuError::Guest {
+                path: path.clone(),
+                source,
+            };
+            drop(File::open(path).map_err(failed)?);
+        }
+        let program = config.qemu.clone();
+        let version = blocking(move || version(&program))
+            .await
+            .map_err(QemuError::Worker)?;
+        let version = version.map_err(|source| {
+            let program = config.qemu.clone();
+            QemuError::Program { program, source }
+        })?;
+        let tsc_khz = blocking(tsc::measure_khz)
+            .await
+            .map_err(QemuError::Worker)?;
+        let rooms = Arc::new(Rooms::open(config.room.clone())?);
+        let caps = Caps {
+            name: "qemu",
+            version,
+            boundary: Boundary::None,
+            overhead_mib: OVERHEAD_MIB,
+            kernel: config.kernel_release.clone(),
+        };
+        Ok(Self {
+            shared: Arc::new(Shared {
+                config,
+                caps,
+                rooms,
+                tsc_khz,
+            }),
+        })
+    }
+
+    /// What VMs have of the host, for the parts of the node that enter a VM's namespace.
+    #[must_use]
+    pub fn rooms(&self) -> &Arc<Rooms> {
+        &self.shared.rooms
+    }
+
+    /// Removes the namespaces that were made ahead. VMs go on.
+    ///
+    /// # Errors
+    /// What could not be removed; the next start's sweep does.
+    pub fn close(&self) -> io::Result<()> {
+        self.shared.rooms.close()
+    }
+}
+
+/// The first line of `qemu --version`.
+fn version(program: &Path) -> io::Result<String> {
+    let output = std::process::Command::new(program)
+        .arg("--version")
+        .env_clear()
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines()
+        .next()
+        .map(str::to_owned)
+        .ok_or_else(|| io::Error::other(format!("it said no version, {}", output.status)))
+}
+
+#[async_trait]
+impl Hypervisor for Qemu {
+    fn caps(&self) -> &Caps {
+        &self.shared.caps
+    }
+
+    async fn prepare(&self, vm: VmId, machine: &Machine) -> Result<Prepared, PrepareError> {
+        let (shared, machine) = (Arc::clone(&self.shared), machine.clone());
+        let guard = shared.rooms.lock(vm).await;
+        let step = |source| PrepareError::Step {
+            what: "a task",
+            source,
+        };
+        let work = async move {
+            let prepared = shared
+                .rooms
+                .prepare(vm, &machine, limits(&machine.resources))
+                .await;
+            drop(guard);
+            prepared
+        };
+        uncancelled(work).await.map_err(step)?
+    }
+
+    async fn boot(
+        &self,
+        vm: VmId,
+        machine: &Machine,
+        prepared: &Prepared,
+    ) -> Result<Identity, BootError> {
+        let shared = Arc::clone(&self.shared);
+        let (machine, prepared) = (machine.clone(), prepared.clone());
+        let guard = shared.rooms.lock(vm).await;
+        let work = async move {
+            let booted = shared.boot(vm, &machine, &prepared).await;
+            drop(guard);
+            booted
+        };
+        uncancelled(work).await.map_err(|source| BootError::Step {
+            what: "a task",
+            source,
+        })?
+    }
+
+    async fn attach(
+        &self,
+        vm: VmId,
+        prepared: &Prepared,
+        identity: &Identity,
+    ) -> Result<Arc<dyn Vm>, AttachError> {
+        let pidfd = process::open(identity, self.shared.rooms.cgroups())?;
+        let rooms = Arc::clone(&self.shared.rooms);
+        let attached = QemuVm::attach(rooms, vm, prepared, identity.pid, pidfd).await?;
+        Ok(Arc::new(attached))
+    }
+
+    async fn release(&self, vm: VmId) -> Result<(), ReleaseError> {
+        let rooms = Arc::clone(&self.shared.rooms);
+        let guard = rooms.lock(vm).await;
+        let work = async move {
+            let released = rooms.release(vm).await;
+            drop(guard);
+            released
+        };
+        uncancelled(work).await.map_err(|source| ReleaseError {
+            what: format!("VM {vm}"),
+            source,
+        })?
+    }
+
+    async fn sweep(&self, keep: &BTreeSet<VmId>) -> Result<Swept, ReleaseError> {
+        let (rooms, keep) = (Arc::clone(&self.shared.rooms), keep.clone());
+        uncancelled(async move { rooms.sweep(&keep).await })
+            .await
+            .map_err(|source| ReleaseError {
+                what: "strays".to_owned(),
+                source,
+            })?
+    }
+}
+
+/// Runs `work` to its end even when the caller gives up, so that no step is left half done while
+/// the next one begins.
+async fn uncancelled<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::spawn(work).await.map_err(io::Error::other)
+}
+
+fn limits(resources: &Resources) -> Limits {
+    Limits {
+        memory_bytes: u64::from(resources.memory_mib + OVERHEAD_MIB) * MIB,
+        cpus: resources.cpus,
+        pids: u32::from(resources.cpus) + OVERHEAD_THREADS,
+    }
+}
+
+/// The files of a start, opened by the node.
+#[derive(Debug)]
+struct Files {
+    null: OwnedFd,
+    log: OwnedFd,
+    vm: VmFds,
+    qmp: UnixListener,
+    agent: UnixListener,
+    kernel: File,
+    initramfs: File,
+}
+
+impl Shared {
+    async fn boot(
+        self: &Arc<Self>,
+        vm: VmId,
+        machine: &Machine,
+        prepared: &Prepared,
+    ) -> Result<Identity, BootError> {
+        let step = |what| move |source| BootError::Step { what, source };
+        let tap = self.rooms.namespaces().open_tap(&prepared.namespace).await;
+        let tap = tap.map_err(step("opening the tap"))?;
+        let files = self.open_files(vm, machine, tap)?;
+        let log = files.log.try_clone().map_err(step("its output"))?;
+        let jail = self.jail(vm, machine, prepared);
+        let launched = {
+            let (this, jail) = (Arc::clone(self), jail.clone());
+            blocking(move || this.launch(&jail, &files)).await
+        };
+        let pid = launched
+            .map_err(step("a worker thread"))?
+            .map_err(|error| step("the jail")(io::Error::other(error)))?;
+        let identity = process::identity(pid, &vm.to_string());
+        let identity = identity.map_err(|_gone| BootError::Ended(vm::log_tail(&log)))?;
+        self.await_monitor(vm, &identity, &log).await?;
+        let emptied = blocking(move || jail::empty_root(pid, &jail)).await;
+        emptied
+            .and_then(|done| done)
+            .map_err(step("emptying its root"))?;
+        // The VMM has it open; from now on its blocks are freed when the VMM ends, however it does.
+        self.rooms
+            .disks()
+            .remove(vm)
+            .map_err(step("unlinking the scratch disk"))?;
+        Ok(identity)
+    }
+
+    fn open_files(&self, vm: VmId, machine: &Machine, tap: OwnedFd) -> Result<Files, BootError> {
+        let step = |what| move |source| BootError::Step { what, source };
+        let image = |path: &Path| {
+            let opened = File::open(path).map(OwnedFd::from);
+            opened.map_err(|source| BootError::Image {
+                path: path.to_owned(),
+                source,
+            })
+        };
+        let mut disks = vec![image(&machine.image)?];
+        if let Some(folder) = &machine.folder {
+            disks.push(image(folder)?);
+        }
+        if machine.resources.disk_mib > 0 {
+            let scratch = self.rooms.disks().open_scratch(vm);
+            disks.push(scratch.map_err(step("opening the scratch disk"))?);
+        }
+        let socket = |name| {
+            let path = self.rooms.folder(vm).join(name);
+            let listener = UnixListener::bind(&path)?;
+            std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+            Ok(listener)
+        };
+        Ok(Files {
+            null: File::open("/dev/null")
+                .map_err(step("opening /dev/null"))?
+                .into(),
+            log: bounded_log().map_err(step("its output"))?,
+            vm: VmFds { tap, disks },
+            qmp: socket(QMP_SOCKET).map_err(step("its control socket"))?,
+            agent: socket(AGENT_SOCKET).map_err(step("the agent's socket"))?,
+            kernel: File::open(&self.config.kernel).map_err(step("opening the kernel"))?,
+            initramfs: File::open(&self.config.initramfs).map_err(step("opening the initramfs"))?,
+        })
+    }
+
+    fn jail(&self, vm: VmId, machine: &Machine, prepared: &Prepared) -> Jail {
+        let disks = Disk::of(machine.folder.as_deref(), &machine.resources);
+        let mut binds = vec![self.config.qemu.clone()];
+        binds.extend(self.config.libraries.iter().cloned());
+        let limits = limits(&machine.resources);
+        Jail {
+            cgroup: self.rooms.cgroups().entrances(&vm.to_string()),
+            stage: self.rooms.stage(),
+            binds,
+            files: vec![PathBuf::from(KERNEL), PathBuf::from(INITRAMFS)],
+            fds: FD_DISKS + disks.len(),
+            program: self.config.qemu.clone(),
+            arguments: arguments(&machine.resources, &disks, self.tsc_khz),
+            uid: prepared.uid,
+            limits: JailLimits {
+                fds: FDS_MAX,
+                threads: u64::from(limits.pids),
+                file_bytes: FILE_BYTES_MIN.max(u64::from(machine.resources.disk_mib) * MIB),
+            },
+        }
+    }
+
+    fn launch(&self, jail: &Jail, files: &Files) -> Result<u32, jail::LaunchError> {
+        let log = files.log.as_fd();
+        // The order is that of the FD_* numbers in `arguments.rs`.
+        let mut fds = vec![files.null.as_fd(), log, log, files.vm.tap.as_fd()];
+        fds.extend([files.qmp.as_fd(), files.agent.as_fd()]);
+        fds.extend(files.vm.disks.iter().map(AsFd::as_fd));
+        fds.extend([files.kernel.as_fd(), files.initramfs.as_fd()]);
+        Launch {
+            launcher: &self.config.launcher,
+            jail,
+            fds,
+        }
+        .start()
+    }
+
+    /// Waits until the monitor answers, or the VMM ends.
+    async fn await_monitor(
+        &self,
+        vm: VmId,
+        identity: &Identity,
+        log: &OwnedFd,
+    ) -> Result<(), BootError> {
+        let ended = || BootError::Ended(vm::log_tail(log));
+        let step = |what| move |source| BootError::Step { what, source };
+        let pidfd = process::open(identity, self.rooms.cgroups()).map_err(|_gone| ended())?;
+        let pidfd = sys::watch(pidfd).map_err(step("watching it"))?;
+        let socket = self.rooms.folder(vm).join(QMP_SOCKET);
+        tokio::select! {
+            biased;
+            _readable = pidfd.readable() => Err(ended()),
+            monitor = Qmp::connect(&socket, QMP_TIMEOUT) => match monitor {
+                Ok(_hang_up) => Ok(()),
+                // A VMM that ends resets the connection a moment before its pidfd tells.
+                Err(source) => match timeout(ENDING, pidfd.readable()).await {
+                    Ok(_readable) => Err(ended()),
+                    Err(_elapsed) => Err(step("its control socket")(source)),
+                },
+            },
+        }
+    }
+}
+
+/// A file in memory of a fixed size: writing behind its end fails.
+fn bounded_log() -> io::Result<OwnedFd> {
+    let log = memfd_create(
+        c"vmm-output",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )?;
+    ftruncate(&log, LOG_BYTES)?;
+    fcntl_add_seals(&log, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(log)
+}
+
+/// The VMM's own output, opened again through the VMM.
+fn open_log(pid: u32) -> io::Result<OwnedFd> {
+    Ok(File::open(format!(
+        "/proc/{pid}/fd/{}",
+        rustix::stdio::stderr().as_raw_fd()
+    ))?
+    .into())
+}

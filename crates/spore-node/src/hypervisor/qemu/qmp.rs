@@ -1,0 +1,163 @@
+//! A client of QEMU's monitor (QMP): JSON lines over a unix socket.
+//!
+//! Used by the `qemu` driver. QEMU accepts one client at a time; the next one waits until this one
+//! hangs up. Everything it says counts as written by a tenant who took it over: lines have a limit,
+//! and nothing of them is more than text. Never starts or kills a process.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use data_encoding::BASE64;
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::timeout;
+use tokio_util::codec::{FramedRead, LinesCodec};
+
+/// The most bytes of one line; a whole console ring fits in.
+const LINE_BYTES_MAX: usize = 256 * 1024;
+
+/// Events that wait to be taken; more are forgotten, oldest first.
+const EVENTS_MAX: usize = 64;
+
+/// How long one command may take; each is microseconds of work for QEMU's main loop.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection.
+#[derive(Debug)]
+pub(super) struct Qmp {
+    lines: FramedRead<OwnedReadHalf, LinesCodec>,
+    write: OwnedWriteHalf,
+    events: VecDeque<String>,
+}
+
+impl Qmp {
+    /// Connects, waits for the greeting and leaves negotiation mode.
+    pub(super) async fn connect(path: &Path, wait: Duration) -> io::Result<Self> {
+        let connect = async {
+            let (read, write) = UnixStream::connect(path).await?.into_split();
+            let lines = FramedRead::new(read, LinesCodec::new_with_max_length(LINE_BYTES_MAX));
+            let mut this = Self {
+                lines,
+                write,
+                events: VecDeque::new(),
+            };
+            let greeting = this.read().await?;
+            if greeting.get("QMP").is_none() {
+                return Err(io::Error::other("QMP: no greeting"));
+            }
+            this.execute("qmp_capabilities", json!({})).await?;
+            Ok(this)
+        };
+        timeout(wait, connect)
+            .await
+            .map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?
+    }
+
+    /// One command and what it returns. Must not be cancelled, or answers come to the wrong one.
+    pub(super) async fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
+        let mut line = json!({"execute": command, "arguments": arguments}).to_string();
+        line.push('\n');
+        let exchange = async {
+            self.write.write_all(line.as_bytes()).await?;
+            loop {
+                let mut answer = self.read().await?;
+                if let Some(value) = answer.get_mut("return") {
+                    return Ok(value.take());
+                }
+                if let Some(error) = answer.get("error") {
+                    return Err(io::Error::other(format!("QMP {command}: {error}")));
+                }
+                self.remember(&answer);
+            }
+        };
+        timeout(COMMAND_TIMEOUT, exchange)
+            .await
+            .map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?
+    }
+
+    /// The next event's name. May be cancelled.
+    pub(super) async fn next_event(&mut self) -> io::Result<String> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            let said = self.read().await?;
+            self.remember(&said);
+        }
+    }
+
+    /// Everything that is in the ring of the character device `device`, which is then empty.
+    pub(super) async fn read_ring(&mut self, device: &str, bytes: usize) -> io::Result<Vec<u8>> {
+        let arguments = json!({"device": device, "size": bytes, "format": "base64"});
+        let read = self.execute("ringbuf-read", arguments).await?;
+        let text = read.as_str().unwrap_or_default();
+        BASE64.decode(text.as_bytes()).map_err(io::Error::other)
+    }
+
+    fn remember(&mut self, said: &Value) {
+        if let Some(event) = said.get("event").and_then(Value::as_str) {
+            if self.events.len() == EVENTS_MAX {
+                self.events.pop_front();
+            }
+            self.events.push_back(event.to_owned());
+        }
+    }
+
+    async fn read(&mut self) -> io::Result<Value> {
+        match self.lines.next().await {
+            Some(Ok(line)) => Ok(serde_json::from_str(&line)?),
+            Some(Err(error)) => Err(io::Error::other(error)),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::UnixListener;
+
+    use super::Qmp;
+
+    /// A monitor that greets, then answers each line with the next of `answers`.
+    async fn monitor(listener: UnixListener, answers: Vec<String>) {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (read, mut write) = stream.into_split();
+        let mut lines = BufReader::new(read).lines();
+        write.write_all(b"{\"QMP\": {}}\r\n").await.unwrap();
+        for answer in answers {
+            lines.next_line().await.unwrap().unwrap();
+            write.write_all(answer.as_bytes()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn events_between_command_and_answer_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let answers = vec![
+            "{\"return\": {}}\r\n".to_owned(),
+            "{\"event\": \"RESUME\"}\r\n{\"event\": \"SHUTDOWN\"}\r\n{\"return\": \"aGk=\"}\r\n"
+                .to_owned(),
+            "{\"error\": {\"class\": \"GenericError\"}}\r\n".to_owned(),
+        ];
+        let server = tokio::spawn(monitor(listener, answers));
+        let mut qmp = Qmp::connect(&path, Duration::from_secs(10)).await.unwrap();
+        assert_eq!(qmp.read_ring("console", 100).await.unwrap(), b"hi");
+        let refused = qmp.execute("quit", json!({})).await.unwrap_err();
+        assert!(refused.to_string().contains("GenericError"), "{refused}");
+        assert_eq!(qmp.next_event().await.unwrap(), "RESUME");
+        assert_eq!(qmp.next_event().await.unwrap(), "SHUTDOWN");
+        server.await.unwrap();
+        assert!(qmp.next_event().await.is_err());
+    }
+}

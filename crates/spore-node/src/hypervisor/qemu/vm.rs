@@ -1,0 +1,337 @@
+//! A QEMU that runs, held by its actor.
+//!
+//! Made by the driver's `attach`. One task per VM watches process and monitor; it alone speaks QMP:
+//!
+//! ```text
+//!   Watching ──SHUTDOWN (guest's end)──▶ reads the console, `quit` ──▶ Watching
+//!       │ └────asked for the console──▶ reads it ──▶ Watching
+//!       └──process gone──▶ Over (exit published)
+//! ```
+//!
+//! When the last holder lets go the task ends and its connection closes, so that the next daemon
+//! or `attach` can connect; the VM goes on. Never restarts anything.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rustix::io::{Errno, pread};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+use serde_json::{Value, json};
+use spore_wire::id::VmId;
+use tokio::io::unix::AsyncFd;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::arguments::{CONSOLE, CONSOLE_BYTES};
+use super::qmp::Qmp;
+use super::{AGENT_SOCKET, ENDING, LOG_BYTES, QMP_SOCKET, open_log};
+use crate::cgroup::kill_process;
+use crate::hypervisor::room::Rooms;
+use crate::hypervisor::{AgentStream, AttachError, PolicyError, Prepared, Vm, VmExit, VmStats};
+use crate::net::policy::Policy;
+use crate::sys;
+
+/// How long the monitor of a VM that runs may take to greet. Another client that is just gone
+/// makes it wait a little.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How much of the console and of QEMU's own output a reason holds: a kernel's panic fits in.
+const TAIL_LINES: usize = 40;
+
+/// A VM.
+#[derive(Debug)]
+pub(super) struct QemuVm {
+    rooms: Arc<Rooms>,
+    vm: VmId,
+    namespace: String,
+    policy: Policy,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    exit: watch::Receiver<Option<VmExit>>,
+    console: mpsc::Sender<oneshot::Sender<Vec<String>>>,
+    watcher: JoinHandle<()>,
+}
+
+impl QemuVm {
+    /// Connects to the monitor and starts watching.
+    pub(super) async fn attach(
+        rooms: Arc<Rooms>,
+        vm: VmId,
+        prepared: &Prepared,
+        pid: u32,
+        pidfd: OwnedFd,
+    ) -> Result<Self, AttachError> {
+        let silent = |what| move |source| AttachError::Silent { what, source };
+        let machine = rooms.machine(vm).map_err(silent("record"))?;
+        let pidfd = Arc::new(sys::watch(pidfd).map_err(silent("pidfd"))?);
+        let log = open_log(pid).map_err(|_gone| AttachError::Gone(pid))?;
+        let socket = rooms.folder(vm).join(QMP_SOCKET);
+        let monitor = tokio::select! {
+            biased;
+            _readable = pidfd.readable() => return Err(AttachError::Gone(pid)),
+            monitor = Qmp::connect(&socket, GREETING_TIMEOUT) => monitor,
+        };
+        let (publish, exit) = watch::channel(None);
+        let (console, asked) = mpsc::channel(4);
+        let watcher = Watcher {
+            rooms: Arc::clone(&rooms),
+            vm,
+            pidfd: Arc::clone(&pidfd),
+            monitor: Some(monitor.map_err(silent("monitor"))?),
+            log,
+            tail: Vec::new(),
+            asked,
+        };
+        Ok(Self {
+            watcher: tokio::spawn(watcher.run(publish)),
+            policy: if machine.egress.is_empty() {
+                Policy::Open
+            } else {
+                Policy::OpenWithEgress
+            },
+            namespace: prepared.namespace.clone(),
+            rooms,
+            vm,
+            pidfd,
+            exit,
+            console,
+        })
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.rooms.folder(self.vm).join(name)
+    }
+}
+
+impl Drop for QemuVm {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    async fn agent(&self) -> io::Result<Box<dyn AgentStream>> {
+        Ok(Box::new(
+            UnixStream::connect(self.socket(AGENT_SOCKET)).await?,
+        ))
+    }
+
+    async fn connect(&self, port: u16) -> io::Result<TcpStream> {
+        self.rooms.namespaces().connect(&self.namespace, port).await
+    }
+
+    async fn open_network(&self) -> Result<(), PolicyError> {
+        self.rooms
+            .namespaces()
+            .open_policy(&self.namespace, self.policy)
+            .await
+    }
+
+    async fn stats(&self) -> io::Result<VmStats> {
+        self.rooms.cgroups().stats(&self.vm.to_string())
+    }
+
+    async fn console_tail(&self) -> Vec<String> {
+        let (answer, answered) = oneshot::channel();
+        if self.console.send(answer).await.is_err() {
+            return Vec::new();
+        }
+        answered.await.unwrap_or_default()
+    }
+
+    fn kill(&self) {
+        if let Err(error) = kill_process(self.pidfd.get_ref()) {
+            tracing::error!(vm = %self.vm, %error, "cannot kill the VMM");
+        }
+    }
+
+    async fn exited(&self) -> VmExit {
+        let mut exit = self.exit.clone();
+        match exit.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(exit)) => exit.clone(),
+            Ok(None) | Err(_) => VmExit {
+                reason: "the task that watched the VMM ended".to_owned(),
+                out_of_memory: false,
+            },
+        }
+    }
+}
+
+/// The task of one VM.
+#[derive(Debug)]
+struct Watcher {
+    rooms: Arc<Rooms>,
+    vm: VmId,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    /// `None` once it hung up.
+    monitor: Option<Qmp>,
+    log: OwnedFd,
+    /// The console's last lines.
+    tail: Vec<String>,
+    asked: mpsc::Receiver<oneshot::Sender<Vec<String>>>,
+}
+
+impl Watcher {
+    async fn run(mut self, publish: watch::Sender<Option<VmExit>>) {
+        // The guest may have ended while nobody was connected.
+        if self.is_shut_down().await {
+            self.quit().await;
+        }
+        loop {
+            let pidfd = Arc::clone(&self.pidfd);
+            tokio::select! {
+                biased;
+                _readable = pidfd.readable() => break,
+                event = next_event(&mut self.monitor) => match event {
+                    Ok(event) if event == "SHUTDOWN" => self.quit().await,
+                    Ok(_event) => {}
+                    // It hangs up when it ends; what else it means, the pidfd tells.
+                    Err(_hung_up) => self.monitor = None,
+                },
+                Some(answer) = self.asked.recv() => {
+                    self.read_console().await;
+                    // Whoever asked may have given up.
+                    drop(answer.send(self.tail.clone()));
+                }
+            }
+        }
+        let exit = self.exit();
+        publish.send_replace(Some(exit));
+    }
+
+    async fn is_shut_down(&mut self) -> bool {
+        let Some(monitor) = &mut self.monitor else {
+            return false;
+        };
+        let status = monitor.execute("query-status", json!({})).await;
+        status.is_ok_and(|status| status.get("status").and_then(Value::as_str) == Some("shutdown"))
+    }
+
+    /// The guest has ended: keeps what it last said and lets QEMU go.
+    async fn quit(&mut self) {
+        self.read_console().await;
+        let asked = match &mut self.monitor {
+            Some(monitor) => monitor.execute("quit", json!({})).await,
+            None => Err(io::ErrorKind::NotConnected.into()),
+        };
+        // It answers and ends, or ends before its answer is read, or does not listen.
+        let ended = timeout(ENDING, self.pidfd.readable()).await.is_ok();
+        if !ended && let Err(failed) = kill_process(self.pidfd.get_ref()) {
+            tracing::error!(vm = %self.vm, ?asked, %failed, "cannot end the VMM");
+        }
+    }
+
+    async fn read_console(&mut self) {
+        let Some(monitor) = &mut self.monitor else {
+            return;
+        };
+        match monitor.read_ring(CONSOLE, CONSOLE_BYTES).await {
+            Ok(bytes) => {
+                self.tail.extend(last_lines(&bytes));
+                let surplus = self.tail.len().saturating_sub(TAIL_LINES);
+                self.tail.drain(..surplus);
+            }
+            Err(error) => tracing::warn!(vm = %self.vm, %error, "cannot read the console"),
+        }
+    }
+
+    fn exit(&self) -> VmExit {
+        let name = self.vm.to_string();
+        let out_of_memory = self
+            .rooms
+            .cgroups()
+            .was_out_of_memory(&name)
+            .unwrap_or(false);
+        let mut reason = how_it_ended(&self.pidfd);
+        for (what, text) in [
+            ("VMM", log_tail(&self.log)),
+            ("console", self.tail.join("\n")),
+        ] {
+            if !text.is_empty() {
+                reason.push_str(&format!("\n{what}: {text}"));
+            }
+        }
+        VmExit {
+            reason,
+            out_of_memory,
+        }
+    }
+}
+
+async fn next_event(monitor: &mut Option<Qmp>) -> io::Result<String> {
+    match monitor {
+        Some(monitor) => monitor.next_event().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Reaps the process where it is a child of this daemon; init reaps it where it is not.
+fn how_it_ended(pidfd: &AsyncFd<OwnedFd>) -> String {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    match waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), options) {
+        Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => format!("the VMM ended with code {code}"),
+            (None, Some(signal)) => format!("the VMM was ended by signal {signal}"),
+            (None, None) => "the VMM ended".to_owned(),
+        },
+        Ok(None) | Err(Errno::CHILD) => "the VMM ended".to_owned(),
+        Err(error) => format!("the VMM ended, how is not known: {error}"),
+    }
+}
+
+/// The last lines of a VMM's own output.
+pub(super) fn log_tail(log: &OwnedFd) -> String {
+    let mut bytes = vec![0; usize::try_from(LOG_BYTES).unwrap_or(0)];
+    let mut len = 0;
+    while let Ok(read @ 1..) = pread(log, &mut bytes[len..], len as u64) {
+        len += read;
+    }
+    // The file has its full size from the start: what was not written is zero.
+    let written = bytes[..len]
+        .split(|byte| *byte == 0)
+        .next()
+        .unwrap_or_default();
+    last_lines(written).join("\n")
+}
+
+/// The last lines of what a tenant may have written, without control characters.
+fn last_lines(bytes: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(bytes);
+    let clean = |line: &str| line.chars().filter(|c| !c.is_control()).collect::<String>();
+    let lines: Vec<String> = text
+        .lines()
+        .map(clean)
+        .filter(|line| !line.is_empty())
+        .collect();
+    let skipped = lines.len().saturating_sub(TAIL_LINES);
+    lines.into_iter().skip(skipped).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_lines;
+
+    #[test]
+    fn a_tail_is_the_last_lines_without_control_characters() {
+        let mut text = String::new();
+        for number in 0..50 {
+            text.push_str(&format!("\x1b[1mline {number}\r\n\n"));
+        }
+        let tail = last_lines(text.as_bytes());
+        assert_eq!(tail.len(), 40);
+        assert_eq!(tail[0], "[1mline 10");
+        assert_eq!(tail[39], "[1mline 49");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_do_no_harm() {
+        assert_eq!(last_lines(&[0xff, b'\n', b'a']), ["\u{fffd}", "a"]);
+        assert_eq!(last_lines(b""), Vec::<String>::new());
+    }
+}

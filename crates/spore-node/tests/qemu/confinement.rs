@@ -1,0 +1,147 @@
+//! What a VMM that was taken over would have: looked up in `/proc` of a real one.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use spore_node::hypervisor::Hypervisor;
+
+use crate::guest::{Then, WORD};
+use crate::host::{TestHost, new_id, said};
+
+/// What the VMM may have open, by the kernel's name of it, and how often at most. Two of each disk:
+/// QEMU keeps the one of its fd set and a copy.
+fn expected(host: &TestHost) -> BTreeMap<String, usize> {
+    let root = host.runtime("..").canonicalize().unwrap();
+    let file = |name: &str| root.join(name).display().to_string();
+    BTreeMap::from([
+        ("/dev/null".to_owned(), 1),
+        ("/memfd:vmm-output (deleted)".to_owned(), 2),
+        ("/dev/net/tun".to_owned(), 1),
+        (file("image"), 2),
+        (file("folder"), 2),
+        (format!("{} (deleted)", file("data/scratch/VM.raw")), 2),
+        // Two that listen, and the monitor's connection.
+        ("socket".to_owned(), 3),
+        ("anon_inode:[eventfd]".to_owned(), 16),
+        ("anon_inode:[eventpoll]".to_owned(), 4),
+        ("anon_inode:[signalfd]".to_owned(), 1),
+    ])
+}
+
+fn open_files(proc: &Path, vm: &str) -> BTreeMap<String, usize> {
+    let mut open = BTreeMap::new();
+    for entry in fs::read_dir(proc.join("fd")).unwrap() {
+        let target: PathBuf = fs::read_link(entry.unwrap().path()).unwrap();
+        let target = target.display().to_string().replace(vm, "VM");
+        let name = if target.starts_with("socket:") {
+            "socket".to_owned()
+        } else {
+            target
+        };
+        *open.entry(name).or_default() += 1;
+    }
+    open
+}
+
+fn fields(text: &str) -> BTreeMap<&str, String> {
+    let pairs = text.lines().filter_map(|line| line.split_once(':'));
+    pairs
+        .map(|(key, value)| (key, value.split_whitespace().collect::<Vec<_>>().join(" ")))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_vm_process_has_exactly_its_fds_uid_and_filter() {
+    let Some(host) = TestHost::new(Then::Wait) else {
+        return;
+    };
+    let driver = host.driver().await;
+    let (vm, machine) = (new_id(), host.machine());
+    let prepared = driver.prepare(vm, &machine).await.unwrap();
+    let identity = driver.boot(vm, &machine, &prepared).await.unwrap();
+    let held = driver.attach(vm, &prepared, &identity).await.unwrap();
+    said(&*held, WORD).await;
+    assert_eq!(host.processes(), [identity.pid]);
+    let proc = Path::new("/proc").join(identity.pid.to_string());
+    let read = |name: &str| fs::read_to_string(proc.join(name)).unwrap();
+
+    let allowed = expected(&host);
+    for (name, count) in open_files(&proc, &vm.to_string()) {
+        let most = allowed.get(&name).copied().unwrap_or(0);
+        assert!(count <= most, "{count} of {name}, {most} at most");
+    }
+    let uid = prepared.uid;
+    for thread in fs::read_dir(proc.join("task")).unwrap() {
+        let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+        let status = fields(&status);
+        for key in ["Uid", "Gid"] {
+            assert_eq!(status[key], format!("{uid} {uid} {uid} {uid}"), "{key}");
+        }
+        for key in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(status[key], "0000000000000000", "{key}");
+        }
+        assert_eq!(status["Groups"], "");
+        assert_eq!((&*status["NoNewPrivs"], &*status["Seccomp"]), ("1", "2"));
+    }
+    let status = read("status");
+    assert_eq!(fields(&status)["NSpid"], format!("{} 1", identity.pid));
+    assert_eq!(read("environ"), "");
+    assert!(!read("cmdline").contains(&host.runtime("").display().to_string()));
+    check_limits(&read("limits"));
+    check_root(&proc);
+    assert_eq!(
+        read("net/dev")
+            .lines()
+            .skip(2)
+            .map(interface)
+            .collect::<Vec<_>>(),
+        ["lo"]
+    );
+    for kind in ["mnt", "net", "ipc", "uts", "pid", "cgroup"] {
+        let theirs = fs::read_link(proc.join("ns").join(kind)).unwrap();
+        let ours = fs::read_link(Path::new("/proc/self/ns").join(kind)).unwrap();
+        assert_ne!(theirs, ours, "{kind}");
+    }
+    assert!(
+        driver
+            .rooms()
+            .cgroups()
+            .holds(&identity.cgroup, &read("cgroup"))
+    );
+    assert_eq!(read("oom_score_adj").trim(), "500");
+    driver.release(vm).await.unwrap();
+    assert_eq!(host.left(), Vec::<String>::new());
+}
+
+fn interface(line: &str) -> &str {
+    line.split(':').next().unwrap().trim()
+}
+
+fn check_limits(limits: &str) {
+    let line = |name: &str| {
+        let line = limits
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap();
+        line.split_whitespace().take(2).collect::<Vec<_>>()
+    };
+    assert_eq!(line("Max core file size"), ["1", "1"]);
+    assert_eq!(line("Max open files"), ["128", "128"]);
+    assert_eq!(line("Max locked memory"), ["0", "0"]);
+    assert_eq!(line("Max file size"), ["67108864", "67108864"]);
+}
+
+/// The root is one empty, read-only tmpfs.
+fn check_root(proc: &Path) {
+    let mounts = fs::read_to_string(proc.join("mountinfo")).unwrap();
+    let mounts: Vec<&str> = mounts.lines().collect();
+    assert_eq!(mounts.len(), 1, "{mounts:?}");
+    assert!(
+        mounts[0].contains(" / / ro,nosuid,nodev,noexec"),
+        "{mounts:?}"
+    );
+    assert!(mounts[0].contains("tmpfs"), "{mounts:?}");
+    assert_eq!(fs::read_dir(proc.join("root")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(proc.join("cwd")).unwrap().count(), 0);
+}

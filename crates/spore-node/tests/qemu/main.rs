@@ -1,0 +1,14 @@
+//! The `qemu` driver with real namespaces, cgroups and QEMU. Needs root; see `host.rs` for the rest.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::tests_outside_test_module,
+    reason = "the whole program is tests: a failed step ends its test, and a skip is said"
+)]
+
+mod confinement;
+mod guest;
+mod host;
+mod life;
+mod network;
+mod recovery;
