@@ -4,11 +4,18 @@
 
 use std::io::Write as _;
 
+/// Where the kernel's log is: in the agent's root, and before that is the root.
+const LOGS: [&str; 2] = ["/dev/kmsg", "/own/dev/kmsg"];
+
 /// Writes one line, if there is a console.
 pub fn say(line: &str) {
-    let file = std::fs::OpenOptions::new().write(true).open("/dev/kmsg");
-    if let Ok(mut file) = file {
-        // `<4>`: a warning, so that a quiet kernel still shows it. Without a console nobody reads.
-        drop(file.write_all(format!("<4>spore-guest: {line}\n").as_bytes()));
+    for path in LOGS {
+        if let Ok(mut log) = std::fs::OpenOptions::new().write(true).open(path) {
+            // `<3>`: an error, so that a quiet kernel still shows it.
+            let text = format!("<3>spore-guest: {line}\n");
+            if log.write_all(text.as_bytes()).is_ok() {
+                return;
+            }
+        }
     }
 }

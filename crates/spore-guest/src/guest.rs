@@ -68,7 +68,12 @@ impl Guest {
 
     fn open_raw(&self, path: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
+        // openat2 refuses what open ignores: a path descriptor with a flag about terminals.
+        let more = match flags.contains(OFlags::PATH) {
+            true => OFlags::CLOEXEC,
+            false => OFlags::CLOEXEC | OFlags::NOCTTY,
+        };
+        let flags = flags | more;
         openat2(&self.root, path, flags, Mode::empty(), resolve)
     }
 

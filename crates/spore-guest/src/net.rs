@@ -25,8 +25,11 @@ const NEW_ROUTE: u16 = 24;
 const NEW_NEIGHBOUR: u16 = 28;
 const ERROR: u16 = 2;
 
-/// `NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE`.
-const FLAGS: u16 = 0x1 | 0x4 | 0x400 | 0x100;
+/// `NLM_F_REQUEST | NLM_F_ACK`.
+const CHANGE: u16 = 0x1 | 0x4;
+
+/// [`CHANGE`] with `NLM_F_CREATE | NLM_F_REPLACE`, which the kernel refuses for a link.
+const CREATE: u16 = CHANGE | 0x400 | 0x100;
 
 const AF_INET: u8 = 2;
 const IFF_UP: u32 = 1;
@@ -108,7 +111,7 @@ fn up(index: u32) -> Vec<u8> {
     body.extend(index.to_ne_bytes());
     body.extend(IFF_UP.to_ne_bytes());
     body.extend(IFF_UP.to_ne_bytes());
-    message(NEW_LINK, &body)
+    message(NEW_LINK, CHANGE, &body)
 }
 
 fn address(index: u32) -> Vec<u8> {
@@ -116,7 +119,7 @@ fn address(index: u32) -> Vec<u8> {
     body.extend(index.to_ne_bytes());
     attribute(&mut body, 1, &GUEST_ADDRESS);
     attribute(&mut body, 2, &GUEST_ADDRESS);
-    message(NEW_ADDRESS, &body)
+    message(NEW_ADDRESS, CREATE, &body)
 }
 
 fn neighbour(index: u32) -> Vec<u8> {
@@ -126,7 +129,7 @@ fn neighbour(index: u32) -> Vec<u8> {
     body.extend([0, UNICAST]);
     attribute(&mut body, 1, &HOST_ADDRESS);
     attribute(&mut body, 2, &HOST_MAC);
-    message(NEW_NEIGHBOUR, &body)
+    message(NEW_NEIGHBOUR, CREATE, &body)
 }
 
 fn default_route(index: u32) -> Vec<u8> {
@@ -134,15 +137,15 @@ fn default_route(index: u32) -> Vec<u8> {
     body.extend([0; 4]);
     attribute(&mut body, 5, &HOST_ADDRESS);
     attribute(&mut body, 4, &index.to_ne_bytes());
-    message(NEW_ROUTE, &body)
+    message(NEW_ROUTE, CREATE, &body)
 }
 
-fn message(kind: u16, body: &[u8]) -> Vec<u8> {
+fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
     let len = u32::try_from(16 + body.len()).unwrap_or(u32::MAX);
     let mut out = Vec::new();
     out.extend(len.to_ne_bytes());
     out.extend(kind.to_ne_bytes());
-    out.extend(FLAGS.to_ne_bytes());
+    out.extend(flags.to_ne_bytes());
     out.extend([0; 8]);
     out.extend(body);
     out

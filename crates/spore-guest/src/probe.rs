@@ -17,6 +17,9 @@ const ANSWER_MS_MAX: u64 = 5_000;
 /// The most bytes of an answer that are looked at.
 const STATUS_BYTES_MAX: usize = 64;
 
+/// How long an answer's rest is read after its status has been seen.
+const REST_MS_MAX: u64 = 2_000;
+
 /// One request under way.
 #[derive(Debug)]
 pub struct HttpProbe {
@@ -73,6 +76,26 @@ impl HttpProbe {
             interest.read(&self.socket);
         }
         interest.at(self.deadline_ms);
+    }
+
+    /// The status was seen: the rest of the answer is read and thrown away, since an app that is hung
+    /// up on in the middle of its answer logs an error.
+    pub fn leave(&mut self, now_ms: u64) {
+        self.deadline_ms = now_ms + REST_MS_MAX;
+    }
+
+    /// Reads on after [`HttpProbe::leave`]. True when the answer is over, or has had its time.
+    pub fn has_left(&mut self, now_ms: u64) -> bool {
+        let mut buffer = [0; 4096];
+        for _read in 0..16 {
+            match rustix::io::read(&self.socket, &mut buffer) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(Errno::AGAIN | Errno::INTR) => break,
+                Err(_) => return true,
+            }
+        }
+        now_ms >= self.deadline_ms
     }
 
     /// Goes on as far as it can.

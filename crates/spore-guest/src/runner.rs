@@ -49,6 +49,8 @@ pub struct Runner {
     group: Option<Group>,
     captures: Vec<Capture>,
     check: Option<Check>,
+    /// Health requests whose status is known and whose answer is still coming.
+    answered: Vec<HttpProbe>,
     relay: Option<Relay>,
     log: LogRing,
     news: Vec<Event>,
@@ -97,6 +99,7 @@ impl Default for Runner {
             group: None,
             captures: Vec::new(),
             check: None,
+            answered: Vec::new(),
             relay: None,
             log: LogRing::default(),
             news: Vec::new(),
@@ -220,6 +223,9 @@ impl Runner {
         if matches!(self.life.state(), AppState::Ending { pid: None, .. }) {
             interest.at(now_ms + ENDING_STEP_MS);
         }
+        for probe in &self.answered {
+            probe.interest(interest);
+        }
         if let Some(check) = &self.check {
             match &check.probe {
                 Some(probe) => probe.interest(interest),
@@ -231,6 +237,7 @@ impl Runner {
     /// Goes on as far as it can.
     pub fn pump(&mut self, guest: &mut Guest, now_ms: u64) {
         self.capture();
+        self.answered.retain_mut(|probe| !probe.has_left(now_ms));
         if self.is_ready_now(guest, now_ms) {
             self.check = None;
             self.step(guest, now_ms, AppEvent::BecameReady);
@@ -380,13 +387,19 @@ impl Runner {
             return false;
         };
         if let Some(probe) = &mut check.probe {
-            match probe.pump(now_ms) {
+            let verdict = probe.pump(now_ms);
+            if verdict != Verdict::Waiting
+                && let Some(mut probe) = check.probe.take()
+            {
+                probe.leave(now_ms);
+                self.answered.push(probe);
+            }
+            match verdict {
                 Verdict::Waiting => return false,
                 Verdict::Healthy => return true,
                 Verdict::Unhealthy(seen) => {
                     check.seen = seen;
-                    check.probe = None;
-                    check.next_ms = now_ms + step_ms(now_ms - check.began_ms);
+                    check.next_ms = now_ms + step_ms(now_ms.saturating_sub(check.began_ms));
                 }
             }
         }

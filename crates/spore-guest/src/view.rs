@@ -139,7 +139,7 @@ fn mount_scratch() -> Result<(), ViewError> {
         None => mount_tmpfs(at, c"mode=0755,size=50%", MountFlags::NODEV)?,
     }
     for folder in ["root", "root-work", "app", "app-work"] {
-        make_folder(&format!("{at}/{folder}"))?;
+        make_folder(format!("{at}/{folder}"))?;
     }
     // The upper folder's owner is the merged one's: the default user may write to /app.
     std::os::unix::fs::chown(format!("{at}/app"), Some(DEFAULT_UID), Some(DEFAULT_UID))

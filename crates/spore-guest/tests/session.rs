@@ -1,0 +1,315 @@
+//! The session loop over a socket pair: the real agent, real processes, a folder as the tenant's root.
+//!
+//! The machine is a stand-in, since a thaw would set the clock of the host that runs the test.
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::Ipv4Addr;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+    use std::thread::JoinHandle;
+
+    use serde_json::{Value, json};
+    use spore_guest::agent::{Agent, Machine};
+    use spore_guest::cgroup::Groups;
+    use spore_guest::guest::Guest;
+    use spore_guest::launch::Launcher;
+    use spore_guest::reap::Reaper;
+    use spore_wire::frame::{self, Decoder, FrameKind, PREAMBLE_BYTES};
+    use spore_wire::guest::{AgentError, CREDIT_BYTES, Thaw};
+
+    struct StandIn;
+
+    impl Machine for StandIn {
+        fn thaw(&mut self, _guest: &Guest, _thaw: &Thaw) -> Result<(), AgentError> {
+            Ok(())
+        }
+
+        fn power_off(&mut self) {}
+    }
+
+    struct Host {
+        socket: UnixStream,
+        decoder: Decoder,
+        stream: u32,
+    }
+
+    fn agent(root: &Path) -> (Host, JoinHandle<()>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        if root != Path::new("/") {
+            std::fs::create_dir_all(root.join("run/secrets")).unwrap();
+            std::fs::create_dir_all(root.join("dev")).unwrap();
+        }
+        let guest = Guest {
+            root: OwnedFd::from(std::fs::File::open(root).unwrap()),
+            launcher: Launcher {
+                program: env!("CARGO_BIN_EXE_spore-guest").into(),
+                namespace: None,
+            },
+            groups: Groups::ProcessGroups,
+            reaper: Reaper::own(),
+            address: Ipv4Addr::LOCALHOST,
+            face: None,
+            leftovers: Vec::new(),
+        };
+        let thread = std::thread::spawn(move || {
+            Agent::new(OwnedFd::from(theirs), guest, StandIn)
+                .unwrap()
+                .run();
+        });
+        let host = Host {
+            socket: ours,
+            decoder: Decoder::new(),
+            stream: 1,
+        };
+        (host, thread)
+    }
+
+    impl Host {
+        fn frame(&mut self, stream: u32, kind: FrameKind, payload: &[u8]) {
+            let mut out = Vec::new();
+            frame::encode(stream, kind, payload, &mut out).unwrap();
+            self.socket.write_all(&out).unwrap();
+        }
+
+        fn say(&mut self, stream: u32, message: &Value) {
+            self.frame(stream, FrameKind::Message, message.to_string().as_bytes());
+        }
+
+        fn hello(&mut self, nonce: u8) -> Value {
+            self.socket.write_all(&[0; PREAMBLE_BYTES]).unwrap();
+            self.decoder = Decoder::after_mark([nonce; 16]);
+            let nonce = format!("{nonce:02x}").repeat(16);
+            self.say(
+                0,
+                &json!({"type": "hello", "generation": 1, "nonce": nonce}),
+            );
+            self.stream = 1;
+            self.next(0).1
+        }
+
+        fn next(&mut self, stream: u32) -> (Vec<u8>, Value) {
+            let mut buffer = [0; 65536];
+            loop {
+                while let Some(frame) = self.decoder.next_frame().unwrap() {
+                    if frame.stream != stream {
+                        continue;
+                    }
+                    match frame.kind {
+                        FrameKind::Message => {
+                            let value = serde_json::from_slice(&frame.payload).unwrap();
+                            return (Vec::new(), value);
+                        }
+                        FrameKind::Data => return (frame.payload, Value::Null),
+                        FrameKind::End => {}
+                    }
+                }
+                let bytes = self.socket.read(&mut buffer).unwrap();
+                assert!(bytes > 0, "the agent hung up");
+                self.decoder.feed(&buffer[..bytes]);
+            }
+        }
+
+        fn open(&mut self, request: &Value) -> u32 {
+            let stream = self.stream;
+            self.stream += 2;
+            self.say(stream, &json!({"type": "request", "request": request}));
+            stream
+        }
+
+        /// Output and end of a stream, giving credit for what came.
+        fn finish(&mut self, stream: u32) -> (Vec<u8>, Value) {
+            let mut output = Vec::new();
+            loop {
+                let (data, message) = self.next(stream);
+                output.extend_from_slice(&data);
+                if !data.is_empty() {
+                    self.say(stream, &json!({"type": "credit", "bytes": data.len()}));
+                }
+                if message["type"] == "reply" || message["type"] == "error" {
+                    return (output, message);
+                }
+            }
+        }
+
+        fn call(&mut self, request: &Value) -> (Vec<u8>, Value) {
+            let stream = self.open(request);
+            self.finish(stream)
+        }
+
+        fn greet_and_thaw(&mut self) {
+            assert_eq!(self.hello(1)["type"], "hello");
+            let thaw = json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
+                "hostname": "a", "machine_id": "0", "resolver": null});
+            assert_eq!(self.call(&thaw).1["reply"]["of"], "done");
+        }
+
+        fn shut_down(mut self, thread: JoinHandle<()>) {
+            let request = json!({"op": "shutdown", "grace_ms": 10});
+            assert_eq!(self.call(&request).1["reply"]["of"], "done");
+            thread.join().unwrap();
+        }
+    }
+
+    fn sh(script: &str) -> Value {
+        json!({"op": "exec", "argv": ["/bin/sh", "-c", script], "environment": [],
+            "directory": "/", "user": "0", "pty": null, "timeout_ms": null})
+    }
+
+    #[test]
+    fn nothing_but_status_is_served_before_a_thaw_and_a_thaw_is_served_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut host, thread) = agent(folder.path());
+        assert_eq!(host.hello(9)["thawed"], false);
+        assert_eq!(host.call(&sh("true")).1["code"], "not_now");
+        assert_eq!(
+            host.call(&json!({"op": "status"})).1["reply"]["of"],
+            "status"
+        );
+        host.greet_and_thaw();
+        let again = json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
+            "hostname": "a", "machine_id": "0", "resolver": null});
+        assert_eq!(host.call(&again).1["code"], "not_now");
+        host.shut_down(thread);
+    }
+
+    #[test]
+    fn an_exec_gives_its_output_and_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut host, thread) = agent(folder.path());
+        host.greet_and_thaw();
+        let (output, end) = host.call(&sh("echo out; echo err >&2; exit 3"));
+        assert!(output.starts_with(b"out\n") || output.starts_with(b"err\n"));
+        assert_eq!(end["reply"], json!({"of": "exit", "by": "code", "code": 3}));
+        let end = host.call(&sh("kill -9 $$")).1;
+        assert_eq!(
+            end["reply"],
+            json!({"of": "exit", "by": "signal", "signal": 9})
+        );
+        let mut slow = sh("sleep 1000");
+        slow["timeout_ms"] = json!(50);
+        assert_eq!(host.call(&slow).1["reply"]["by"], "timeout");
+        let mut none = sh("");
+        none["argv"] = json!(["/no/such/program"]);
+        assert_eq!(host.call(&none).1["code"], "not_found");
+        host.shut_down(thread);
+    }
+
+    #[test]
+    fn input_and_output_keep_to_their_credit() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut host, thread) = agent(folder.path());
+        host.greet_and_thaw();
+        let stream = host.open(&sh("head -c 1000000 /dev/zero; cat"));
+        // Without credit exactly the window comes, however long one waits.
+        let mut bytes = 0;
+        while bytes < CREDIT_BYTES as usize {
+            bytes += host.next(stream).0.len();
+        }
+        assert_eq!(bytes, CREDIT_BYTES as usize);
+        host.say(0, &json!({"type": "ping", "token": 5}));
+        assert_eq!(host.next(0).1["token"], 5);
+        host.say(stream, &json!({"type": "credit", "bytes": CREDIT_BYTES}));
+        host.frame(stream, FrameKind::Data, &[b'x'; 60_000]);
+        host.frame(stream, FrameKind::End, &[]);
+        let (rest, end) = host.finish(stream);
+        assert_eq!(end["reply"]["code"], 0);
+        assert_eq!(bytes + rest.len(), 1_060_000);
+        let stream = host.open(&sh("sleep 1000"));
+        for _part in 0..6 {
+            host.frame(stream, FrameKind::Data, &[0; 60_000]);
+        }
+        assert_eq!(host.finish(stream).1["code"], "too_many");
+        host.shut_down(thread);
+    }
+
+    #[test]
+    fn a_terminal_has_its_size_and_follows_a_resize() {
+        // A folder of one's own has no terminals; this test writes nothing to the host's root.
+        let (mut host, thread) = agent(Path::new("/"));
+        host.greet_and_thaw();
+        let mut exec = sh("stty size; read line; stty size");
+        exec["pty"] = json!({"rows": 33, "columns": 99});
+        let stream = host.open(&exec);
+        let mut output = Vec::new();
+        while !String::from_utf8_lossy(&output).contains("33 99") {
+            output.extend(host.next(stream).0);
+        }
+        host.say(
+            stream,
+            &json!({"type": "resize", "rows": 11, "columns": 22}),
+        );
+        host.frame(stream, FrameKind::Data, b"\n");
+        let (rest, end) = host.finish(stream);
+        assert!(String::from_utf8_lossy(&rest).contains("11 22"));
+        assert_eq!(end["reply"]["code"], 0);
+        host.shut_down(thread);
+    }
+
+    #[test]
+    fn a_new_hello_kills_what_ran_and_resynchronises_behind_a_half_frame() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut host, thread) = agent(folder.path());
+        host.greet_and_thaw();
+        let stream = host.open(&sh("echo $$; exec sleep 1000"));
+        let mut output = Vec::new();
+        while !output.ends_with(b"\n") {
+            output.extend(host.next(stream).0);
+        }
+        let pid = String::from_utf8(output).unwrap();
+        let process = format!("/proc/{}", pid.trim());
+        assert!(Path::new(&process).exists());
+        let mut half = Vec::new();
+        frame::encode(7, FrameKind::Data, &[1; 5000], &mut half).unwrap();
+        host.socket.write_all(&half[..100]).unwrap();
+        let hello = host.hello(2);
+        assert_eq!(hello["thawed"], true);
+        while Path::new(&process).exists() {
+            std::thread::yield_now();
+        }
+        host.shut_down(thread);
+    }
+
+    #[test]
+    fn files_are_whole_and_no_link_leads_out_of_the_root() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut host, thread) = agent(folder.path());
+        host.greet_and_thaw();
+        std::os::unix::fs::symlink("/etc", folder.path().join("link")).unwrap();
+        let read = |path: &str| json!({"op": "read_file", "path": path});
+        assert_eq!(host.call(&read("/link/hostname")).1["code"], "not_found");
+        assert_eq!(
+            host.call(&read("/../../etc/hostname")).1["code"],
+            "not_found"
+        );
+        let write = json!({"op": "write_file", "path": "/dev/file", "mode": 0o640, "user": "0"});
+        let stream = host.open(&write);
+        host.frame(stream, FrameKind::Data, b"half ");
+        host.frame(stream, FrameKind::Data, b"and half");
+        host.say(0, &json!({"type": "ping", "token": 1}));
+        assert_eq!(host.next(0).1["token"], 1);
+        assert!(
+            !folder.path().join("dev/file").exists(),
+            "it must not be seen half"
+        );
+        host.frame(stream, FrameKind::End, &[]);
+        assert_eq!(host.finish(stream).1["reply"]["of"], "done");
+        let (bytes, end) = host.call(&read("/dev/file"));
+        assert_eq!(bytes, b"half and half");
+        assert_eq!(
+            end["reply"],
+            json!({"of": "file", "bytes": 13, "mode": 0o640})
+        );
+        let stream = host.open(&write);
+        host.say(stream, &json!({"type": "cancel"}));
+        host.say(0, &json!({"type": "ping", "token": 2}));
+        assert_eq!(host.next(0).1["token"], 2);
+        let left = std::fs::read_dir(folder.path().join("dev"))
+            .unwrap()
+            .count();
+        assert_eq!(left, 1, "the temporary file is gone");
+        host.shut_down(thread);
+    }
+}
