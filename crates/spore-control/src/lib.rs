@@ -28,6 +28,8 @@ pub mod config;
 pub mod converge;
 pub mod domain;
 pub mod door;
+#[cfg(test)]
+mod fake;
 mod metrics;
 pub mod nodes;
 pub mod operations;

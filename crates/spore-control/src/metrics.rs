@@ -25,7 +25,7 @@ const PHASES: [&str; 7] = ["prepare", "boot", "fork", "agent", "thaw", "app", "t
 
 /// All metrics.
 #[derive(Debug)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     wake_seconds: Family<Label, Histogram, fn() -> Histogram>,
     requests: Family<Label, Counter>,
@@ -85,7 +85,7 @@ impl Metrics {
     }
 
     /// A VM became ready.
-    pub fn woken(&self, phases: &[Phase]) {
+    pub(crate) fn woken(&self, phases: &[Phase]) {
         let mut total_us = 0;
         for phase in phases {
             total_us += phase.us;
@@ -102,7 +102,7 @@ impl Metrics {
     }
 
     /// The gateway reported.
-    pub fn counted(&self, counts: &Counts) {
+    pub(crate) fn counted(&self, counts: &Counts) {
         for (class, count) in counts.by_class.iter().enumerate() {
             let class = if class == 0 {
                 "none".to_owned()
@@ -124,13 +124,13 @@ impl Metrics {
     }
 
     /// A start, a wake or a VM failed.
-    pub fn failed(&self, code: &str) {
+    pub(crate) fn failed(&self, code: &str) {
         let label = [("code", code.to_owned())];
         self.failures.get_or_create(&label).inc();
     }
 
     /// The API answered.
-    pub fn answered(&self, status: u16) {
+    pub(crate) fn answered(&self, status: u16) {
         let label = [("class", format!("{}xx", status / 100))];
         self.api_calls.get_or_create(&label).inc();
     }
@@ -139,7 +139,10 @@ impl Metrics {
     ///
     /// # Errors
     /// Never in practice: a `String` takes all text.
-    pub fn page(&self, apps: &BTreeMap<&'static str, i64>) -> Result<String, core::fmt::Error> {
+    pub(crate) fn page(
+        &self,
+        apps: &BTreeMap<&'static str, i64>,
+    ) -> Result<String, core::fmt::Error> {
         for (state, count) in apps {
             let label = [("state", (*state).to_owned())];
             self.apps.get_or_create(&label).set(*count);

@@ -270,7 +270,12 @@ fn for_visitors(failure: &Failure) -> WakeFailure {
 
 /// The code as in the public list.
 pub(crate) fn code_name(code: ErrorCode) -> String {
-    let name = serde_json::to_value(code).ok();
+    code_name_of(&code)
+}
+
+/// A plain variant as it is spelled on the wire.
+pub(crate) fn code_name_of(value: &impl serde::Serialize) -> String {
+    let name = serde_json::to_value(value).ok();
     let name = name.as_ref().and_then(|name| name.as_str());
     name.unwrap_or("internal").to_owned()
 }

@@ -5,6 +5,7 @@
 //! next start writes both down as failed, and what served before serves on.
 
 use spore_api::error::ErrorCode;
+use spore_api::name::AccountName;
 use spore_wire::id::{ImageId, VmId};
 
 use super::life::{Event, Failure};
@@ -202,7 +203,7 @@ impl Converge {
             .put(&key, encode(&record))
             .put(operation_key(&app.account, &id), encode(&operation));
         if let Some(repeatable) = repeatable {
-            transaction = self.remember(app, transaction, repeatable, &id);
+            transaction = self.remember(&app.account, transaction, repeatable, &id);
         }
         // Followed before it is committed: whoever sees the record sees its progress too.
         self.inner
@@ -228,12 +229,12 @@ impl Converge {
     /// Writes a client's key down with what it begins.
     pub(crate) fn remember(
         &self,
-        app: &AppRef,
+        account: &AccountName,
         transaction: Transaction,
         repeatable: &Repeatable,
         operation: &str,
     ) -> Transaction {
-        let key = idempotency_key(&app.account, &repeatable.key);
+        let key = idempotency_key(account, &repeatable.key);
         let record = IdempotencyRecord {
             fingerprint: repeatable.fingerprint.clone(),
             operation: operation.to_owned(),
@@ -478,10 +479,7 @@ impl Converge {
     }
 
     /// Writes down the account, if there is none.
-    pub(crate) async fn ensure_account(
-        &self,
-        account: &spore_api::name::AccountName,
-    ) -> Result<(), StoreError> {
+    pub(crate) async fn ensure_account(&self, account: &AccountName) -> Result<(), StoreError> {
         let at = account_key(account);
         let record = crate::store::record::account::AccountRecord {
             created_at_ms: self.now_ms(),
@@ -515,7 +513,7 @@ impl Converge {
     /// [`DeployError::Mismatch`] when it was another.
     pub(crate) async fn earlier(
         &self,
-        account: &spore_api::name::AccountName,
+        account: &AccountName,
         repeatable: &Repeatable,
     ) -> Result<Option<String>, DeployError> {
         let key = idempotency_key(account, &repeatable.key);

@@ -36,6 +36,7 @@ use crate::store::SharedStore;
 mod app;
 pub mod deploy;
 mod driver;
+pub mod image;
 pub mod life;
 mod repair;
 mod route;
@@ -43,6 +44,7 @@ mod start;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use app::{chain, code_name_of};
 use life::{Event, Failure, Life, Moment};
 
 /// An app's key in the store and towards the gateway: `account/app`.
@@ -251,13 +253,25 @@ impl Converge {
     /// # Errors
     /// Why it is not awake.
     pub async fn wake(&self, app: &AppRef) -> Result<VmId, Failure> {
+        self.until_awake(app, Event::Wake).await
+    }
+
+    /// Gives an app that is awake a fresh VM, and answers it.
+    ///
+    /// # Errors
+    /// Why it is not awake again.
+    pub async fn restart(&self, app: &AppRef) -> Result<VmId, Failure> {
+        self.until_awake(app, Event::Restart).await
+    }
+
+    async fn until_awake(&self, app: &AppRef, event: Event) -> Result<VmId, Failure> {
         let receiver = {
             let now = self.now();
             let mut slots = self.slots();
             let slot = slots.entry(app.clone()).or_default();
             let (sender, receiver) = oneshot::channel();
             slot.waiters.push(sender);
-            slot.life.on(Event::Wake, now, &self.inner.config.timing);
+            slot.life.on(event, now, &self.inner.config.timing);
             self.look(app, slot);
             receiver
         };

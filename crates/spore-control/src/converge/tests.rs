@@ -1,1 +1,537 @@
+//! The reconcilers with a scripted node and gateway, on paused time.
 
+use core::time::Duration;
+use std::sync::Arc;
+
+use spore_wire::gateway::{Activity, FromGateway, ToGateway};
+use spore_wire::id::VmId;
+use spore_wire::node::VmFailureKind;
+
+use super::AppRef;
+use super::deploy::{DeployError, NewRelease};
+use crate::clock::{HostClock, KernelChance};
+use crate::fake::{Act, FakeDoor, FakeNodes, config};
+use crate::secrets::{KeyFile, KeyProvider};
+use crate::store::memory::MemoryStore;
+use crate::store::record::app::{AppRecord, app_key};
+use crate::store::record::encode;
+use crate::store::record::operation::{OperationRecord, StoredOperationState};
+use crate::store::record::release::StoredState;
+use crate::store::{SharedStore, Transaction};
+use crate::{Control, Parts};
+
+/// A control plane in a test.
+struct Bench {
+    control: Control,
+    nodes: FakeNodes,
+    door: FakeDoor,
+    store: SharedStore,
+    keys: Arc<dyn KeyProvider>,
+    _folder: Option<tempfile::TempDir>,
+}
+
+fn app(name: &str) -> AppRef {
+    AppRef {
+        account: "me".parse().unwrap(),
+        app: name.parse().unwrap(),
+    }
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let store: SharedStore = Arc::new(MemoryStore::default());
+        let path = folder.path().join("key");
+        let keys = Arc::new(KeyFile::open_or_make(&path, &*store).await.unwrap());
+        let (nodes, door) = (FakeNodes::new(), FakeDoor::default());
+        let control = start(&store, &nodes, &door, keys.clone()).await;
+        Self {
+            control,
+            nodes,
+            door,
+            store,
+            keys,
+            _folder: Some(folder),
+        }
+    }
+
+    /// The daemon ends without a word, and another starts over the same store and node.
+    async fn crash(self) -> Self {
+        self.control.driver.abort();
+        let door = FakeDoor::default();
+        let control = start(&self.store, &self.nodes, &door, Arc::clone(&self.keys)).await;
+        Self {
+            control,
+            door,
+            ..self
+        }
+    }
+
+    async fn deploy(&self, app: &AppRef) -> OperationRecord {
+        let new = release(|_| {});
+        let id = self
+            .control
+            .converge()
+            .deploy(app, &new, None)
+            .await
+            .unwrap();
+        self.over(app, &id).await
+    }
+
+    async fn over(&self, app: &AppRef, id: &str) -> OperationRecord {
+        let operations = &self.control.converge().inner.operations;
+        let mut after = 0;
+        loop {
+            let wait = Duration::from_secs(600);
+            let record = operations
+                .wait(&app.account, id, after, wait)
+                .await
+                .unwrap()
+                .unwrap();
+            if record.state != StoredOperationState::Running {
+                return record;
+            }
+            after = record.revision;
+        }
+    }
+
+    async fn live(&self, app: &AppRef) -> Option<u64> {
+        self.control
+            .converge()
+            .app_record(app)
+            .await
+            .unwrap()
+            .unwrap()
+            .record
+            .release
+    }
+
+    async fn settle(&self, ms: u64) {
+        tokio::time::sleep(Duration::from_millis(ms)).await;
+    }
+}
+
+async fn start(
+    store: &SharedStore,
+    nodes: &FakeNodes,
+    door: &FakeDoor,
+    keys: Arc<dyn KeyProvider>,
+) -> Control {
+    let parts = Parts {
+        store: Arc::clone(store),
+        nodes: Arc::new(nodes.clone()),
+        door: Arc::new(door.clone()),
+        keys,
+        clock: Arc::new(HostClock),
+        chance: Arc::new(KernelChance),
+    };
+    let control = Control::start(config(), parts).await.unwrap();
+    door.attach(control.converge());
+    control
+}
+
+fn release(change: impl FnOnce(&mut NewRelease)) -> NewRelease {
+    let sample = crate::domain::release::sample(1);
+    let mut new = NewRelease {
+        rules: sample.rules,
+        image: sample.image,
+        folder: None,
+    };
+    change(&mut new);
+    new
+}
+
+#[tokio::test(start_paused = true)]
+async fn deploy_wake_reap_wake() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    let done = bench.deploy(&notes).await;
+    assert_eq!(done.state, StoredOperationState::Succeeded, "{done:?}");
+    assert_eq!(done.result.as_deref(), Some("1"));
+    assert!(
+        done.steps.iter().all(|step| step.1.is_some()) && done.steps.len() >= 2,
+        "{done:?}"
+    );
+    let first = bench.door.request(&notes).await.unwrap();
+    let revision = bench.store.commit(Transaction::default()).await.unwrap();
+
+    bench.settle(59_000).await;
+    assert_eq!(bench.nodes.running().len(), 1);
+    bench.settle(2_000).await;
+    assert!(bench.nodes.running().is_empty(), "idle implies reaped");
+    assert!(
+        bench
+            .control
+            .converge()
+            .with_life(&notes, |life, _| life.is_asleep())
+    );
+
+    let second = bench.door.request(&notes).await.unwrap();
+    assert_ne!(first, second, "a VM's id is used once");
+    let unchanged = bench.store.commit(Transaction::default()).await.unwrap();
+    assert_eq!(
+        unchanged,
+        revision + 1,
+        "a warm wake writes nothing durable"
+    );
+    let waited = bench.door.sent().into_iter().any(|message| {
+        matches!(message, ToGateway::Awake { vm, phases, .. } if vm == second && phases.len() == 2)
+    });
+    assert!(waited, "who waited is told the phases");
+    assert_eq!(bench.nodes.state.lock().unwrap().most_at_once["notes"], 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn fifty_waiters_are_one_start() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    bench.control.converge().sleep(&notes).await.unwrap();
+    let before = bench.nodes.starts();
+    let wakes = (0..50).map(|_| bench.control.converge().wake(&notes));
+    let woken = futures_util::future::join_all(wakes).await;
+    let first = woken[0].clone().unwrap();
+    assert!(woken.into_iter().all(|vm| vm == Ok(first)));
+    assert_eq!(bench.nodes.starts(), before + 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_busy_app_is_not_reaped_until_its_next_idle_edge() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let vm = bench.door.request(&notes).await.unwrap();
+    bench.door.busy(&notes, vm, 1);
+    bench.settle(500_000).await;
+    assert_eq!(bench.nodes.running().len(), 1);
+    bench.door.busy(&notes, vm, 0);
+    bench.settle(59_000).await;
+    assert_eq!(bench.nodes.running().len(), 1);
+    bench.settle(2_000).await;
+    assert!(bench.nodes.running().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_keep_awake_lease_and_a_hold_keep_an_app_awake() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let vm = bench.door.request(&notes).await.unwrap();
+    bench.nodes.set(vm, |status| status.awake_for_ms = 300_000);
+    bench.settle(299_000).await;
+    assert_eq!(bench.nodes.running().len(), 1);
+    let hold = bench.control.converge().hold(&notes);
+    bench.nodes.set(vm, |status| status.awake_for_ms = 0);
+    bench.settle(100_000).await;
+    assert_eq!(bench.nodes.running().len(), 1);
+    drop(hold);
+    bench.settle(59_000).await;
+    assert_eq!(bench.nodes.running().len(), 1);
+    bench.settle(2_000).await;
+    assert!(bench.nodes.running().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_release_leaves_the_old_one_serving_and_tells_the_last_lines() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let old = bench.door.request(&notes).await.unwrap();
+    for (number, act) in [
+        (2, Act::Crash),
+        (3, Act::Hang),
+        (4, Act::NoRoom),
+        (5, Act::Broken),
+    ] {
+        bench.nodes.act("notes", number, act);
+        let serving = bench.door.request(&notes).await.unwrap();
+        bench.door.busy(&notes, serving, 1);
+        let failed = bench.deploy(&notes).await;
+        assert_eq!(failed.state, StoredOperationState::Failed, "{failed:?}");
+        let (_, message) = failed.error.unwrap();
+        if act == Act::Crash {
+            assert!(message.contains("KeyError: 'X'"), "{message}");
+        }
+        assert_eq!(bench.live(&notes).await, Some(1));
+        assert_eq!(bench.door.request(&notes).await.unwrap(), old);
+        bench.settle(60_000).await;
+        assert_eq!(
+            bench.nodes.running(),
+            [(old, 1)],
+            "nothing of release {number} is left"
+        );
+    }
+    let releases = bench.control.converge().releases(&notes).await.unwrap();
+    let failed = releases
+        .iter()
+        .filter(|r| r.state == StoredState::Failed)
+        .count();
+    assert_eq!(failed, 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_good_release_takes_over_and_the_old_vm_drains() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let old = bench.door.request(&notes).await.unwrap();
+    bench.door.busy(&notes, old, 1);
+    let done = bench.deploy(&notes).await;
+    assert_eq!(done.result.as_deref(), Some("2"));
+    let new = bench.door.request(&notes).await.unwrap();
+    assert_ne!(old, new);
+    bench.settle(5_000).await;
+    assert_eq!(
+        bench.nodes.running().len(),
+        2,
+        "a request in flight may end"
+    );
+    bench.control.door_event(FromGateway::Reaped {
+        app: notes.key(),
+        vm: old,
+    });
+    bench.settle(1_000).await;
+    assert_eq!(bench.nodes.running(), [(new, 2)]);
+
+    bench.door.busy(&notes, new, 1);
+    let id = bench
+        .control
+        .converge()
+        .rollback(&notes, None, None)
+        .await
+        .unwrap();
+    let back = bench.over(&notes, &id).await;
+    assert_eq!(back.result.as_deref(), Some("1"), "{back:?}");
+    bench.settle(31_000).await;
+    assert_eq!(
+        bench.nodes.running().len(),
+        1,
+        "what does not end in time is stopped"
+    );
+    assert_eq!(bench.live(&notes).await, Some(1));
+    let states: Vec<_> = bench.control.converge().releases(&notes).await.unwrap();
+    let states: Vec<_> = states.iter().map(|release| release.state).collect();
+    assert_eq!(states, [StoredState::Live, StoredState::Retired]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_deploy_at_a_time() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.nodes.act("notes", 1, Act::Ready(5_000));
+    let new = release(|_| {});
+    let converge = bench.control.converge();
+    let both = futures_util::future::join_all([
+        converge.deploy(&notes, &new, None),
+        converge.deploy(&notes, &new, None),
+    ]);
+    let begun: Vec<_> = both.await;
+    let refused = begun
+        .iter()
+        .filter(|r| matches!(r, Err(DeployError::UnderWay { .. })))
+        .count();
+    assert_eq!((refused, begun.len()), (1, 2));
+    let id = begun.into_iter().find_map(Result::ok).unwrap();
+    assert_eq!(
+        bench.over(&notes, &id).await.state,
+        StoredOperationState::Succeeded
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deploy_that_a_crash_interrupts_is_failed_and_nothing_of_it_is_left() {
+    let mut bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let old = bench.door.request(&notes).await.unwrap();
+    bench.nodes.act("notes", 2, Act::Hang);
+    let converge = bench.control.converge();
+    let id = converge
+        .deploy(&notes, &release(|_| {}), None)
+        .await
+        .unwrap();
+    bench.settle(1_000).await;
+    assert_eq!(bench.nodes.running().len(), 2);
+
+    bench = bench.crash().await;
+    let record = bench.over(&notes, &id).await;
+    assert_eq!(record.state, StoredOperationState::Failed);
+    assert!(record.error.unwrap().1.contains("deploy again"));
+    bench.settle(1_000).await;
+    assert_eq!(
+        bench.nodes.running(),
+        [(old, 1)],
+        "the old VM is adopted, the new one stopped"
+    );
+    let releases = bench.control.converge().releases(&notes).await.unwrap();
+    assert_eq!(releases[1].state, StoredState::Failed);
+    assert_eq!(bench.door.request(&notes).await.unwrap(), old);
+    assert_eq!(
+        bench.deploy(&notes).await.state,
+        StoredOperationState::Succeeded
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_gateway_that_comes_back_is_told_everything_and_forgets_what_is_over() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let vm = bench.door.request(&notes).await.unwrap();
+    let gone = VmId::from_bytes([9; 16]);
+    bench.door.state.lock().unwrap().sent.clear();
+    let warm = |vm| Activity {
+        app: notes.key(),
+        vm,
+        in_flight: 0,
+        idle_ms: 10,
+    };
+    let warm = vec![warm(vm), warm(gone)];
+    bench.control.door_event(FromGateway::Hello {
+        generation: 1,
+        warm,
+    });
+    bench.settle(10).await;
+    let sent = bench.door.sent();
+    let at = |wanted: fn(&ToGateway) -> bool| sent.iter().position(wanted).unwrap();
+    let end = at(|m| matches!(m, ToGateway::RoutesEnd));
+    assert!(at(|m| matches!(m, ToGateway::Routes { .. })) < end);
+    assert!(end < at(|m| matches!(m, ToGateway::Awake { .. })));
+    let told_gone = |m: &ToGateway| matches!(m, ToGateway::Gone { vm, .. } if *vm == gone);
+    assert!(sent.iter().any(told_gone), "{sent:?}");
+    assert!(
+        !sent
+            .iter()
+            .any(|m| matches!(m, ToGateway::Gone { vm: v, .. } if *v == vm))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_dies_or_vanishes_is_told_and_the_next_request_wakes_another() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let first = bench.door.request(&notes).await.unwrap();
+    bench.nodes.die(first, VmFailureKind::Died);
+    bench.settle(1_100).await;
+    let second = bench.door.request(&notes).await.unwrap();
+    assert_ne!(first, second);
+    bench.nodes.vanish(second);
+    bench.settle(65_000).await;
+    let third = bench.door.request(&notes).await.unwrap();
+    assert_ne!(second, third);
+    let gone = |vm| {
+        let told = bench.door.sent();
+        told.iter()
+            .any(|m| matches!(m, ToGateway::Gone { vm: v, .. } if *v == vm))
+    };
+    assert!(gone(first) && gone(second) && !gone(third));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_storm_of_failures_loses_no_wake_and_ends_in_a_healthy_app() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    bench.control.converge().sleep(&notes).await.unwrap();
+    for round in 0..40 {
+        let act = [Act::Crash, Act::Broken, Act::NoRoom, Act::Die(3)][round % 4];
+        bench.nodes.act("notes", 1, act);
+        let asked = tokio::time::timeout(Duration::from_secs(200), bench.door.request(&notes));
+        let answer = asked.await.expect("every wake is answered");
+        if let Err(failure) = answer {
+            assert!(!failure.message.contains("KeyError"), "{failure:?}");
+            assert!(failure.retry_after_s >= 1);
+        }
+        bench.settle(200).await;
+    }
+    bench.nodes.act("notes", 1, Act::Ready(10));
+    bench.settle(61_000).await;
+    bench.door.request(&notes).await.unwrap();
+    assert_eq!(bench.nodes.running().len(), 1);
+    assert_eq!(bench.nodes.state.lock().unwrap().most_at_once["notes"], 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_app_that_never_sleeps_is_revived_and_survives_a_restart() {
+    let mut bench = Bench::new().await;
+    let notes = app("notes");
+    let new = release(|new| new.rules.sleeps = false);
+    let id = bench
+        .control
+        .converge()
+        .deploy(&notes, &new, None)
+        .await
+        .unwrap();
+    bench.over(&notes, &id).await;
+    bench.settle(1_000_000).await;
+    let (vm, _) = bench.nodes.running()[0];
+    bench.nodes.die(vm, VmFailureKind::Died);
+    bench.settle(5_000).await;
+    let (vm, _) = bench.nodes.running()[0];
+    bench.nodes.vanish(vm);
+    bench = bench.crash().await;
+    bench.settle(5_000).await;
+    assert_eq!(
+        bench.nodes.running().len(),
+        1,
+        "it is started without a request"
+    );
+    bench.control.converge().sleep(&notes).await.unwrap();
+    bench.settle(100_000).await;
+    assert!(
+        bench.nodes.running().is_empty(),
+        "its owner put it to sleep"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn vms_of_nobody_are_stopped() {
+    let mut bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let key = app_key(&notes.account, &notes.app);
+    bench
+        .store
+        .commit(Transaction::default().delete(key))
+        .await
+        .unwrap();
+    assert_eq!(bench.nodes.running().len(), 1);
+    bench = bench.crash().await;
+    bench.settle(1_000).await;
+    assert!(bench.nodes.running().is_empty());
+}
+
+/// Bytes of this process that are in memory.
+fn resident_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = text.split_whitespace().nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_thousand_sleeping_apps_cost_no_slot_and_little_memory() {
+    let bench = Bench::new().await;
+    let before = resident_bytes();
+    for n in 0..1000 {
+        let app = app(&format!("app-{n}"));
+        let mut record = AppRecord::new(0);
+        record.release = Some(1);
+        record.next_release = 2;
+        let release = crate::domain::release::sample(1);
+        let at = crate::store::record::release::release_key(&app.account, &app.app, 1);
+        let write = Transaction::default()
+            .put(app_key(&app.account, &app.app), encode(&record))
+            .put(at, encode(&release));
+        bench.store.commit(write).await.unwrap();
+        bench.control.converge().refresh(&app).await.unwrap();
+    }
+    bench.settle(100).await;
+    assert_eq!(bench.control.converge().slot_count(), 0);
+    let grown = resident_bytes().saturating_sub(before);
+    println!(
+        "1,000 sleeping apps, store in memory included: {} KiB",
+        grown / 1024
+    );
+    assert!(grown < 64 * 1024 * 1024, "{grown} bytes");
+}

@@ -10,7 +10,7 @@ use crate::store::record::release::{ReleaseRecord, StoredState};
 pub enum RollbackError {
     /// No such release.
     #[error(
-        "there is no release {wanted}: `spore releases` lists them, and only the last {kept} are kept"
+        "there is no release {wanted}: only the last {kept} are kept, and `spore status` lists them"
     )]
     Missing {
         /// Which was asked for.

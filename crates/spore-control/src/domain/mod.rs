@@ -5,6 +5,7 @@
 
 pub mod app;
 pub mod egress;
+pub mod image;
 pub mod page;
 pub mod release;
 

@@ -18,7 +18,7 @@ pub enum Event {
     Wake,
     /// Its owner wants it asleep; the next wake starts it again.
     Sleep,
-    /// Its owner wants a fresh VM, if there is one.
+    /// Its owner wants a fresh VM; an app that sleeps is woken.
     Restart,
     /// A call of the API uses the VM from now on.
     Hold,
@@ -66,10 +66,9 @@ impl Life {
                 self.rest = true;
             }
             Event::Restart => {
-                if !self.is_asleep() {
-                    self.sleep = true;
-                    self.wake = true;
-                }
+                self.sleep = !self.is_asleep();
+                self.wake = true;
+                self.rest = false;
             }
             Event::Hold => self.holds += 1,
             Event::LetGo => {
@@ -272,6 +271,8 @@ impl Life {
     fn on_promoted(&mut self, vm: VmId, now: Moment, timing: &Timing) {
         self.deploy = None;
         self.rest = false;
+        // A fresh VM is what a sleep or restart under way would have led to.
+        self.sleep = false;
         self.breaker = Breaker::default();
         let old = self.serving;
         if self

@@ -14,10 +14,14 @@ impl Life {
     pub(super) fn settle_found(&mut self, intent: &Intent, now: Moment, timing: &Timing) {
         let found: Vec<_> = self.at(|stage| stage == Stage::Found);
         for vm in found {
-            let others = self.vms.iter().filter(|(id, _)| **id != vm);
-            let alone = others.clone().all(|(_, life)| {
-                matches!(life.stage, Stage::Trying | Stage::Healthy | Stage::Found)
-            });
+            let mut others = self.vms.iter().filter(|(id, _)| **id != vm);
+            let serves = |stage| {
+                matches!(
+                    stage,
+                    Stage::Starting | Stage::Serving | Stage::Closing { .. }
+                )
+            };
+            let alone = others.all(|(_, life)| !serves(life.stage));
             let life = &self.vms[&vm];
             let release = life.release;
             let live = live_of(intent);
@@ -221,7 +225,9 @@ impl Life {
             }
             return;
         }
-        if self.sleep || !self.is_asleep() {
+        // A VM that was just shown healthy answers in a moment.
+        let promoting = self.vms.values().any(|vm| vm.stage == Stage::Healthy);
+        if self.sleep || promoting || !self.is_asleep() {
             return;
         }
         if self.breaker.until > now {

@@ -1,0 +1,199 @@
+//! The only mapping from failures to HTTP.
+//!
+//! A handler answers a [`Fault`]; the outermost guard gives it its request id and its body. Each
+//! family of errors is matched exhaustively: a new kind of failure does not compile until somebody
+//! has decided whose fault it is.
+
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use spore_api::error::{ApiError, Blame, ErrorCode};
+use spore_api::name::NameError;
+
+use crate::converge::deploy::DeployError;
+use crate::converge::image::CollectError;
+use crate::converge::life::Failure;
+use crate::domain::RuleError;
+use crate::domain::app::RollbackError;
+use crate::nodes::NodesError;
+use crate::secrets::SecretsError;
+use crate::store::{CommitError, StoreError};
+
+/// A call that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub(crate) code: ErrorCode,
+    /// For the caller.
+    pub(crate) message: String,
+    /// For the log only: causes that tell of the platform's inside.
+    pub(crate) cause: Option<String>,
+}
+
+impl Fault {
+    pub(crate) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            cause: None,
+        }
+    }
+
+    pub(crate) fn no_app(app: &impl core::fmt::Display) -> Self {
+        let message = format!("there is no app `{app}`: `spore ps` lists them");
+        Self::new(ErrorCode::NotFound, message)
+    }
+
+    /// The public error, with the id that finds it in the logs.
+    pub(crate) fn public(&self, request_id: &str) -> ApiError {
+        let mut error = ApiError::new(self.code, self.message.clone());
+        request_id.clone_into(&mut error.request_id);
+        error
+    }
+
+    /// Logged as loud as its blame demands.
+    pub(crate) fn log(&self, request_id: &str) {
+        let (code, message, cause) = (self.code, &self.message, &self.cause);
+        match self.code.blame() {
+            Blame::Platform => tracing::error!(request_id, ?code, message, ?cause, "a call failed"),
+            Blame::App => tracing::warn!(request_id, ?code, message, "a call failed"),
+            Blame::Caller => tracing::debug!(request_id, ?code, message, "a call was refused"),
+        }
+    }
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.code.status());
+        let mut response = status
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+            .into_response();
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+impl From<RuleError> for Fault {
+    fn from(error: RuleError) -> Self {
+        let code = match &error {
+            RuleError::Invalid { .. } => ErrorCode::Invalid,
+            RuleError::NotInThisVersion { .. } => ErrorCode::NotInThisVersion,
+            RuleError::Quota { .. } => ErrorCode::QuotaExceeded,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<NameError> for Fault {
+    fn from(error: NameError) -> Self {
+        Self::new(ErrorCode::Invalid, error.to_string())
+    }
+}
+
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Self {
+        let code = match &error {
+            StoreError::DiskFull => ErrorCode::DiskFull,
+            StoreError::TooLarge { .. } => ErrorCode::TooLarge,
+            StoreError::Stopping => ErrorCode::Stopping,
+            StoreError::InUse { .. }
+            | StoreError::Open { .. }
+            | StoreError::Engine { .. }
+            | StoreError::Newer { .. }
+            | StoreError::Record(_) => ErrorCode::Internal,
+        };
+        Self::platform(code, &error)
+    }
+}
+
+impl From<CommitError> for Fault {
+    fn from(error: CommitError) -> Self {
+        match error {
+            CommitError::Conflict { .. } => {
+                let message = "somebody else changed this at the same time: look, then try again";
+                Self::new(ErrorCode::Conflict, message)
+            }
+            CommitError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<SecretsError> for Fault {
+    fn from(error: SecretsError) -> Self {
+        match error {
+            SecretsError::Store(error) => error.into(),
+            SecretsError::WrongKey { .. } | SecretsError::Damaged { .. } => {
+                Self::new(ErrorCode::Internal, error.to_string())
+            }
+            SecretsError::Random(_) | SecretsError::Seal => {
+                Self::platform(ErrorCode::Internal, &error)
+            }
+        }
+    }
+}
+
+impl From<DeployError> for Fault {
+    fn from(error: DeployError) -> Self {
+        let message = error.to_string();
+        match error {
+            DeployError::UnderWay { .. } | DeployError::Contended { .. } => {
+                Self::new(ErrorCode::Conflict, message)
+            }
+            DeployError::NoApp { .. } => Self::new(ErrorCode::NotFound, message),
+            DeployError::Mismatch => Self::new(ErrorCode::IdempotencyMismatch, message),
+            DeployError::Rule(error) => error.into(),
+            DeployError::Rollback(error) => {
+                let code = match error {
+                    RollbackError::Missing { .. } => ErrorCode::NotFound,
+                    RollbackError::Serves { .. } | RollbackError::NeverHealthy { .. } => {
+                        ErrorCode::Conflict
+                    }
+                    RollbackError::NoneBefore => ErrorCode::NoRelease,
+                };
+                Self::new(code, message)
+            }
+            DeployError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<NodesError> for Fault {
+    fn from(error: NodesError) -> Self {
+        let code = match &error {
+            NodesError::NoCapacity { .. } => ErrorCode::NoCapacity,
+            NodesError::NoVm { .. } => ErrorCode::AppFailed,
+            NodesError::NotFound { .. } => ErrorCode::NotFound,
+            NodesError::Invalid { .. } => ErrorCode::Invalid,
+            NodesError::TooLarge { .. } => ErrorCode::TooLarge,
+            NodesError::DiskFull { .. } => ErrorCode::DiskFull,
+            NodesError::Timeout { .. } => ErrorCode::Timeout,
+            NodesError::Image { .. } | NodesError::Failed { .. } => ErrorCode::Internal,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<CollectError> for Fault {
+    fn from(error: CollectError) -> Self {
+        match error {
+            CollectError::Store(error) => error.into(),
+            CollectError::Commit(error) => error.into(),
+            CollectError::Nodes(error) => error.into(),
+        }
+    }
+}
+
+impl From<Failure> for Fault {
+    fn from(failure: Failure) -> Self {
+        Self::new(failure.code, failure.message)
+    }
+}
+
+impl Fault {
+    fn platform(code: ErrorCode, error: &dyn core::error::Error) -> Self {
+        let cause = error.source().map(crate::converge::chain);
+        Self {
+            code,
+            message: error.to_string(),
+            cause,
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Secrets: names and times come out, values only go in.
+
+use axum::Json as Answer;
+use axum::extract::{Path, State};
+use http::StatusCode;
+use spore_api::error::ErrorCode;
+use spore_api::limits::{SECRET_BYTES_MAX, SECRETS_PER_APP_MAX};
+use spore_api::name::SecretName;
+use spore_api::page::{Page, PageQuery};
+use spore_api::secret::{PutSecret, Secret};
+use spore_wire::secret::SecretBytes;
+
+use super::Shared;
+use super::body::{InPath, Query, SecretValue};
+use super::error::Fault;
+use crate::clock::rfc3339;
+use crate::converge::{AppRef, Converge};
+use crate::domain::RuleError;
+use crate::domain::app::one_more_app;
+use crate::domain::page::{cursor, slice};
+use crate::secrets::Place;
+use crate::store::record::app::{AppRecord, app_key, apps_of};
+use crate::store::record::secret::{SecretRecord, name_of, secret_key, secrets_of};
+use crate::store::record::{decode, encode, load};
+use crate::store::{CommitError, Order, Range, StoreError, Transaction};
+
+/// Lists an app's secrets, without their values.
+#[utoipa::path(get, path = "/api/v1/apps/{app}/secrets", tag = "secrets",
+    params(("app" = String, Path), PageQuery),
+    responses((status = 200, body = Page<Secret>)))]
+pub(super) async fn list(
+    State(api): State<Shared>,
+    InPath(app): InPath,
+    Query(query): Query<PageQuery>,
+) -> Result<Answer<Page<Secret>>, Fault> {
+    let slice = slice(&query)?;
+    let used = api.converge.secrets_in_use(&app).await?;
+    let prefix = secrets_of(&app.account, &app.app);
+    let range = Range {
+        after: slice.after.map(|name| format!("{prefix}{name}")),
+        prefix,
+        limit: slice.limit + 1,
+        order: Order::Rising,
+    };
+    let mut entries = api.converge.inner.store.list(range).await?;
+    let more = entries.len() > slice.limit;
+    entries.truncate(slice.limit);
+    let mut items = Vec::with_capacity(entries.len());
+    for entry in &entries {
+        let record: SecretRecord = decode(entry).map_err(StoreError::from)?;
+        items.extend(name_of(&entry.key).map(|name| public(name, &record, &used)));
+    }
+    let last = items.last().filter(|_| more);
+    let next = last.map(|secret| cursor(secret.name.as_str()));
+    Ok(Answer(Page { items, next }))
+}
+
+/// Sets a secret; it takes effect at the next start. An app that is not there yet is made, so
+/// that its first deploy finds its secrets.
+#[utoipa::path(put, path = "/api/v1/apps/{app}/secrets/{name}", tag = "secrets",
+    params(("app" = String, Path), ("name" = String, Path)),
+    request_body = PutSecret, responses((status = 200, body = Secret)))]
+pub(super) async fn set(
+    State(api): State<Shared>,
+    InPath(app): InPath,
+    Path((_, name)): Path<(String, String)>,
+    SecretValue(body): SecretValue,
+) -> Result<Answer<Secret>, Fault> {
+    let name: SecretName = name.parse()?;
+    let value = SecretBytes::new(body.value.into_bytes());
+    let record = api.converge.set_secret(&app, &name, &value).await?;
+    api.converge.refresh(&app).await?;
+    let used = api.converge.secrets_in_use(&app).await?;
+    Ok(Answer(public(name, &record, &used)))
+}
+
+/// Removes a secret. A release that asks for it does not start any more.
+#[utoipa::path(delete, path = "/api/v1/apps/{app}/secrets/{name}", tag = "secrets",
+    params(("app" = String, Path), ("name" = String, Path)), responses((status = 204)))]
+pub(super) async fn remove(
+    State(api): State<Shared>,
+    InPath(app): InPath,
+    Path((_, name)): Path<(String, String)>,
+) -> Result<StatusCode, Fault> {
+    let name: SecretName = name.parse()?;
+    let key = secret_key(&app.account, &app.app, &name);
+    let stored = api.converge.inner.store.get(&key).await?;
+    let Some(stored) = stored else {
+        let message = format!("`{}` has no secret `{name}`", app.app);
+        return Err(Fault::new(ErrorCode::NotFound, message));
+    };
+    let transaction = Transaction::default()
+        .when(&key, stored.version)
+        .delete(&key);
+    api.converge.inner.store.commit(transaction).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+impl Converge {
+    async fn set_secret(
+        &self,
+        app: &AppRef,
+        name: &SecretName,
+        value: &SecretBytes,
+    ) -> Result<SecretRecord, Fault> {
+        check(value)?;
+        let (account, store) = (&app.account, &self.inner.store);
+        let (app_at, at) = (
+            app_key(account, &app.app),
+            secret_key(account, &app.app, name),
+        );
+        loop {
+            let stored_app = self.app_record(app).await?;
+            let stored = load::<SecretRecord>(&**store, &at).await?;
+            let mut transaction = Transaction::default()
+                .when(
+                    &app_at,
+                    stored_app.as_ref().map_or(0, |stored| stored.version),
+                )
+                .when(&at, stored.as_ref().map_or(0, |stored| stored.version));
+            if stored_app.is_none() {
+                one_more_app(store.count(&apps_of(account)).await?)?;
+                transaction = transaction.put(&app_at, encode(&AppRecord::new(self.now_ms())));
+            }
+            if stored.is_none() {
+                one_more_secret(store.count(&secrets_of(account, &app.app)).await?)?;
+            }
+            let revision = stored.map_or(0, |stored| stored.record.revision) + 1;
+            let place = Place {
+                account,
+                app: &app.app,
+                name,
+            };
+            let record = self.inner.vault.seal(place, revision, value).await?;
+            match store.commit(transaction.put(&at, encode(&record))).await {
+                Ok(_) => return Ok(record),
+                Err(CommitError::Conflict { .. }) => {}
+                Err(CommitError::Store(error)) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// The secrets that the live release asks for.
+    async fn secrets_in_use(&self, app: &AppRef) -> Result<Vec<SecretName>, Fault> {
+        let stored = self.app_record(app).await?;
+        let stored = stored.ok_or_else(|| Fault::no_app(&app.app))?;
+        let releases = self.releases(app).await?;
+        let live = |number| {
+            releases
+                .into_iter()
+                .find(|release| release.number == number)
+        };
+        let rules = stored
+            .record
+            .release
+            .and_then(live)
+            .map(|release| release.rules);
+        Ok(rules.map_or_else(Vec::new, |rules| {
+            [rules.secret_names, rules.secret_files].concat()
+        }))
+    }
+}
+
+fn check(value: &SecretBytes) -> Result<(), RuleError> {
+    let bytes = value.expose();
+    if bytes.len() > SECRET_BYTES_MAX {
+        let rule = format!("at most {SECRET_BYTES_MAX} bytes are allowed");
+        let given = format!("{} bytes long", bytes.len());
+        return Err(RuleError::invalid("value", given, rule));
+    }
+    if bytes.contains(&0) {
+        return Err(RuleError::invalid(
+            "value",
+            "not shown",
+            "NUL is not allowed",
+        ));
+    }
+    Ok(())
+}
+
+fn one_more_secret(used: u64) -> Result<(), RuleError> {
+    let most = SECRETS_PER_APP_MAX as u64;
+    if used < most {
+        return Ok(());
+    }
+    let what = "secrets of this app";
+    Err(RuleError::Quota { what, used, most })
+}
+
+fn public(name: SecretName, record: &SecretRecord, used: &[SecretName]) -> Secret {
+    Secret {
+        updated_at: rfc3339(record.updated_at_ms),
+        used: used.contains(&name),
+        name,
+    }
+}

@@ -1,0 +1,926 @@
+//! The contract, called as a client calls it.
+
+use core::time::Duration;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use futures_util::{SinkExt as _, StreamExt as _};
+use http::{Method, Request, StatusCode};
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tower::ServiceExt as _;
+
+use super::{Caller, CallerBy};
+use crate::clock::{HostClock, KernelChance};
+use crate::fake::{Act, FakeDoor, FakeNodes, TOKEN, config};
+use crate::secrets::KeyFile;
+use crate::store::embedded::EmbeddedStore;
+use crate::store::memory::MemoryStore;
+use crate::store::record::account::{TokenRecord, token_key};
+use crate::store::record::app::{AppRecord, app_key};
+use crate::store::record::encode;
+use crate::store::record::image::{ImageRecord, image_key};
+use crate::store::{SharedStore, Transaction};
+use crate::{Control, Parts};
+
+const YOUR_TOKEN: &str = "test-token-of-you";
+
+struct Bench {
+    control: Control,
+    nodes: FakeNodes,
+    router: Router,
+    store: SharedStore,
+    folder: tempfile::TempDir,
+}
+
+struct Answer {
+    status: StatusCode,
+    headers: http::HeaderMap,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| {
+            panic!("{error}: {}", String::from_utf8_lossy(&self.body));
+        })
+    }
+
+    fn code(&self) -> String {
+        let json = self.json();
+        for field in ["message", "blame", "retry", "request_id"] {
+            assert!(
+                json[field].as_str().is_some_and(|text| !text.is_empty()),
+                "{field}: {json}"
+            );
+        }
+        assert_eq!(
+            json["request_id"],
+            self.headers["x-request-id"].to_str().unwrap()
+        );
+        json["code"].as_str().unwrap().to_owned()
+    }
+}
+
+impl Bench {
+    async fn new() -> Self {
+        Self::over(Arc::new(MemoryStore::default())).await
+    }
+
+    async fn over(store: SharedStore) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        let keys = KeyFile::open_or_make(&path, &*store).await.unwrap();
+        let (nodes, door) = (FakeNodes::new(), FakeDoor::default());
+        let parts = Parts {
+            store: Arc::clone(&store),
+            nodes: Arc::new(nodes.clone()),
+            door: Arc::new(door.clone()),
+            keys: Arc::new(keys),
+            clock: Arc::new(HostClock),
+            chance: Arc::new(KernelChance),
+        };
+        let control = Control::start(config(), parts).await.unwrap();
+        door.attach(control.converge());
+        let you = "you".parse().unwrap();
+        let token = TokenRecord {
+            account: you,
+            created_at_ms: 0,
+        };
+        let image = ImageRecord {
+            id: spore_wire::id::ImageId::from_hash([1; 32]),
+            bytes: 10,
+            created_at_ms: 0,
+        };
+        let me = "me".parse().unwrap();
+        let image_at = image_key(&me, &"debian/python3".parse().unwrap());
+        let write = Transaction::default()
+            .put(token_key(YOUR_TOKEN), encode(&token))
+            .put(image_at, encode(&image));
+        store.commit(write).await.unwrap();
+        let router = control.router();
+        Self {
+            control,
+            nodes,
+            router,
+            store,
+            folder,
+        }
+    }
+
+    async fn send(&self, request: Request<Body>) -> Answer {
+        let response = self.router.clone().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let body = to_bytes(body, usize::MAX).await.unwrap().to_vec();
+        Answer {
+            status: parts.status,
+            headers: parts.headers,
+            body,
+        }
+    }
+
+    async fn call(&self, method: &str, path: &str, body: Option<Value>) -> Answer {
+        self.send(request(method, path, body)).await
+    }
+
+    async fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
+        let answer = self.call(method, path, body).await;
+        let text = String::from_utf8_lossy(&answer.body).into_owned();
+        assert!(
+            answer.status.is_success(),
+            "{method} {path}: {} {text}",
+            answer.status
+        );
+        if answer.body.is_empty() {
+            Value::Null
+        } else {
+            answer.json()
+        }
+    }
+
+    /// Deploys and waits for the end; answers the operation.
+    async fn deploy(&self, app: &str, change: impl FnOnce(&mut Value)) -> Value {
+        let mut body = spec();
+        change(&mut body);
+        let path = format!("/api/v1/apps/{app}/releases");
+        let operation = self.ok("POST", &path, Some(body)).await;
+        self.until_over(&operation).await
+    }
+
+    async fn until_over(&self, operation: &Value) -> Value {
+        let id = operation["id"].as_str().unwrap();
+        let mut operation = operation.clone();
+        while operation["state"] == "running" {
+            let after = &operation["revision"];
+            let path = format!("/api/v1/operations/{id}?wait_ms=30000&after={after}");
+            operation = self.ok("GET", &path, None).await;
+        }
+        operation
+    }
+}
+
+fn spec() -> Value {
+    json!({"spec": {"image": "debian/python3", "command": ["python3", "app.py"], "port": 8000}})
+}
+
+fn request(method: &str, path: &str, body: Option<Value>) -> Request<Body> {
+    let request = Request::builder()
+        .method(Method::from_bytes(method.as_bytes()).unwrap())
+        .uri(path)
+        .header("host", "127.0.0.1:8889")
+        .header("authorization", format!("Bearer {TOKEN}"));
+    match body {
+        None => request.body(Body::empty()).unwrap(),
+        Some(body) => {
+            let body = body.to_string();
+            let request = request.header("content-length", body.len());
+            let request = request.header("content-type", "application/json");
+            request.body(Body::from(body)).unwrap()
+        }
+    }
+}
+
+fn with(mut request: Request<Body>, name: &'static str, value: &str) -> Request<Body> {
+    request.headers_mut().insert(name, value.parse().unwrap());
+    request
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_app_lives_and_dies_through_the_api() {
+    let bench = Bench::new().await;
+    let done = bench.deploy("notes", |_| {}).await;
+    assert_eq!(
+        (&done["state"], &done["result"]),
+        (&json!("succeeded"), &json!("1")),
+        "{done}"
+    );
+    let app = bench.ok("GET", "/api/v1/apps/notes", None).await;
+    assert_eq!(app["state"], "awake");
+    assert_eq!(app["url"], "http://notes.localhost:8080/");
+    assert_eq!(app["vm"]["boundary"], "none");
+    assert_eq!(app["vm"]["phases"][0], json!({"name": "boot", "ms": 2.0}));
+    let asleep = bench.ok("POST", "/api/v1/apps/notes/stop", None).await;
+    assert_eq!(asleep["state"], "asleep");
+    assert!(bench.nodes.running().is_empty());
+    let first = bench.ok("POST", "/api/v1/apps/notes/wake", None).await;
+    assert_eq!(first["state"], "awake");
+    let second = bench.ok("POST", "/api/v1/apps/notes/restart", None).await;
+    assert_ne!(first["vm"]["id"], second["vm"]["id"]);
+    assert_eq!(
+        bench.ok("POST", "/api/v1/apps/notes/disable", None).await["state"],
+        "disabled"
+    );
+    let refused = bench.call("POST", "/api/v1/apps/notes/wake", None).await;
+    assert_eq!(
+        (refused.status.as_u16(), refused.code().as_str()),
+        (409, "app_disabled")
+    );
+    assert_eq!(
+        bench.ok("POST", "/api/v1/apps/notes/enable", None).await["state"],
+        "asleep"
+    );
+
+    bench.nodes.act("notes", 2, Act::Crash);
+    let failed = bench.deploy("notes", |_| {}).await;
+    assert_eq!(failed["error"]["code"], "app_failed", "{failed}");
+    let message = failed["error"]["message"].as_str().unwrap();
+    assert!(message.contains("KeyError"), "{message}");
+    bench.deploy("notes", |_| {}).await;
+    let back = bench.ok("POST", "/api/v1/apps/notes/rollback", None).await;
+    assert_eq!(bench.until_over(&back).await["result"], "1");
+    let releases = bench
+        .ok("GET", "/api/v1/apps/notes/releases?limit=2", None)
+        .await;
+    let numbers = |page: &Value| -> Vec<u64> {
+        let items = page["items"].as_array().unwrap();
+        items
+            .iter()
+            .map(|release| release["number"].as_u64().unwrap())
+            .collect()
+    };
+    assert_eq!(numbers(&releases), [3, 2]);
+    let next = releases["next"].as_str().unwrap();
+    let path = format!("/api/v1/apps/notes/releases?limit=2&cursor={next}");
+    let rest = bench.ok("GET", &path, None).await;
+    assert_eq!((numbers(&rest), &rest["next"]), (vec![1], &Value::Null));
+
+    bench.ok("DELETE", "/api/v1/apps/notes", None).await;
+    assert!(bench.nodes.running().is_empty());
+    assert_eq!(
+        bench.call("GET", "/api/v1/apps/notes", None).await.code(),
+        "not_found"
+    );
+    let metrics = bench.call("GET", "/metrics", None).await;
+    let metrics = String::from_utf8(metrics.body).unwrap();
+    for line in [
+        "spore_wake_seconds_bucket",
+        "spore_apps{state=\"awake\"} 0",
+        "spore_failures",
+    ] {
+        assert!(metrics.contains(line), "{line}: {metrics}");
+    }
+    bench.control.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_web_page_cannot_drive_the_api() {
+    let bench = Bench::new().await;
+    bench.deploy("notes", |_| {}).await;
+    let get = || request("GET", "/api/v1/apps", None);
+    for host in [
+        "evil.example",
+        "evil.example:8889",
+        "127.0.0.1",
+        "127.0.0.1:80",
+        "localhost",
+        "localhost:8889.evil.example",
+        "127.0.0.1.evil.example:8889",
+        "notes.localhost:8889",
+        "[::1]",
+        "0.0.0.0:8889",
+        "",
+    ] {
+        let answer = bench.send(with(get(), "host", host)).await;
+        assert_eq!(
+            (answer.status.as_u16(), answer.code().as_str()),
+            (403, "forbidden"),
+            "{host}"
+        );
+        let health = with(request("GET", "/healthz", None), "host", host);
+        assert_eq!(bench.send(health).await.status, 403, "{host}");
+    }
+    for host in [
+        "127.0.0.1:8889",
+        "localhost:8889",
+        "LOCALHOST:8889",
+        "[::1]:8889",
+    ] {
+        assert_eq!(
+            bench.send(with(get(), "host", host)).await.status,
+            200,
+            "{host}"
+        );
+    }
+    let mut twice = get();
+    twice
+        .headers_mut()
+        .append("host", "evil.example".parse().unwrap());
+    assert_eq!(bench.send(twice).await.status, 403);
+    let mut none = get();
+    none.headers_mut().remove("host");
+    assert_eq!(bench.send(none).await.status, 403);
+    for origin in [
+        "null",
+        "http://evil.example",
+        "http://notes.localhost:8080",
+        "https://127.0.0.1:8889",
+        "http://127.0.0.1:8080",
+        "http://localhost",
+    ] {
+        let answer = bench.send(with(get(), "origin", origin)).await;
+        assert_eq!(
+            (answer.status.as_u16(), answer.code().as_str()),
+            (403, "forbidden")
+        );
+        assert!(!answer.headers.contains_key("access-control-allow-origin"));
+    }
+    let own = with(get(), "origin", "http://127.0.0.1:8889");
+    assert_eq!(bench.send(own).await.status, 200);
+    let preflight = with(
+        request("OPTIONS", "/api/v1/apps", None),
+        "origin",
+        "http://evil.example",
+    );
+    assert_eq!(bench.send(preflight).await.status, 403);
+
+    // What a form can send, with and without fields, on every route that changes something.
+    for kind in [
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "text/plain",
+        "text/plain; charset=application/json",
+        "application/jsonx",
+    ] {
+        for (method, path) in [
+            ("POST", "/api/v1/apps/notes/stop"),
+            ("POST", "/api/v1/apps/notes/releases"),
+            ("PUT", "/api/v1/apps/notes/secrets/KEY"),
+            ("DELETE", "/api/v1/apps/notes"),
+            ("POST", "/api/v1/sources"),
+            ("PUT", "/api/v1/apps/notes/files?path=/x"),
+            ("POST", "/api/v1/images/gc"),
+        ] {
+            let answer = bench
+                .send(with(request(method, path, None), "content-type", kind))
+                .await;
+            let text = (answer.status.as_u16(), answer.code());
+            assert_eq!(
+                text,
+                (415, "unsupported_media_type".to_owned()),
+                "{kind} {path}"
+            );
+        }
+    }
+    let mut untyped = request("POST", "/api/v1/apps/notes/releases", Some(spec()));
+    untyped.headers_mut().remove("content-type");
+    assert_eq!(bench.send(untyped).await.status, 415);
+    assert_eq!(bench.nodes.running().len(), 1, "nothing was stopped");
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_route_but_health_needs_a_token_and_sees_one_account() {
+    let bench = Bench::new().await;
+    bench.deploy("notes", |_| {}).await;
+    let paths = [
+        "/api/v1/status",
+        "/api/v1/apps",
+        "/api/v1/nothing",
+        "/metrics",
+        "/version",
+        "/",
+    ];
+    for path in paths {
+        for value in [
+            "",
+            "Bearer",
+            "Bearer ",
+            "Bearer wrong",
+            "Basic dGVzdA==",
+            "Bearer test-token-of-me2",
+            "Bearer test-token-of-m",
+        ] {
+            let answer = bench
+                .send(with(request("GET", path, None), "authorization", value))
+                .await;
+            assert_eq!(
+                (answer.status.as_u16(), answer.code().as_str()),
+                (401, "unauthorized")
+            );
+            assert_eq!(answer.headers["www-authenticate"], "Bearer");
+        }
+    }
+    let mut health = request("GET", "/healthz", None);
+    health.headers_mut().remove("authorization");
+    assert_eq!(bench.send(health).await.body, b"ok\n");
+
+    let yours = format!("Bearer {YOUR_TOKEN}");
+    let mine = bench.deploy("mine", |_| {}).await;
+    let operation = format!("/api/v1/operations/{}", mine["id"].as_str().unwrap());
+    for (method, path) in [
+        ("GET", "/api/v1/apps/notes"),
+        ("DELETE", "/api/v1/apps/notes"),
+        ("POST", "/api/v1/apps/notes/stop"),
+        ("POST", "/api/v1/apps/notes/wake"),
+        ("POST", "/api/v1/apps/notes/rollback"),
+        ("GET", "/api/v1/apps/notes/releases"),
+        ("GET", "/api/v1/apps/notes/secrets"),
+        ("GET", "/api/v1/apps/notes/logs"),
+        ("GET", "/api/v1/apps/notes/files?path=/x"),
+        ("PUT", "/api/v1/apps/notes/files?path=/x"),
+        ("DELETE", "/api/v1/images/debian/python3"),
+        ("GET", operation.as_str()),
+    ] {
+        let answer = bench
+            .send(with(request(method, path, None), "authorization", &yours))
+            .await;
+        let found = (answer.status.as_u16(), answer.code());
+        assert_eq!(found, (404, "not_found".to_owned()), "{method} {path}");
+    }
+    let apps = with(
+        request("GET", "/api/v1/apps", None),
+        "authorization",
+        &yours,
+    );
+    assert_eq!(bench.send(apps).await.json()["items"], json!([]));
+    let image = with(
+        request("POST", "/api/v1/apps/x/releases", Some(spec())),
+        "authorization",
+        &yours,
+    );
+    assert_eq!(
+        bench.send(image).await.code(),
+        "invalid",
+        "another account's image"
+    );
+
+    let mut by_socket = request("GET", "/api/v1/apps", None);
+    by_socket.headers_mut().clear();
+    let account = "me".parse().unwrap();
+    let by = CallerBy::Socket { uid: 0 };
+    by_socket.extensions_mut().insert(Caller { account, by });
+    assert_eq!(bench.send(by_socket).await.status, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn bad_input_is_refused_with_the_field_and_what_would_be_right() {
+    let bench = Bench::new().await;
+    bench.deploy("notes", |_| {}).await;
+    let releases = "/api/v1/apps/notes/releases";
+    let bodies: &[(fn(&mut Value), u16, &str, &str)] = &[
+        (
+            |b| b["spec"]["port"] = json!(0),
+            422,
+            "invalid",
+            "1 to 65535",
+        ),
+        (
+            |b| b["spec"]["port"] = json!(70000),
+            422,
+            "invalid",
+            "`spec.port`",
+        ),
+        (
+            |b| b["spec"]["port"] = json!("80"),
+            422,
+            "invalid",
+            "`spec.port`",
+        ),
+        (
+            |b| b["spec"]["command"] = json!([]),
+            422,
+            "invalid",
+            "`spec.command`",
+        ),
+        (
+            |b| b["spec"]["image"] = json!("Debian"),
+            422,
+            "invalid",
+            "`spec.image`",
+        ),
+        (
+            |b| b["spec"]["image"] = json!("debian/none"),
+            422,
+            "invalid",
+            "spore image",
+        ),
+        (
+            |b| b["spec"]["protocol"] = json!("h2c"),
+            422,
+            "invalid",
+            "`spec.protocol`",
+        ),
+        (
+            |b| b["spec"]["idle"] = json!({"mode": "suspend"}),
+            422,
+            "invalid",
+            "`spec.idle.mode`",
+        ),
+        (
+            |b| b["spec"]["resources"] = json!({"cpu": 1}),
+            422,
+            "invalid",
+            "`spec.resources.cpu`",
+        ),
+        (
+            |b| b["spec"]["egress"] = json!(["*.a.b:443"]),
+            422,
+            "not_in_this_version",
+            "egress[0]",
+        ),
+        (
+            |b| b["spec"]["secrets"] = json!({"names": ["MISSING"]}),
+            422,
+            "invalid",
+            "secret set",
+        ),
+        (
+            |b| b["spec"]["secrets"] = json!({"names": ["PORT"]}),
+            422,
+            "invalid",
+            "names[0]",
+        ),
+        (
+            |b| b["source"] = json!("../../etc"),
+            422,
+            "invalid",
+            "`source`",
+        ),
+        (
+            |b| b["source"] = json!("ab".repeat(32)),
+            422,
+            "invalid",
+            "upload it again",
+        ),
+        (|b| b["extra"] = json!(1), 422, "invalid", "`extra`"),
+        (
+            |b| drop(b.as_object_mut().unwrap().remove("spec")),
+            422,
+            "invalid",
+            "spec",
+        ),
+        (|b| *b = json!([]), 422, "invalid", "CreateRelease"),
+    ];
+    for (change, status, code, says) in bodies {
+        let mut body = spec();
+        change(&mut body);
+        let answer = bench.call("POST", releases, Some(body.clone())).await;
+        let message = answer.json()["message"].to_string();
+        assert_eq!(
+            (answer.status.as_u16(), answer.code().as_str()),
+            (*status, *code),
+            "{body}"
+        );
+        assert!(message.contains(says), "{message}: {says}");
+    }
+    let long = format!("/api/v1/apps/{}", "a".repeat(41));
+    let calls: &[(&str, &str, u16, &str)] = &[
+        ("GET", "/api/v1/apps/No_Name", 422, "invalid"),
+        ("GET", &long, 422, "invalid"),
+        ("GET", "/api/v1/apps/%2e%2e%2fx", 422, "invalid"),
+        ("GET", "/api/v1/apps?limit=0", 422, "invalid"),
+        ("GET", "/api/v1/apps?limit=x", 400, "bad_request"),
+        ("GET", "/api/v1/apps?cursor=%25", 422, "invalid"),
+        ("GET", "/api/v1/apps?page=2", 400, "bad_request"),
+        ("GET", "/api/v1/apps/none", 404, "not_found"),
+        ("POST", "/api/v1/apps/none/wake", 404, "not_found"),
+        ("GET", "/api/v1/nothing", 404, "not_found"),
+        ("PATCH", "/api/v1/apps/notes", 405, "method_not_allowed"),
+        ("GET", "/api/v1/operations/../../x", 404, "not_found"),
+        (
+            "GET",
+            "/api/v1/operations/none?wait_ms=60000",
+            422,
+            "invalid",
+        ),
+        ("DELETE", "/api/v1/images/none", 404, "not_found"),
+        ("GET", "/api/v1/apps/notes/files?path=etc", 422, "invalid"),
+        (
+            "PUT",
+            "/api/v1/apps/notes/files?path=/x&mode=999",
+            422,
+            "invalid",
+        ),
+        (
+            "GET",
+            "/api/v1/apps/notes/files?path=/none",
+            404,
+            "not_found",
+        ),
+        ("GET", "/api/v1/apps/notes/exec", 400, "bad_request"),
+        (
+            "GET",
+            "/api/v1/apps/notes/logs?tail=1000000",
+            422,
+            "invalid",
+        ),
+        (
+            "PUT",
+            "/api/v1/apps/notes/secrets/LD_PRELOAD",
+            400,
+            "bad_request",
+        ),
+        ("POST", "/api/v1/sources?kind=zip", 400, "bad_request"),
+    ];
+    for (method, path, status, code) in calls {
+        let answer = bench.call(method, path, None).await;
+        let found = (answer.status.as_u16(), answer.code());
+        assert_eq!(found, (*status, (*code).to_owned()), "{method} {path}");
+    }
+    let huge = json!({"spec": "x".repeat(2 * 1024 * 1024)});
+    let answer = bench.call("POST", releases, Some(huge)).await;
+    assert_eq!(
+        (answer.status.as_u16(), answer.code().as_str()),
+        (413, "too_large")
+    );
+    let mut broken = request("POST", releases, Some(spec()));
+    *broken.body_mut() = Body::from("{\"spec\":");
+    assert_eq!(bench.send(broken).await.code(), "bad_request");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_create_with_a_key_is_made_once() {
+    let bench = Bench::new().await;
+    let with_key = |key: &str, body: Value| {
+        let create = request("POST", "/api/v1/apps/notes/releases", Some(body));
+        with(create, "idempotency-key", key)
+    };
+    let first = bench.send(with_key("one", spec())).await.json();
+    let again = bench.send(with_key("one", spec())).await.json();
+    assert_eq!(first["id"], again["id"]);
+    bench.until_over(&first).await;
+    let later = bench.send(with_key("one", spec())).await.json();
+    assert_eq!(
+        (&later["id"], &later["state"]),
+        (&first["id"], &json!("succeeded"))
+    );
+    let mut other = spec();
+    other["spec"]["port"] = json!(9000);
+    let answer = bench.send(with_key("one", other.clone())).await;
+    let found = (answer.status.as_u16(), answer.code());
+    assert_eq!(found, (409, "idempotency_mismatch".to_owned()));
+    let second = bench.send(with_key("two", other)).await.json();
+    assert_eq!(bench.until_over(&second).await["result"], "2");
+    let long = "k".repeat(129);
+    assert_eq!(bench.send(with_key(&long, spec())).await.code(), "invalid");
+    let many = (0..8).map(|_| bench.send(with_key("many", spec())));
+    let ids: Vec<_> = futures_util::future::join_all(many).await;
+    let ids: std::collections::BTreeSet<_> = ids
+        .iter()
+        .map(|answer| answer.json()["id"].to_string())
+        .collect();
+    assert_eq!(ids.len(), 1, "{ids:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_thousand_apps_come_in_pages_each_once() {
+    let bench = Bench::new().await;
+    let me = "me".parse().unwrap();
+    for n in 0..1000 {
+        let key = app_key(&me, &format!("app-{n}").parse().unwrap());
+        let write = Transaction::default().put(key, encode(&AppRecord::new(0)));
+        bench.store.commit(write).await.unwrap();
+    }
+    let mut names = Vec::new();
+    let mut path = "/api/v1/apps?limit=137".to_owned();
+    loop {
+        let page = bench.ok("GET", &path, None).await;
+        let items = page["items"].as_array().unwrap();
+        assert!(items.len() <= 137);
+        names.extend(
+            items
+                .iter()
+                .map(|app| app["name"].as_str().unwrap().to_owned()),
+        );
+        let Some(next) = page["next"].as_str() else {
+            break;
+        };
+        path = format!("/api/v1/apps?limit=137&cursor={next}");
+    }
+    assert_eq!(names.len(), 1000);
+    assert!(names.is_sorted_by(|a, b| a < b));
+}
+
+#[tokio::test]
+async fn a_secret_is_in_no_answer_no_record_and_no_file_and_reaches_only_the_vm() {
+    const CANARY: &str = "canary-5e1f0c2b";
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.redb");
+    let bench = Bench::over(Arc::new(EmbeddedStore::open(&path).await.unwrap())).await;
+    let mut answers = String::new();
+    let at = "/api/v1/apps/notes/secrets/KEY";
+    for (method, path, body) in [
+        ("PUT", at, json!({"value": CANARY})),
+        ("PUT", at, json!({"value": CANARY, "more": 1})),
+        ("PUT", at, json!({"valeu": CANARY})),
+        ("PUT", at, json!(CANARY)),
+        ("PUT", at, json!([CANARY])),
+        (
+            "PUT",
+            "/api/v1/apps/notes/secrets/NUL",
+            json!({"value": format!("{CANARY}\0")}),
+        ),
+        (
+            "PUT",
+            "/api/v1/apps/notes/secrets/BIG",
+            json!({"value": CANARY.repeat(10_000)}),
+        ),
+    ] {
+        let answer = bench.call(method, path, Some(body)).await;
+        answers.push_str(&String::from_utf8_lossy(&answer.body));
+    }
+    let done = bench.deploy("notes", |body| {
+        body["spec"]["secrets"] = json!({"names": ["KEY"], "files": ["KEY"]});
+    });
+    answers.push_str(&done.await.to_string());
+    for path in [
+        "/api/v1/apps/notes/secrets",
+        "/api/v1/apps/notes",
+        "/api/v1/apps/notes/releases",
+        "/api/v1/status",
+        "/metrics",
+    ] {
+        let answer = bench.call("GET", path, None).await;
+        answers.push_str(&String::from_utf8_lossy(&answer.body));
+    }
+    assert!(answers.contains("\"used\":true"), "{answers}");
+    assert!(!answers.contains(CANARY), "{answers}");
+    {
+        let state = bench.nodes.state.lock().unwrap();
+        let process = &state.starts.last().unwrap().process;
+        assert_eq!(process.secret_environment[0].1.expose(), CANARY.as_bytes());
+        assert_eq!(process.secret_files[0].1.expose(), CANARY.as_bytes());
+        assert!(!format!("{process:?}").contains(CANARY));
+    }
+    let holds = |file: &std::path::Path, needle: &[u8]| {
+        let bytes = std::fs::read(file).unwrap();
+        bytes.windows(needle.len()).any(|window| window == needle)
+    };
+    assert!(
+        holds(&path, b"secret/me/notes/KEY"),
+        "the search finds what is there in clear"
+    );
+    let base64 = data_encoding::BASE64.encode(CANARY.as_bytes());
+    for file in [path, bench.folder.path().join("key")] {
+        assert!(!holds(&file, CANARY.as_bytes()) && !holds(&file, &base64.as_bytes()[..16]));
+    }
+    bench.ok("DELETE", at, None).await;
+    let list = bench.ok("GET", "/api/v1/apps/notes/secrets", None).await;
+    assert_eq!(list["items"], json!([]));
+    let woken = bench.call("POST", "/api/v1/apps/notes/restart", None).await;
+    assert!(
+        woken.json()["message"]
+            .as_str()
+            .unwrap()
+            .contains("spore secret set notes KEY")
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn uploads_files_logs_and_images_work() {
+    let bench = Bench::new().await;
+    let upload = |path: &str| {
+        let mut upload = request("POST", path, None);
+        *upload.body_mut() = Body::from("a folder as tar.zst");
+        with(upload, "content-type", "application/zstd")
+    };
+    let source = bench.send(upload("/api/v1/sources")).await.json();
+    let done = bench
+        .deploy("notes", |body| body["source"] = source["id"].clone())
+        .await;
+    assert_eq!(done["state"], "succeeded");
+    assert!(bench.nodes.state.lock().unwrap().starts[0].folder.is_some());
+    let too_long = with(upload("/api/v1/sources"), "content-length", "600000000");
+    assert_eq!(bench.send(too_long).await.code(), "too_large");
+
+    bench.ok("POST", "/api/v1/apps/notes/stop", None).await;
+    let mut put = request("PUT", "/api/v1/apps/notes/files?path=/app/x&mode=600", None);
+    *put.body_mut() = Body::from("hello");
+    let put = with(put, "content-type", "application/octet-stream");
+    assert_eq!(bench.send(put).await.status, 204);
+    let got = bench
+        .call("GET", "/api/v1/apps/notes/files?path=/app/x", None)
+        .await;
+    assert_eq!(got.body, b"hello");
+    assert_eq!(
+        bench.nodes.running().len(),
+        1,
+        "a sleeping app is woken for a file"
+    );
+
+    let logs = bench
+        .call("GET", "/api/v1/apps/notes/logs?tail=2", None)
+        .await;
+    assert_eq!(logs.headers["content-type"], "application/x-ndjson");
+    let lines: Vec<Value> = String::from_utf8(logs.body)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        (lines.len(), &lines[1]["text"]),
+        (2, &json!("notes line 1"))
+    );
+
+    let build = |from: Value| Some(json!({"name": "mine/base", "from": from}));
+    let from = json!({"kind": "packages", "packages": ["python3"]});
+    let operation = bench.ok("POST", "/api/v1/images", build(from)).await;
+    let built = bench.until_over(&operation).await;
+    assert_eq!(built["state"], "succeeded", "{built}");
+    assert_eq!(built["steps"][1]["text"], "Packing");
+    let root = bench.send(upload("/api/v1/sources?kind=root")).await.json();
+    let from = json!({"kind": "source", "source": root["id"]});
+    let operation = bench.ok("POST", "/api/v1/images", build(from)).await;
+    assert_eq!(bench.until_over(&operation).await["result"], root["id"]);
+    let images = bench.ok("GET", "/api/v1/images", None).await;
+    assert_eq!(images["items"][0]["used_by"], 1, "{images}");
+    let bad = json!({"kind": "packages", "packages": ["-o"]});
+    assert_eq!(
+        bench
+            .call("POST", "/api/v1/images", build(bad))
+            .await
+            .code(),
+        "invalid"
+    );
+    let report = bench
+        .ok("POST", "/api/v1/images/gc", Some(json!({"dry_run": true})))
+        .await;
+    assert_eq!(
+        (&report["dry_run"], &report["bytes"]),
+        (&json!(true), &json!(3))
+    );
+    let kept = bench.nodes.state.lock().unwrap().kept.clone().unwrap();
+    assert_eq!(
+        kept.len(),
+        2,
+        "the release's image, and the upload that it and the name use"
+    );
+    bench.ok("DELETE", "/api/v1/images/mine/base", None).await;
+}
+
+#[tokio::test]
+async fn a_program_runs_beside_a_sleeping_app_over_a_websocket() {
+    let bench = Bench::new().await;
+    bench.deploy("notes", |_| {}).await;
+    bench.ok("POST", "/api/v1/apps/notes/stop", None).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(axum::serve(listener, bench.router.clone()).into_future());
+    let connect = || async {
+        let url = format!("ws://{address}/api/v1/apps/notes/exec");
+        let mut request = url.into_client_request().unwrap();
+        let headers = request.headers_mut();
+        headers.insert("host", "127.0.0.1:8889".parse().unwrap());
+        headers.insert("authorization", format!("Bearer {TOKEN}").parse().unwrap());
+        headers.insert("sec-websocket-protocol", "spore.exec.v1".parse().unwrap());
+        tokio_tungstenite::connect_async(request).await.unwrap()
+    };
+    let (mut socket, response) = connect().await;
+    assert_eq!(
+        response.headers()["sec-websocket-protocol"],
+        "spore.exec.v1"
+    );
+    let start = json!({"argv": ["cat"], "pty": {"rows": 2, "columns": 3}}).to_string();
+    socket.send(Message::text(start)).await.unwrap();
+    socket
+        .send(Message::binary(b"\x00hello".to_vec()))
+        .await
+        .unwrap();
+    let resize = [b"\x04".as_slice(), br#"{"rows":5,"columns":6}"#].concat();
+    socket.send(Message::binary(resize)).await.unwrap();
+    socket
+        .send(Message::binary(b"\x00".to_vec()))
+        .await
+        .unwrap();
+    let mut told = Vec::new();
+    while let Some(Ok(Message::Binary(bytes))) = socket.next().await {
+        told.push(bytes.to_vec());
+    }
+    assert_eq!(told[0], b"\x01hello");
+    assert!(told[1].starts_with(b"\x02Resize"), "{told:?}");
+    assert_eq!(
+        told[2],
+        [b"\x03".as_slice(), br#"{"by":"code","code":3}"#].concat()
+    );
+    assert_eq!(bench.nodes.running().len(), 1);
+
+    for (first, code) in [
+        (json!({"argv": []}), "invalid"),
+        (json!({"argv": ["missing"]}), "not_found"),
+        (json!({"argv": ["cat"], "more": 1}), "bad_request"),
+    ] {
+        let (mut socket, _) = connect().await;
+        socket.send(Message::text(first.to_string())).await.unwrap();
+        let answer = socket.next().await.unwrap().unwrap().into_data();
+        assert_eq!(answer[0], 6);
+        let error: Value = serde_json::from_slice(&answer[1..]).unwrap();
+        assert_eq!(error["code"], code, "{error}");
+    }
+    serving.abort();
+    assert!(serving.await.is_err_and(|error| error.is_cancelled()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_ends_when_control_stops() {
+    let bench = Bench::new().await;
+    bench.deploy("notes", |_| {}).await;
+    let follow = request("GET", "/api/v1/apps/notes/logs?follow=true", None);
+    let response = bench.router.clone().oneshot(follow).await.unwrap();
+    let reading = tokio::spawn(to_bytes(response.into_body(), usize::MAX));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!reading.is_finished());
+    bench.control.stop().await;
+    let lines = reading.await.unwrap().unwrap();
+    assert_eq!(lines.iter().filter(|b| **b == b'\n').count(), 3);
+}
