@@ -1,0 +1,263 @@
+//! `spore exec` and `spore shell`: a program beside an app.
+//!
+//! ```text
+//!   standard input ─thread─▶ ┐                       ┌─▶ standard output, standard error
+//!   signals, window size ──▶ ┴─▶ writer   reader ─▶──┤
+//!                                                    └─▶ exit code
+//! ```
+//!
+//! Writer and reader are apart: a program that neither reads nor is read cannot hold both up.
+
+use std::io::{self, IsTerminal as _};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use rustix::termios::{self, OptionalActions, Termios};
+use spore_api::client::{ExecError, ExecEvent, ExecInput, ExecOutput};
+use spore_api::exec::{ExecExit, ExecStart, WindowSize};
+use spore_api::name::AppName;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::failure::{TIMED_OUT, UsageError};
+use super::{Context, OneApp, stdin};
+use crate::document::parse_span;
+
+/// What `shell` runs: the best shell that the image has.
+const SHELL: &str = "if command -v bash >/dev/null 2>&1; then exec bash; else exec sh; fi";
+
+/// Run a program beside an app
+#[derive(Debug, Args)]
+#[command(after_help = "It ends with the program's own exit code, or 128 and the signal's number.")]
+pub(super) struct Exec {
+    /// The app's name
+    app: AppName,
+    /// Program and arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+    /// Add a variable
+    #[arg(long, short, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// Where to run it [default: /app]
+    #[arg(long, short = 'w', value_name = "FOLDER")]
+    workdir: Option<String>,
+    /// Whom to run it as [default: the app's user]
+    #[arg(long, short)]
+    user: Option<String>,
+    /// Kill it after so long, as 30s or 5m
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<String>,
+    /// No terminal for the program, even if there is one here
+    #[arg(long, short = 'T')]
+    no_tty: bool,
+}
+
+/// Open a shell beside an app
+#[derive(Debug, Args)]
+pub(super) struct Shell {
+    #[command(flatten)]
+    which: OneApp,
+    /// Whom to be [default: the app's user]
+    #[arg(long, short)]
+    user: Option<String>,
+}
+
+impl Exec {
+    pub(super) async fn run(self, context: &Context) -> Result<u8> {
+        let mut start = ExecStart {
+            argv: self.command,
+            environment: Vec::new(),
+            directory: self.workdir,
+            user: self.user,
+            pty: None,
+            timeout_ms: None,
+        };
+        for text in self.env {
+            let Some((name, value)) = text.split_once('=').filter(|(name, _)| !name.is_empty())
+            else {
+                return Err(UsageError::Variable { text }.into());
+            };
+            start.environment.push((name.to_owned(), value.to_owned()));
+        }
+        if let Some(text) = self.timeout {
+            let span = parse_span(&text).and_then(|span| match span {
+                Duration::ZERO => Err("it is zero".to_owned()),
+                span => Ok(span),
+            });
+            let span = span.map_err(|problem| UsageError::Time { text, problem })?;
+            start.timeout_ms = Some(u64::try_from(span.as_millis()).unwrap_or(u64::MAX));
+        }
+        let wants_terminal =
+            !self.no_tty && io::stdin().is_terminal() && io::stdout().is_terminal();
+        session(context, &self.app, start, wants_terminal).await
+    }
+}
+
+impl Shell {
+    pub(super) async fn run(self, context: &Context) -> Result<u8> {
+        let start = ExecStart {
+            argv: ["/bin/sh", "-c", SHELL].map(str::to_owned).to_vec(),
+            environment: Vec::new(),
+            directory: None,
+            user: self.user,
+            pty: None,
+            timeout_ms: None,
+        };
+        let wants_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
+        session(context, &self.which.app, start, wants_terminal).await
+    }
+}
+
+async fn session(
+    context: &Context,
+    app: &AppName,
+    mut start: ExecStart,
+    wants_terminal: bool,
+) -> Result<u8> {
+    if wants_terminal {
+        start.pty = Some(window());
+        if let Some(terminal) = &context.screen.terminal {
+            start
+                .environment
+                .insert(0, ("TERM".to_owned(), terminal.clone()));
+        }
+    }
+    let what = || format!("cannot run {} in {app}", start.argv.join(" "));
+    let (input, output) = context.client.exec(app, &start).await.with_context(what)?;
+    let signals = Signals::listen().context("cannot listen for signals")?;
+    let typed = stdin::read().context("cannot read standard input")?;
+    // Restored when it is dropped, on every way out of here.
+    let raw = if wants_terminal {
+        Some(RawTerminal::enter()?)
+    } else {
+        None
+    };
+    let exit = tokio::select! {
+        exit = read(context, output) => exit,
+        // It ends only when the connection does, and then the reader knows why.
+        () = write(input, typed, signals) => Err(ExecError::Closed.into()),
+    };
+    drop(raw);
+    Ok(match exit.with_context(what)? {
+        ExecExit::Code { code } => code,
+        ExecExit::Signal { signal } => u8::try_from(128 + signal).unwrap_or(u8::MAX),
+        ExecExit::Timeout => {
+            context.output.note("its time was up");
+            TIMED_OUT
+        }
+    })
+}
+
+async fn read(context: &Context, mut output: ExecOutput) -> Result<ExecExit> {
+    loop {
+        match output.next().await? {
+            ExecEvent::Stdout(bytes) => context.output.bytes(&bytes)?,
+            ExecEvent::Stderr(bytes) => context.output.aside_bytes(&bytes)?,
+            ExecEvent::Exit(exit) => return Ok(exit),
+        }
+    }
+}
+
+async fn write(
+    mut input: ExecInput,
+    mut typed: mpsc::Receiver<io::Result<Vec<u8>>>,
+    mut signals: Signals,
+) {
+    let mut open = true;
+    loop {
+        let sent = tokio::select! {
+            bytes = typed.recv(), if open => match bytes {
+                Some(Ok(bytes)) => input.stdin(&bytes).await,
+                // An input that cannot be read has ended for the program too.
+                Some(Err(_)) | None => {
+                    open = false;
+                    input.close_stdin().await
+                }
+            },
+            event = signals.next() => match event {
+                SignalEvent::Resized => input.resize(window()).await,
+                SignalEvent::For(number) => input.signal(number).await,
+            },
+        };
+        if sent.is_err() {
+            // The reader finds the same end, and what was said before it.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Signals that are meant for the program. With a terminal Ctrl-C is a key and comes as a byte.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hang_up: Signal,
+    window: Signal,
+}
+
+/// What the next signal means.
+enum SignalEvent {
+    /// The window has another size.
+    Resized,
+    /// The program should get this number.
+    For(i32),
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            window: signal(SignalKind::window_change())?,
+        })
+    }
+
+    async fn next(&mut self) -> SignalEvent {
+        let kind = tokio::select! {
+            _ = self.interrupt.recv() => SignalKind::interrupt(),
+            _ = self.terminate.recv() => SignalKind::terminate(),
+            _ = self.hang_up.recv() => SignalKind::hangup(),
+            _ = self.window.recv() => return SignalEvent::Resized,
+        };
+        SignalEvent::For(kind.as_raw_value())
+    }
+}
+
+fn window() -> WindowSize {
+    let size = termios::tcgetwinsize(io::stdout()).ok();
+    match size.filter(|size| size.ws_row > 0 && size.ws_col > 0) {
+        Some(size) => WindowSize {
+            rows: size.ws_row,
+            columns: size.ws_col,
+        },
+        None => WindowSize {
+            rows: 24,
+            columns: 80,
+        },
+    }
+}
+
+/// The terminal without echo and lines, so that every key goes to the program.
+#[derive(Debug)]
+struct RawTerminal {
+    before: Termios,
+}
+
+impl RawTerminal {
+    fn enter() -> Result<Self> {
+        let before = termios::tcgetattr(io::stdin()).context("cannot read the terminal's mode")?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        termios::tcsetattr(io::stdin(), OptionalActions::Now, &raw)
+            .context("cannot set the terminal's mode")?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        // A terminal that is gone needs no mode.
+        termios::tcsetattr(io::stdin(), OptionalActions::Now, &self.before).ok();
+    }
+}

@@ -1,0 +1,182 @@
+//! `spore image`: root file systems.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Subcommand};
+use spore_api::image::{self, GcRequest, ImageFrom};
+use spore_api::name::ImageName;
+use spore_api::page::Page;
+
+use super::Context;
+use super::output::{Cell, Format, bytes_text, moment};
+use super::steps::{Done, Steps};
+use super::upload;
+use crate::pack::FolderKind;
+
+/// The digits of an id that are shown to people.
+const ID_DIGITS: usize = 12;
+
+/// List, build and remove images
+#[derive(Debug, Args)]
+pub(super) struct Image {
+    #[command(subcommand)]
+    verb: ImageVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum ImageVerb {
+    Ls(Ls),
+    Build(Build),
+    Rm(Rm),
+    Gc(Gc),
+}
+
+/// List images
+#[derive(Debug, Args)]
+struct Ls {}
+
+/// Build an image from Debian packages or from a folder
+#[derive(Debug, Args)]
+struct Build {
+    /// The name it gets; what had it before loses it
+    name: ImageName,
+    /// Debian packages, with what they need
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "PACKAGE,…",
+        required_unless_present = "dir",
+        conflicts_with = "dir"
+    )]
+    packages: Vec<String>,
+    /// A folder that holds a root file system
+    #[arg(long, value_name = "FOLDER")]
+    dir: Option<PathBuf>,
+}
+
+/// Take an image's name away; its bytes go with the next gc
+#[derive(Debug, Args)]
+struct Rm {
+    /// The image's name
+    name: ImageName,
+}
+
+/// Remove what no image, app or release uses
+#[derive(Debug, Args)]
+struct Gc {
+    /// Only tell what would go
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Image {
+    pub(super) async fn run(self, context: &Context) -> Result<u8> {
+        match self.verb {
+            ImageVerb::Ls(_) => list(context).await,
+            ImageVerb::Build(verb) => verb.run(context).await,
+            ImageVerb::Rm(verb) => verb.run(context).await,
+            ImageVerb::Gc(verb) => verb.run(context).await,
+        }
+    }
+}
+
+async fn list(context: &Context) -> Result<u8> {
+    let images = context
+        .client
+        .images()
+        .await
+        .context("cannot list the images")?;
+    let output = &context.output;
+    if output.format() == Format::Json {
+        output.json(&Page {
+            items: images,
+            next: None,
+        })?;
+        return Ok(0);
+    }
+    if images.is_empty() {
+        output.note("no images yet. Build one: spore image build NAME --packages python3");
+        return Ok(0);
+    }
+    let rows: Vec<Vec<Cell>> = images.iter().map(row).collect();
+    output.table(&["NAME", "ID", "SIZE", "APPS", "MADE"], &rows)?;
+    Ok(0)
+}
+
+fn row(image: &image::Image) -> Vec<Cell> {
+    vec![
+        Cell::new(image.name.as_str()),
+        Cell::new(short(&image.id)),
+        Cell::new(bytes_text(image.bytes)),
+        Cell::new(image.used_by.to_string()),
+        Cell::new(moment(&image.created_at)),
+    ]
+}
+
+fn short(id: &str) -> &str {
+    id.get(..ID_DIGITS).unwrap_or(id)
+}
+
+impl Build {
+    async fn run(self, context: &Context) -> Result<u8> {
+        let output = &context.output;
+        let mut steps = Steps::new(output);
+        let from = match &self.dir {
+            Some(folder) => {
+                let kind = FolderKind::Root;
+                let source = upload::upload(context, &mut steps, folder, kind, None).await?;
+                ImageFrom::Source { source: source.id }
+            }
+            None => ImageFrom::Packages {
+                packages: self.packages,
+            },
+        };
+        let ended = upload::build(context, &mut steps, self.name.clone(), from).await?;
+        match output.format() {
+            Format::Json => output.json(&ended)?,
+            Format::Text => output.line(&format!(
+                "{} is {}",
+                self.name,
+                short(ended.result.as_deref().unwrap_or("built"))
+            ))?,
+        }
+        Ok(0)
+    }
+}
+
+impl Rm {
+    async fn run(self, context: &Context) -> Result<u8> {
+        let removed = context.client.remove_image(&self.name).await;
+        removed.with_context(|| format!("cannot remove the image {}", self.name))?;
+        let text = format!("{} is removed; `spore image gc` frees its bytes", self.name);
+        Done::new("removed", self.name.as_str()).print(&context.output, &text)
+    }
+}
+
+impl Gc {
+    async fn run(self, context: &Context) -> Result<u8> {
+        let report = context
+            .client
+            .collect_images(GcRequest {
+                dry_run: self.dry_run,
+            })
+            .await;
+        let report = report.context("cannot collect unused images")?;
+        let output = &context.output;
+        if output.format() == Format::Json {
+            output.json(&report)?;
+            return Ok(0);
+        }
+        for id in &report.removed {
+            output.line(short(id))?;
+        }
+        let verb = if report.dry_run {
+            "would free"
+        } else {
+            "freed"
+        };
+        output.note(&format!("{verb} {}", bytes_text(report.bytes)));
+        Ok(0)
+    }
+}

@@ -1,0 +1,139 @@
+//! `up`, `down`, `server`, and the internal verbs that the daemon starts this program as.
+//!
+//! They need no daemon to talk to, so they are run before a client is made. What they do is in
+//! `server/`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::json;
+
+use super::output::{Format, Output};
+use crate::config::{ServerConfig, environment, invoker};
+use crate::server;
+
+/// Start Spore on this host, unless it runs
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    #[command(flatten)]
+    file: ConfigFile,
+}
+
+/// Stop every VM, the gateway and the daemon
+#[derive(Debug, Args)]
+pub(crate) struct Down {
+    #[command(flatten)]
+    file: ConfigFile,
+}
+
+/// Run the daemon in the foreground
+#[derive(Debug, Args)]
+pub(crate) struct Server {
+    #[command(flatten)]
+    file: ConfigFile,
+    /// A user besides root who may use the API's socket, and gets a copy of the token
+    #[arg(long, value_name = "UID")]
+    admit_uid: Option<u32>,
+}
+
+/// The door (started by the daemon)
+#[derive(Debug, Args)]
+pub(crate) struct Gateway {
+    /// The uid it runs as
+    #[arg(long)]
+    uid: u32,
+}
+
+/// A VM's egress proxy (started by the daemon)
+#[derive(Debug, Args)]
+pub(crate) struct Egress {
+    /// The uid it runs as
+    #[arg(long)]
+    uid: u32,
+}
+
+#[derive(Debug, Args)]
+struct ConfigFile {
+    /// The configuration [default: /etc/spore/spore.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigFile {
+    fn read(&self) -> Result<ServerConfig> {
+        Ok(ServerConfig::read(self.config.as_deref())?)
+    }
+}
+
+impl Up {
+    pub(crate) fn run(&self, output: &Output) -> Result<u8> {
+        let config = self.file.read()?;
+        let invoker = invoker(&environment);
+        let up = server::up(&config, self.file.config.as_deref(), invoker)?;
+        if output.format() == Format::Json {
+            output.json(&json!({ "started": up.started, "status": up.status }))?;
+            return Ok(0);
+        }
+        let now = if up.started {
+            "is up"
+        } else {
+            "was up already"
+        };
+        output.line(&format!("Spore {} {now}", up.status.version))?;
+        output.line(&format!(
+            "  apps      http://APP.{}:{}/",
+            up.status.base,
+            config.gateway.port()
+        ))?;
+        output.line(&format!(
+            "  api       {} and {}/api.sock",
+            config.api,
+            config.runtime_dir.display()
+        ))?;
+        output.line(&format!("  boundary  {}", up.status.boundary_text))?;
+        Ok(0)
+    }
+}
+
+impl Down {
+    pub(crate) fn run(&self, output: &Output) -> Result<u8> {
+        let config = self.file.read()?;
+        let down = server::down(&config, self.file.config.as_deref())?;
+        if output.format() == Format::Json {
+            output.json(&json!({ "daemon": down.daemon, "vms": down.vms }))?;
+            return Ok(0);
+        }
+        let daemon = if down.daemon {
+            "Spore is down"
+        } else {
+            "Spore was not running"
+        };
+        output.line(&format!("{daemon}; VMs stopped: {}", down.vms))?;
+        Ok(0)
+    }
+}
+
+impl Server {
+    pub(crate) fn run(&self) -> Result<u8> {
+        let config = self.file.read()?;
+        let options = server::ServerOptions {
+            admit_uid: self.admit_uid,
+        };
+        server::serve(&config, &options)?;
+        Ok(0)
+    }
+}
+
+impl Gateway {
+    pub(crate) fn run(&self) -> Result<ExitCode> {
+        server::gateway(self.uid)
+    }
+}
+
+impl Egress {
+    pub(crate) fn run(&self) -> Result<ExitCode> {
+        server::egress(self.uid)
+    }
+}

@@ -1,0 +1,566 @@
+//! What the environment and the configuration file say: read here and nowhere else.
+//!
+//! `main.rs` reads the environment once and hands plain values on. The daemon's verbs read
+//! `/etc/spore/spore.toml` through [`ServerConfig`]. An app's own `spore.toml` is not
+//! configuration: `manifest.rs` reads it.
+
+use std::ffi::OsString;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use spore_api::client::{Endpoint, EndpointError};
+use thiserror::Error;
+
+use crate::document::{Document, DocumentError, Entry, Table};
+
+/// Where the daemon's configuration is.
+pub(crate) const SERVER_FILE: &str = "/etc/spore/spore.toml";
+/// Where the daemon's socket is when nobody says otherwise.
+const SOCKET: &str = "/run/spore/api.sock";
+/// Where the daemon listens for callers with a token.
+const API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8889);
+/// The token that the daemon made, for root.
+const TOKEN_FILE: &str = "/etc/spore/token";
+/// The most bytes of a token file.
+const TOKEN_BYTES_MAX: usize = 4096;
+
+/// What the verbs that call a daemon need to know.
+#[derive(Debug)]
+pub(crate) struct CliConfig {
+    /// Where the daemon is.
+    pub(crate) endpoint: Endpoint,
+    /// Who calls; absent on the socket, and where none was found.
+    pub(crate) token: Option<String>,
+    /// How it may be written.
+    pub(crate) screen: Screen,
+}
+
+/// What the environment says about the screen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Screen {
+    /// Whether colours are allowed on a terminal.
+    pub(crate) colour: Colour,
+    /// `TERM`, for a program that gets a terminal; absent when there is none.
+    pub(crate) terminal: Option<String>,
+    /// Whether a browser can be opened.
+    pub(crate) desktop: Desktop,
+}
+
+/// Whether colours are allowed on a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Colour {
+    /// On a terminal.
+    Auto,
+    /// `NO_COLOR` is set, or the terminal is dumb.
+    Never,
+}
+
+/// Whether there is a desktop to open a browser on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Desktop {
+    /// `DISPLAY` or `WAYLAND_DISPLAY` is set.
+    Present,
+    /// Neither is.
+    Absent,
+}
+
+/// What the daemon needs to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ServerConfig {
+    /// The store, images and volumes; closed to everybody but root.
+    pub(crate) data_dir: PathBuf,
+    /// Journal, sockets and namespaces; gone with the host's run.
+    pub(crate) runtime_dir: PathBuf,
+    /// The daemon's and the apps' logs.
+    pub(crate) log_dir: PathBuf,
+    /// The domain under which apps answer.
+    pub(crate) base: String,
+    /// Where visitors come in.
+    pub(crate) gateway: SocketAddr,
+    /// Where callers with a token come in.
+    pub(crate) api: SocketAddr,
+    /// The token and the key of secrets.
+    pub(crate) config_dir: PathBuf,
+    /// The first of the uids that VMs, their proxies and the host's tools run as.
+    pub(crate) uid_first: u32,
+    /// How many there are.
+    pub(crate) uid_count: u32,
+    /// The uid of the gateway's process.
+    pub(crate) gateway_uid: u32,
+    /// Memory that stays with the host, in MiB.
+    pub(crate) memory_reserve_mib: u32,
+    /// The guest kernel, an ELF file.
+    pub(crate) kernel: PathBuf,
+    /// The guest's first file system.
+    pub(crate) initramfs: PathBuf,
+    /// The cgroup below which VMs get theirs.
+    pub(crate) cgroup_parent: String,
+}
+
+/// Why the configuration cannot be used.
+#[derive(Debug, Error)]
+pub(crate) enum ConfigError {
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    #[error("SPORE_HOST: {0}")]
+    Host(EndpointError),
+    #[error("cannot read the token in {path}: check its owner and mode, or set SPORE_TOKEN")]
+    Token { path: PathBuf, source: io::Error },
+    #[error("{path} is not a token: it must be one line of at most 4096 characters")]
+    TokenForm { path: PathBuf },
+    #[error("cannot read {path}: check its owner and mode, or name another with --config")]
+    Read { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Document(#[from] DocumentError),
+}
+
+/// The environment, by name. Tests give their own.
+pub(crate) type Environment<'e> = &'e dyn Fn(&str) -> Option<OsString>;
+
+/// The environment of this process.
+pub(crate) fn environment(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
+impl Screen {
+    /// What the environment says.
+    pub(crate) fn read(environment: Environment<'_>) -> Self {
+        let terminal = environment("TERM").and_then(|term| term.into_string().ok());
+        let dumb = terminal.as_deref() == Some("dumb");
+        let colour = match environment("NO_COLOR") {
+            None if !dumb => Colour::Auto,
+            _ => Colour::Never,
+        };
+        let desktop = match environment("DISPLAY").or_else(|| environment("WAYLAND_DISPLAY")) {
+            Some(_) => Desktop::Present,
+            None => Desktop::Absent,
+        };
+        Self {
+            colour,
+            terminal,
+            desktop,
+        }
+    }
+}
+
+impl CliConfig {
+    /// Where the daemon is, and with which token. `host` is the flag of that name.
+    pub(crate) fn read(
+        host: Option<&str>,
+        environment: Environment<'_>,
+    ) -> Result<Self, ConfigError> {
+        let screen = Screen::read(environment);
+        let given = environment("SPORE_HOST");
+        let named = match (host, &given) {
+            (Some(host), _) => Some(host.parse::<Endpoint>()?),
+            (None, Some(host)) => Some(host.to_string_lossy().parse().map_err(ConfigError::Host)?),
+            (None, None) => None,
+        };
+        let socket = Path::new(SOCKET);
+        let endpoint = match named {
+            Some(endpoint @ Endpoint::Unix(_)) => {
+                return Ok(Self {
+                    endpoint,
+                    token: None,
+                    screen,
+                });
+            }
+            Some(endpoint) => endpoint,
+            None if may_use(socket) || !socket.exists() => {
+                let endpoint = Endpoint::Unix(socket.to_owned());
+                return Ok(Self {
+                    endpoint,
+                    token: None,
+                    screen,
+                });
+            }
+            None => Endpoint::Tcp {
+                host: API.ip().to_string(),
+                port: API.port(),
+            },
+        };
+        let token = read_token(environment)?;
+        if token.is_none() && given.is_none() && host.is_none() {
+            // Without a token the socket's own refusal says more than that of TCP.
+            let endpoint = Endpoint::Unix(socket.to_owned());
+            return Ok(Self {
+                endpoint,
+                token,
+                screen,
+            });
+        }
+        Ok(Self {
+            endpoint,
+            token,
+            screen,
+        })
+    }
+}
+
+/// The user who became root for this call, as sudo(8) tells; `None` is root itself.
+pub(crate) fn invoker(environment: Environment<'_>) -> Option<u32> {
+    let uid = environment("SUDO_UID")?;
+    uid.to_str()?.parse().ok().filter(|uid| *uid != 0)
+}
+
+fn may_use(socket: &Path) -> bool {
+    let wanted = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK;
+    rustix::fs::access(socket, wanted).is_ok()
+}
+
+fn read_token(environment: Environment<'_>) -> Result<Option<String>, ConfigError> {
+    if let Some(token) = environment("SPORE_TOKEN") {
+        return Ok(Some(token.to_string_lossy().trim().to_owned()));
+    }
+    let home = environment("HOME").map(PathBuf::from);
+    let folder = environment("XDG_CONFIG_HOME")
+        .map(PathBuf::from)
+        .or_else(|| home.map(|home| home.join(".config")));
+    let own = folder.map(|folder| folder.join("spore/token"));
+    for path in own.into_iter().chain([PathBuf::from(TOKEN_FILE)]) {
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            // The file of root is not for everybody; whose own cannot be read should know.
+            Err(error)
+                if path == Path::new(TOKEN_FILE)
+                    && error.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                continue;
+            }
+            Err(source) => return Err(ConfigError::Token { path, source }),
+        };
+        let token = text.trim();
+        let is_token = |byte: u8| byte.is_ascii_graphic();
+        if token.is_empty() || token.len() > TOKEN_BYTES_MAX || !token.bytes().all(is_token) {
+            return Err(ConfigError::TokenForm { path });
+        }
+        return Ok(Some(token.to_owned()));
+    }
+    Ok(None)
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            data_dir: "/var/lib/spore".into(),
+            runtime_dir: "/run/spore".into(),
+            log_dir: "/var/log/spore".into(),
+            base: "localhost".to_owned(),
+            gateway: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080),
+            api: API,
+            config_dir: "/etc/spore".into(),
+            uid_first: 200_000,
+            uid_count: 10_000,
+            gateway_uid: 199_999,
+            memory_reserve_mib: 512,
+            kernel: "/var/lib/spore-deps/guest/vmlinux".into(),
+            initramfs: "/var/lib/spore-deps/guest/initramfs.cpio".into(),
+            cgroup_parent: "spore".to_owned(),
+        }
+    }
+}
+
+const SERVER_KEYS: [&str; 14] = [
+    "data_dir",
+    "runtime_dir",
+    "log_dir",
+    "base",
+    "gateway",
+    "api",
+    "config_dir",
+    "uid_first",
+    "uid_count",
+    "gateway_uid",
+    "memory_reserve",
+    "kernel",
+    "initramfs",
+    "cgroup_parent",
+];
+
+impl ServerConfig {
+    /// Reads `file`, or [`SERVER_FILE`] when absent, which need not be there.
+    pub(crate) fn read(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = file.unwrap_or(Path::new(SERVER_FILE));
+        match std::fs::read_to_string(path) {
+            Ok(text) => Ok(Self::parse(&path.display().to_string(), &text)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => {
+                Ok(Self::default())
+            }
+            Err(source) => Err(ConfigError::Read {
+                path: path.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    /// Reads the text of a file that messages call `name`.
+    fn parse(name: &str, text: &str) -> Result<Self, DocumentError> {
+        let document = Document::parse(name, text)?;
+        let table = document.root(&SERVER_KEYS)?;
+        let mut config = Self::default();
+        config.places(&table)?;
+        if let Some(entry) = table.get("base") {
+            config.base = base(&entry)?;
+        }
+        if let Some(entry) = table.get("gateway") {
+            config.gateway = address(&entry)?;
+        }
+        if let Some(entry) = table.get("api") {
+            config.api = address(&entry)?;
+            if config.api == config.gateway {
+                return Err(entry.refused("the gateway listens there; use another port"));
+            }
+        }
+        if let Some(entry) = table.get("uid_first") {
+            config.uid_first = uid(&entry)?;
+        }
+        if let Some(entry) = table.get("uid_count") {
+            let number = entry.integer(16..=1_000_000)?;
+            config.uid_count = u32::try_from(number)
+                .map_err(|_error| entry.refused("it must fit into 32 bits"))?;
+        }
+        if let Some(entry) = table.get("gateway_uid") {
+            config.gateway_uid = uid(&entry)?;
+            if config.gateway_uid >= config.uid_first {
+                let first = config.uid_first;
+                return Err(entry.refused(format!(
+                    "VMs run as the uids from {first} on; use a lower one for the gateway"
+                )));
+            }
+        }
+        if let Some(entry) = table.get("memory_reserve") {
+            config.memory_reserve_mib = entry.mib(0..=1024 * 1024)?;
+        }
+        if let Some(entry) = table.get("cgroup_parent") {
+            config.cgroup_parent = cgroup(&entry)?;
+        }
+        Ok(config)
+    }
+
+    fn places(&mut self, table: &Table<'_>) -> Result<(), DocumentError> {
+        for (key, path) in [
+            ("data_dir", &mut self.data_dir),
+            ("runtime_dir", &mut self.runtime_dir),
+            ("log_dir", &mut self.log_dir),
+            ("config_dir", &mut self.config_dir),
+            ("kernel", &mut self.kernel),
+            ("initramfs", &mut self.initramfs),
+        ] {
+            if let Some(entry) = table.get(key) {
+                let given = Path::new(entry.text()?);
+                let plain = !given.components().any(|part| part.as_os_str() == "..");
+                if !given.is_absolute() || !plain {
+                    return Err(entry.refused("it must be a path that begins with / and has no .."));
+                }
+                *path = given.to_owned();
+            }
+        }
+        Ok(())
+    }
+}
+
+fn base(entry: &Entry<'_>) -> Result<String, DocumentError> {
+    let text = entry.text()?;
+    let is_label = |label: &str| {
+        let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        (1..=63).contains(&label.len())
+            && label.bytes().all(allowed)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    // An app's label of up to 82 characters and a dot go before it.
+    if text.len() <= 170 && text.split('.').all(is_label) {
+        return Ok(text.to_owned());
+    }
+    Err(entry
+        .refused("it must be a domain in lower case, such as `localhost` or `apps.example.org`"))
+}
+
+fn address(entry: &Entry<'_>) -> Result<SocketAddr, DocumentError> {
+    let address: Option<SocketAddr> = entry.text()?.parse().ok();
+    address
+        .filter(|address| address.port() != 0)
+        .ok_or_else(|| entry.refused("it must be an address with a port, such as 127.0.0.1:8080"))
+}
+
+fn uid(entry: &Entry<'_>) -> Result<u32, DocumentError> {
+    // Below are the uids of the system and of people; 65534 and 2^32-1 mean nobody.
+    let number = entry.integer(100_000..=4_000_000_000)?;
+    u32::try_from(number).map_err(|_error| entry.refused("it must fit into 32 bits"))
+}
+
+fn cgroup(entry: &Entry<'_>) -> Result<String, DocumentError> {
+    let text = entry.text()?;
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/');
+    let plain = text.split('/').all(|part| !matches!(part, "" | "." | ".."));
+    if plain && text.bytes().all(allowed) {
+        return Ok(text.to_owned());
+    }
+    Err(entry
+        .refused("it must be a path without a leading /, such as `spore` or `spore.slice/vms`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+
+    use super::{CliConfig, Colour, Desktop, Screen, ServerConfig};
+
+    fn with(pairs: &[(&str, &str)]) -> impl Fn(&str) -> Option<OsString> + use<> {
+        let pairs: Vec<(String, OsString)> = pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).into()))
+            .collect();
+        move |name| {
+            pairs
+                .iter()
+                .find(|(key, _)| key == name)
+                .map(|(_, value)| value.clone())
+        }
+    }
+
+    #[test]
+    fn an_empty_file_means_the_defaults() {
+        assert_eq!(
+            ServerConfig::parse("s", "").unwrap(),
+            ServerConfig::default()
+        );
+    }
+
+    #[test]
+    fn a_file_that_was_named_must_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("spore.toml");
+        let error = ServerConfig::read(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("--config"), "{error}");
+        std::fs::write(&path, "base = \"apps.example.org\"").unwrap();
+        assert_eq!(
+            ServerConfig::read(Some(&path)).unwrap().base,
+            "apps.example.org"
+        );
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let text = r#"
+            data_dir = "/d"
+            runtime_dir = "/r"
+            log_dir = "/l"
+            base = "apps.example.org"
+            gateway = "0.0.0.0:80"
+            api = "127.0.0.1:9000"
+            config_dir = "/c"
+            uid_first = 300000
+            uid_count = 500
+            gateway_uid = 299999
+            memory_reserve = "1GiB"
+            kernel = "/k"
+            initramfs = "/i"
+            cgroup_parent = "spore.slice/vms"
+        "#;
+        let config = ServerConfig::parse("s", text).unwrap();
+        let expected = ServerConfig {
+            data_dir: "/d".into(),
+            runtime_dir: "/r".into(),
+            log_dir: "/l".into(),
+            base: "apps.example.org".into(),
+            gateway: "0.0.0.0:80".parse().unwrap(),
+            api: "127.0.0.1:9000".parse().unwrap(),
+            config_dir: "/c".into(),
+            uid_first: 300_000,
+            uid_count: 500,
+            gateway_uid: 299_999,
+            memory_reserve_mib: 1024,
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+            cgroup_parent: "spore.slice/vms".into(),
+        };
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn what_is_wrong_is_refused_with_its_line_and_what_is_right() {
+        for (text, expected) in [
+            (
+                "\ndatadir = \"/x\"",
+                "s:2: unknown key `datadir`. Did you mean `data_dir`?",
+            ),
+            ("zebra = 1", "Known here: data_dir, runtime_dir"),
+            ("data_dir = \"x\"", "begins with /"),
+            (
+                "data_dir = 3",
+                "`data_dir = 3` is a whole number, but must be a text in quotes",
+            ),
+            ("log_dir = \"/x/../y\"", "has no .."),
+            ("gateway = \"8080\"", "such as 127.0.0.1:8080"),
+            ("gateway = \"127.0.0.1:0\"", "such as 127.0.0.1:8080"),
+            ("api = \"127.0.0.1:8080\"", "use another port"),
+            ("uid_first = 0", "from 100000 to"),
+            ("gateway_uid = 200000", "use a lower one"),
+            ("memory_reserve = 512", "a size such as"),
+            ("memory_reserve = \"512MB\"", "`MB` is not a unit"),
+            ("base = \"Local_Host\"", "lower case"),
+            ("cgroup_parent = \"/x\"", "without a leading /"),
+        ] {
+            let error = ServerConfig::parse("s", text).unwrap_err().to_string();
+            assert!(
+                error.starts_with("s:") && error.contains(expected),
+                "{text}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_named_host_wins_over_the_environment_and_brings_the_token() {
+        let environment = with(&[("SPORE_HOST", "/run/other.sock"), ("SPORE_TOKEN", "t\n")]);
+        let config = CliConfig::read(Some("127.0.0.1:9"), &environment).unwrap();
+        assert_eq!(config.endpoint.to_string(), "http://127.0.0.1:9");
+        assert_eq!(config.token.as_deref(), Some("t"));
+        let config = CliConfig::read(None, &environment).unwrap();
+        assert_eq!(config.endpoint.to_string(), "unix:/run/other.sock");
+        assert_eq!(config.token, None, "a socket knows who calls");
+    }
+
+    #[test]
+    fn the_token_is_found_in_the_users_own_folder() {
+        let home = tempfile::tempdir().unwrap();
+        let folder = home.path().join(".config/spore");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("token"), "abc\n").unwrap();
+        let home = home.path().to_str().unwrap();
+        let environment = with(&[("HOME", home), ("SPORE_HOST", "127.0.0.1:9")]);
+        let config = CliConfig::read(None, &environment).unwrap();
+        assert_eq!(config.token.as_deref(), Some("abc"));
+        std::fs::write(folder.join("token"), "a b\nc\n").unwrap();
+        let error = CliConfig::read(None, &environment).unwrap_err().to_string();
+        assert!(error.contains("is not a token"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_host_names_the_variable() {
+        let error = CliConfig::read(None, &with(&[("SPORE_HOST", "a b")])).unwrap_err();
+        assert!(
+            error.to_string().starts_with("SPORE_HOST: `a b`"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn no_color_and_dumb_terminals_are_obeyed() {
+        assert_eq!(
+            Screen::read(&with(&[("TERM", "xterm")])).colour,
+            Colour::Auto
+        );
+        assert_eq!(
+            Screen::read(&with(&[("TERM", "dumb")])).colour,
+            Colour::Never
+        );
+        let screen = Screen::read(&with(&[("NO_COLOR", "1"), ("DISPLAY", ":0")]));
+        assert_eq!(
+            (screen.colour, screen.desktop),
+            (Colour::Never, Desktop::Present)
+        );
+    }
+}

@@ -1,0 +1,252 @@
+//! `spore server`: the daemon, from its first look at the host to its last.
+//!
+//! ```text
+//!   folders → lock → token, keys → store → node (adopts VMs) → control → API, gateway's link
+//!                                                                   │ SIGTERM
+//!   listeners closed ◀── control stopped ◀── node detached ◀────────┘   VMs and gateway go on
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use spore_api::name::{AccountName, ImageName};
+use spore_control::api::{Caller, CallerBy};
+use spore_control::clock::{HostClock, KernelChance};
+use spore_control::config::{Config as ControlConfig, Timing};
+use spore_control::secrets::KeyFile;
+use spore_control::store::embedded::EmbeddedStore;
+use spore_control::{Control, Parts as ControlParts};
+use spore_node::image::debian::DebianBuilder;
+use spore_node::image::packer::Packer;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use zeroize::Zeroizing;
+
+use super::host::Host;
+use super::lock::DaemonLock;
+use super::parts::{self, Parts};
+use super::{door, listen, token, up};
+use crate::config::ServerConfig;
+
+/// The user that builds images from packages.
+const BUILD_USER: &str = "spore-build";
+
+/// Where image builds work: all their uids must be able to enter.
+const BUILD_SCRATCH: &str = "/var/tmp";
+
+/// The most requests that wait for one wake.
+const WAITERS_MAX: u32 = 1_000;
+
+/// How long the end of the daemon may take before it ends anyway.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the command line says beyond the configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ServerOptions {
+    /// A user besides root who may use the API's socket.
+    pub(crate) admit_uid: Option<u32>,
+}
+
+/// Runs the daemon until it is told to end.
+///
+/// # Errors
+/// When it cannot start; the message says what is missing and what to do.
+pub(crate) fn serve(config: &ServerConfig, options: &ServerOptions) -> Result<()> {
+    log_to_stderr();
+    parts::folders(config)?;
+    let program = up::trusted_program()?;
+    let lock = DaemonLock::take(&config.runtime_dir)?;
+    let token = token::ensure(&config.config_dir.join("token"))?;
+    if let Some(uid) = options.admit_uid {
+        give_token(&token, uid);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("start the daemon's runtime")?;
+    let served = runtime.block_on(run(config, options, token, program));
+    runtime.shutdown_timeout(STOP_PATIENCE);
+    drop(lock);
+    served
+}
+
+/// Logs go to standard error; whoever starts the process says where that goes.
+pub(crate) fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::new("info");
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .try_init();
+    if let Err(error) = subscriber {
+        tracing::debug!(%error, "a log subscriber is there already");
+    }
+}
+
+fn give_token(token: &Zeroizing<String>, uid: u32) {
+    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid))
+        .ok()
+        .flatten();
+    let Some(user) = user else {
+        tracing::warn!(uid, "no such user; nobody but root gets the token");
+        return;
+    };
+    match token::copy_to_home(token, &user.dir) {
+        Ok(path) => tracing::info!(path = %path.display(), "the token is copied"),
+        Err(error) => tracing::warn!(error = %format!("{error:#}"), "the token is not copied"),
+    }
+}
+
+async fn run(
+    config: &ServerConfig,
+    options: &ServerOptions,
+    token: Zeroizing<String>,
+    program: std::path::PathBuf,
+) -> Result<()> {
+    let stop = CancellationToken::new();
+    // Asked for first: a signal during a long start ends it cleanly too.
+    let mut terminate = signal(SignalKind::terminate()).context("watch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("watch SIGINT")?;
+    let tcp = listen::bind_tcp(config.api, "api").await?;
+    let parts = parts::open(config, program).await?;
+    let adopted = parts.adoption.adopted.len();
+    for (vm, reason) in &parts.adoption.released {
+        tracing::warn!(%vm, reason, "a VM of an earlier daemon was removed");
+    }
+    for what in &parts.adoption.swept.removed {
+        tracing::warn!(what, "a leftover of an earlier daemon was removed");
+    }
+    tracing::info!(adopted, "the node is open");
+    let (door, link) = door::link(parts::gateway(config, &parts.program));
+    let control = start_control(config, &parts, token, door).await?;
+    let unix = listen::bind_unix(&config.runtime_dir.join("api.sock"))?;
+    let tasks = TaskTracker::new();
+    tasks.spawn(link.run(Arc::clone(&control), parts.node.clone(), stop.clone()));
+    let by_token = |_stream: &TcpStream| Some(ByToken);
+    tasks.spawn(listen::serve(tcp, control.router(), by_token, stop.clone()));
+    let admitted = options.admit_uid;
+    let by_uid = move |stream: &UnixStream| caller(stream, admitted);
+    tasks.spawn(listen::serve(unix, control.router(), by_uid, stop.clone()));
+    tracing::info!(api = %config.api, gateway = %config.gateway, "Spore is up");
+    tokio::select! {
+        _term = terminate.recv() => {}
+        _int = interrupt.recv() => {}
+    }
+    tracing::info!("the daemon ends; VMs and the gateway go on");
+    stop.cancel();
+    tasks.close();
+    if tokio::time::timeout(STOP_PATIENCE, tasks.wait())
+        .await
+        .is_err()
+    {
+        tracing::warn!("API calls were cut");
+    }
+    parts.node.detach().await;
+    // Whoever still has it is a call that was cut, and goes with the runtime.
+    if let Some(control) = Arc::into_inner(control)
+        && tokio::time::timeout(STOP_PATIENCE, control.stop())
+            .await
+            .is_err()
+    {
+        tracing::warn!("control did not end in its time");
+    }
+    Ok(())
+}
+
+/// Marks a connection whose caller is known by its token only.
+#[derive(Clone, Copy, Debug)]
+struct ByToken;
+
+/// Who is at the other end of the unix socket, as the kernel says; `None` is nobody we know.
+fn caller(stream: &UnixStream, admitted: Option<u32>) -> Option<Caller> {
+    let credentials = stream.peer_cred().ok()?;
+    let uid = credentials.uid();
+    if uid == 0 || Some(uid) == admitted {
+        let account = AccountName::default_account();
+        return Some(Caller {
+            account,
+            by: CallerBy::Socket { uid },
+        });
+    }
+    tracing::info!(uid, "a user who is not admitted called the API's socket");
+    None
+}
+
+async fn start_control(
+    config: &ServerConfig,
+    parts: &Parts,
+    token: Zeroizing<String>,
+    door: Arc<door::DoorQueue>,
+) -> Result<Arc<Control>> {
+    let store = EmbeddedStore::open(&config.data_dir.join("store.redb")).await?;
+    let store = Arc::new(store);
+    let keys = KeyFile::open_or_make(&config.config_dir.join("secrets.key"), &*store).await?;
+    let host = Host {
+        node: parts.node.clone(),
+        images: parts.images.clone(),
+        packer: Packer {
+            program: parts.program.clone(),
+            arguments: parts::verb("image-pack"),
+            uid: Some(config.uid_first + config.uid_count - 1),
+        },
+        builder: DebianBuilder {
+            user: BUILD_USER.to_owned(),
+            scratch: BUILD_SCRATCH.into(),
+        },
+    };
+    let control = Control::start(
+        control_config(config, token),
+        ControlParts {
+            store,
+            nodes: Arc::new(host),
+            door,
+            keys: Arc::new(keys),
+            clock: Arc::new(HostClock),
+            chance: Arc::new(KernelChance),
+        },
+    )
+    .await?;
+    seed_images(parts, &control).await?;
+    Ok(Arc::new(control))
+}
+
+fn control_config(config: &ServerConfig, token: Zeroizing<String>) -> ControlConfig {
+    ControlConfig {
+        base: config.base.clone(),
+        gateway: config.gateway,
+        public: ("http", config.gateway.port()),
+        api_port: config.api.port(),
+        api_hosts: Vec::new(),
+        token,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        warnings: vec![
+            "QEMU's software emulation is confined like a process but is not a security boundary"
+                .to_owned(),
+        ],
+        timing: Timing::default(),
+        waiters_max: WAITERS_MAX,
+    }
+}
+
+/// Gives control the base images that came with the installation, under the names they were built
+/// with. An image that control knows under a name stays.
+async fn seed_images(parts: &Parts, control: &Control) -> Result<()> {
+    for (name, id) in parts.images.names().context("the image store")? {
+        let Ok(name) = name.parse::<ImageName>() else {
+            tracing::warn!(
+                name,
+                "an image's name in the store is not one; it is left alone"
+            );
+            continue;
+        };
+        let info = parts.images.get(id).context("the image store")?;
+        control
+            .ensure_image(&name, &info)
+            .await
+            .context("name the base images")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! `spore down`: stops every VM, the gateway and the daemon, and leaves nothing on the host.
+//!
+//! The daemon is told to end first (it leaves VMs and gateway alone); then this process takes the
+//! daemon's lock and its part: it adopts what runs, stops it in good order and removes the rest. So
+//! `down` works as well when the daemon is dead.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use spore_node::hypervisor::Hypervisor;
+use spore_wire::gateway::ToGateway;
+use spore_wire::generation::GENERATION;
+use spore_wire::node::StopMode;
+
+use super::gateway_process::GatewayProcess;
+use super::lock::{DaemonLock, Holder};
+use super::parts::{self, Parts};
+use super::up;
+use crate::config::ServerConfig;
+
+/// How long the daemon may take to end.
+const DAEMON_PATIENCE: Duration = Duration::from_secs(40);
+
+/// How long VMs may take to stop before they are killed.
+const VM_PATIENCE: Duration = Duration::from_secs(45);
+
+/// How long the gateway may finish what is in flight.
+const GATEWAY_DRAIN: Duration = Duration::from_secs(2);
+
+const STEP: Duration = Duration::from_millis(50);
+
+/// What `down` did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Down {
+    /// Whether a daemon was running.
+    pub(crate) daemon: bool,
+    /// VMs that were stopped.
+    pub(crate) vms: usize,
+}
+
+/// Stops everything of this configuration.
+///
+/// # Errors
+/// When something does not stop; what is left is in the message.
+pub(crate) fn down(config: &ServerConfig, file: Option<&Path>) -> Result<Down> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "the daemon belongs to root: run `sudo spore down`"
+    );
+    if !config.runtime_dir.exists() {
+        return Ok(Down::default());
+    }
+    let daemon = stop_daemon(config, file)?;
+    let lock = DaemonLock::take(&config.runtime_dir)?;
+    let program = up::trusted_program()?;
+    let gateway = parts::gateway(config, &program);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let vms = runtime.block_on(async {
+        stop_gateway(&gateway).await?;
+        stop_vms(parts::open(config, program).await?).await
+    })?;
+    gateway.clear()?;
+    remove_socket(&config.runtime_dir.join("api.sock"))?;
+    drop(lock);
+    Ok(Down { daemon, vms })
+}
+
+/// Asks the daemon to end and waits until it has; says whether there was one.
+fn stop_daemon(config: &ServerConfig, file: Option<&Path>) -> Result<bool> {
+    let Holder::Process(pid) = DaemonLock::holder(&config.runtime_dir)? else {
+        return Ok(false);
+    };
+    let by_systemd = Path::new("/run/systemd/system").is_dir() && file.is_none();
+    if by_systemd && unit_runs() {
+        let status = Command::new("systemctl")
+            .args(["stop", "spore.service"])
+            .status()?;
+        ensure!(
+            status.success(),
+            "systemctl stop ended with {status}: see `journalctl -u spore`"
+        );
+    } else {
+        let pid = pid
+            .and_then(Pid::from_raw)
+            .context("the daemon is starting: try again")?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("the daemon's process")?;
+        pidfd_send_signal(&pidfd, Signal::TERM).context("tell the daemon to end")?;
+    }
+    for _try in 0..DAEMON_PATIENCE.as_millis() / STEP.as_millis() {
+        if DaemonLock::holder(&config.runtime_dir)? == Holder::Nobody {
+            return Ok(true);
+        }
+        std::thread::sleep(STEP);
+    }
+    bail!(
+        "the daemon (pid {pid:?}) does not end: see its log in {}",
+        config.log_dir.display()
+    )
+}
+
+fn unit_runs() -> bool {
+    let asked = Command::new("systemctl")
+        .args(["is-active", "--quiet", "spore.service"])
+        .status();
+    asked.is_ok_and(|status| status.success())
+}
+
+async fn stop_gateway(gateway: &GatewayProcess) -> Result<()> {
+    if let Some(socket) = gateway.connect()? {
+        let socket = spore_gateway::packet::PacketSocket::new(socket)?;
+        let drain_ms = u64::try_from(GATEWAY_DRAIN.as_millis()).unwrap_or(u64::MAX);
+        let told = async {
+            socket
+                .send(
+                    &ToGateway::Hello {
+                        generation: GENERATION,
+                    },
+                    None,
+                )
+                .await?;
+            socket.send(&ToGateway::Quit { drain_ms }, None).await
+        };
+        if let Err(error) = told.await {
+            tracing::debug!(%error, "the gateway does not listen; it is killed");
+        }
+        if gateway
+            .wait_gone(GATEWAY_DRAIN + Duration::from_secs(1))
+            .is_ok()
+        {
+            return Ok(());
+        }
+    }
+    gateway.kill()
+}
+
+async fn stop_vms(parts: Parts) -> Result<usize> {
+    let all = parts.node.list();
+    let running = all
+        .iter()
+        .filter(|vm| !vm.phase.is_over())
+        .map(|vm| vm.vm)
+        .collect::<Vec<_>>();
+    for vm in &running {
+        parts.node.stop(*vm, StopMode::Graceful).await?;
+    }
+    for vm in &running {
+        let stopped = tokio::time::timeout(VM_PATIENCE, parts.node.stopped(*vm)).await;
+        if stopped.is_err() {
+            parts.node.stop(*vm, StopMode::Kill).await?;
+            let killed = tokio::time::timeout(VM_PATIENCE, parts.node.stopped(*vm)).await;
+            killed.with_context(|| format!("the VM {vm} does not end"))??;
+        }
+    }
+    parts.node.detach().await;
+    parts
+        .qemu
+        .sweep(&std::collections::BTreeSet::new())
+        .await
+        .context("remove what is left")?;
+    parts.qemu.close().context("remove what was made ahead")?;
+    Ok(running.len())
+}
+
+fn remove_socket(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _gone => Ok(()),
+    }
+}

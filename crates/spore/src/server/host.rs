@@ -1,0 +1,453 @@
+//! Control's nodes, made of the one node of this host.
+//!
+//! Called by `spore-control` through its trait [`Nodes`]; translates, and decides nothing. Work
+//! that blocks (packing images) happens on threads that may.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream;
+use spore_api::log::{LogLine, LogSource};
+use spore_control::clock::rfc3339;
+use spore_control::nodes::{
+    AfterTail, ByteStream, CollectMode, ExecInput, ExecOutput, ExecSession, LogsWanted, Nodes,
+    NodesError, VmFeed, vm_feed,
+};
+use spore_node::image::debian::{DebianBuilder, DebianError};
+use spore_node::image::pack::PackRequest;
+use spore_node::image::packer::{BuildError, Packer};
+use spore_node::image::store::{GcMode, ImageStore, StoreError};
+use spore_node::log::LogError;
+use spore_node::node::{Node, StartError, VmError};
+use spore_node::vm::guest::{ExecStream, FileReader, GuestError};
+use spore_wire::guest::{AgentErrorCode, Exec, OutputKind, WriteFile};
+use spore_wire::id::{ImageId, VmId};
+use spore_wire::node::{
+    ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, VmStatus,
+};
+use tokio::io::AsyncReadExt;
+use tokio::sync::{broadcast, mpsc};
+use tokio_util::io::{StreamReader, SyncIoBridge};
+
+/// Messages of an exec that may wait on either side before the other is held up.
+const EXEC_QUEUE: usize = 16;
+
+/// Log lines that may wait for a slow reader before it is held up.
+const LOG_QUEUE: usize = 256;
+
+/// The bytes of one piece of a file on its way to a guest.
+const FILE_PIECE_BYTES: usize = 32 * 1024;
+
+/// This host, as control sees it.
+#[derive(Debug)]
+pub(crate) struct Host {
+    /// Its VMs.
+    pub(crate) node: Node,
+    /// Its images.
+    pub(crate) images: ImageStore,
+    /// How images are packed.
+    pub(crate) packer: Packer,
+    /// How images are built from packages.
+    pub(crate) builder: DebianBuilder,
+}
+
+#[async_trait]
+impl Nodes for Host {
+    async fn start(&self, start: StartVm) -> Result<(), NodesError> {
+        self.node.start(start).map(drop).map_err(start_error)
+    }
+
+    async fn stop(&self, vm: VmId, mode: StopMode) -> Result<(), NodesError> {
+        self.node.stop(vm, mode).await.map_err(vm_error)
+    }
+
+    async fn status(&self, vm: VmId) -> Result<Option<VmStatus>, NodesError> {
+        Ok(self.node.status(vm))
+    }
+
+    async fn list(&self) -> Result<Vec<VmStatus>, NodesError> {
+        let mut all = self.node.list();
+        all.retain(|status| !status.phase.is_over());
+        Ok(all)
+    }
+
+    fn subscribe(&self) -> VmFeed {
+        let (publisher, feed) = vm_feed();
+        let mut watch = self.node.watch();
+        tokio::spawn(async move {
+            loop {
+                let NodeEvent::Vm(status) = watch.next().await;
+                publisher.publish(status);
+            }
+        });
+        feed
+    }
+
+    async fn exec(&self, vm: VmId, exec: Exec) -> Result<ExecSession, NodesError> {
+        let program = self.node.exec(vm, exec).await.map_err(vm_error)?;
+        let (input, orders) = mpsc::channel(EXEC_QUEUE);
+        let (news, output) = mpsc::channel(EXEC_QUEUE);
+        tokio::spawn(carry(program, orders, news));
+        Ok(ExecSession { input, output })
+    }
+
+    async fn read_file(&self, vm: VmId, path: String) -> Result<ByteStream, NodesError> {
+        let reader = self.node.read_file(vm, path).await.map_err(vm_error)?;
+        // The first piece is fetched now, so that a file that cannot be opened is an error here.
+        let first = match reader.next().await.map_err(guest_error)? {
+            Some(bytes) => Some(bytes),
+            None => {
+                reader.finish().await.map_err(guest_error)?;
+                return Ok(Box::new(tokio::io::empty()));
+            }
+        };
+        let pieces = stream::unfold((reader, first), next_piece);
+        Ok(Box::new(StreamReader::new(Box::pin(pieces))))
+    }
+
+    async fn write_file(
+        &self,
+        vm: VmId,
+        file: WriteFile,
+        mut body: ByteStream,
+    ) -> Result<u64, NodesError> {
+        let writer = self.node.write_file(vm, file).await.map_err(vm_error)?;
+        let mut piece = vec![0; FILE_PIECE_BYTES];
+        let mut total = 0_u64;
+        loop {
+            let bytes = body
+                .read(&mut piece)
+                .await
+                .map_err(|error| NodesError::Invalid {
+                    message: format!("the upload ended early: {error}; send it again"),
+                })?;
+            if bytes == 0 {
+                break;
+            }
+            total += bytes as u64;
+            if let Err(error) = writer.send(&piece[..bytes]).await {
+                // The agent may have refused meanwhile, and its reason says more.
+                return Err(guest_error(writer.finish().await.err().unwrap_or(error)));
+            }
+        }
+        writer.finish().await.map_err(guest_error)?;
+        Ok(total)
+    }
+
+    async fn logs(&self, wanted: LogsWanted) -> Result<mpsc::Receiver<LogLine>, NodesError> {
+        let tail = usize::try_from(wanted.tail).unwrap_or(usize::MAX);
+        let (lines, follow) = match wanted.then {
+            AfterTail::End => {
+                let lines = self.node.log_tail(&wanted.account, &wanted.app, tail);
+                (lines.map_err(|error| log_error(&error))?, None)
+            }
+            AfterTail::Follow => {
+                let followed = self.node.log_follow(&wanted.account, &wanted.app, tail);
+                let (lines, follow) = followed.map_err(|error| log_error(&error))?;
+                (lines, Some(follow))
+            }
+        };
+        let (sender, receiver) = mpsc::channel(LOG_QUEUE);
+        tokio::spawn(tell_lines(lines, follow, sender));
+        Ok(receiver)
+    }
+
+    async fn import_source(
+        &self,
+        body: ByteStream,
+        kind: ImageKind,
+    ) -> Result<ImageInfo, NodesError> {
+        let (images, packer) = (self.images.clone(), self.packer.clone());
+        let mut archive = SyncIoBridge::new(body);
+        let request = PackRequest::of(kind);
+        blocking(move || packer.pack(&images, request, &mut archive, now_s()))
+            .await?
+            .map_err(|error| build_error(&error))
+    }
+
+    async fn build_image(
+        &self,
+        recipe: ImageRecipe,
+        progress: mpsc::Sender<String>,
+    ) -> Result<ImageInfo, NodesError> {
+        let ImageRecipe::Packages { packages } = recipe;
+        let text = format!("install {} and what they need", packages.join(", "));
+        if progress.send(text).await.is_err() {
+            tracing::debug!("nobody follows the build");
+        }
+        let (images, packer) = (self.images.clone(), self.packer.clone());
+        let builder = self.builder.clone();
+        blocking(move || builder.build(&packages, &packer, &images, now_s()))
+            .await?
+            .map_err(|error| match error {
+                DebianError::Build(error) => build_error(&error),
+                DebianError::Recipe(_) | DebianError::Package(_) | DebianError::TooMany(_) => {
+                    NodesError::Invalid {
+                        message: error.to_string(),
+                    }
+                }
+                other => NodesError::Failed {
+                    message: chain(&other),
+                },
+            })
+    }
+
+    async fn collect_images(
+        &self,
+        mut keep: BTreeSet<ImageId>,
+        mode: CollectMode,
+    ) -> Result<Vec<ImageInfo>, NodesError> {
+        let mode = match mode {
+            CollectMode::Remove => GcMode::Remove,
+            CollectMode::DryRun => GcMode::DryRun,
+        };
+        let in_use = self.node.images_in_use();
+        keep.extend(in_use.map_err(|error| NodesError::Failed {
+            message: chain(&error),
+        })?);
+        let images = self.images.clone();
+        blocking(move || images.gc(&keep, mode))
+            .await?
+            .map_err(|error| store_error(&error))
+    }
+
+    async fn forget_logs(&self, account: String, app: String) -> Result<(), NodesError> {
+        self.node
+            .log_remove(&account, &app)
+            .map_err(|error| log_error(&error))
+    }
+
+    async fn node_status(&self) -> Result<NodeStatus, NodesError> {
+        Ok(self.node.node_status())
+    }
+}
+
+/// Carries an exec's input and output until it ends or nobody listens; dropping the stream ends
+/// the program.
+async fn carry(
+    program: ExecStream,
+    mut orders: mpsc::Receiver<ExecInput>,
+    news: mpsc::Sender<ExecOutput>,
+) {
+    let feed = async {
+        while let Some(order) = orders.recv().await {
+            let told = match order {
+                ExecInput::Stdin(bytes) => program.send_stdin(&bytes).await,
+                ExecInput::StdinEnd => program.close_stdin().await,
+                ExecInput::Resize(size) => program.resize(size).await,
+                ExecInput::Signal(signal) => program.signal(signal).await,
+            };
+            if let Err(error) = told {
+                // Its output says how it ended.
+                tracing::debug!(%error, "a program does not take its input");
+                std::future::pending::<()>().await;
+            }
+        }
+        // The caller is gone, and the program goes with the stream.
+    };
+    let read = async {
+        let ended = loop {
+            match program.next_output().await {
+                Ok(Some((of, bytes))) => {
+                    let bytes = Bytes::from(bytes);
+                    let output = match of {
+                        OutputKind::Stdout => ExecOutput::Stdout(bytes),
+                        OutputKind::Stderr => ExecOutput::Stderr(bytes),
+                    };
+                    if news.send(output).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => break program.wait().await,
+                Err(error) => break Err(error),
+            }
+        };
+        let last = match ended {
+            Ok(exit) => ExecOutput::Exit(exit),
+            Err(error) => ExecOutput::Failed(guest_error(error)),
+        };
+        drop(news.send(last).await);
+    };
+    tokio::select! {
+        () = feed => {}
+        () = read => {}
+        () = news.closed() => {}
+    }
+}
+
+type FilePieces = (FileReader, Option<Vec<u8>>);
+
+async fn next_piece((reader, first): FilePieces) -> Option<(io::Result<Bytes>, FilePieces)> {
+    if let Some(bytes) = first {
+        return Some((Ok(Bytes::from(bytes)), (reader, None)));
+    }
+    let piece = match reader.next().await {
+        Ok(Some(bytes)) => Ok(Bytes::from(bytes)),
+        Ok(None) => match reader.finish().await {
+            Ok(_whole) => return None,
+            Err(error) => Err(io::Error::other(error)),
+        },
+        Err(error) => Err(io::Error::other(error)),
+    };
+    Some((piece, (reader, None)))
+}
+
+async fn tell_lines(
+    lines: Vec<spore_node::log::LogLine>,
+    follow: Option<broadcast::Receiver<spore_node::log::LogLine>>,
+    to: mpsc::Sender<LogLine>,
+) {
+    for line in lines {
+        if to.send(api_line(line)).await.is_err() {
+            return;
+        }
+    }
+    let Some(mut follow) = follow else {
+        return;
+    };
+    loop {
+        let line = tokio::select! {
+            line = follow.recv() => line,
+            () = to.closed() => return,
+        };
+        match line {
+            Ok(line) => {
+                if to.send(api_line(line)).await.is_err() {
+                    return;
+                }
+            }
+            Err(broadcast::error::RecvError::Lagged(missed)) => {
+                tracing::debug!(missed, "a follower of a log was too slow");
+            }
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
+
+fn api_line(line: spore_node::log::LogLine) -> LogLine {
+    let at_ms = i64::try_from(line.at_us / 1000).unwrap_or(i64::MAX);
+    let from = match line.from {
+        OutputKind::Stdout => LogSource::Stdout,
+        OutputKind::Stderr => LogSource::Stderr,
+    };
+    let text = if line.dropped > 0 {
+        format!(
+            "({} lines were dropped before this one) {}",
+            line.dropped, line.text
+        )
+    } else {
+        line.text
+    };
+    LogLine {
+        at: rfc3339(at_ms),
+        vm: line.vm.to_string(),
+        release: line.release,
+        from,
+        text,
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, NodesError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| NodesError::Failed {
+            message: format!("a worker ended: {error}"),
+        })
+}
+
+fn now_s() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    u64::try_from(now.tv_sec).unwrap_or(0)
+}
+
+/// An error with its causes, for people.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+fn start_error(error: StartError) -> NodesError {
+    let message = error.to_string();
+    match error {
+        StartError::NoRoom(_) => NodesError::NoCapacity { message },
+        StartError::Image(_) => NodesError::Image { message },
+        StartError::Name(_) => NodesError::Invalid { message },
+        _ => NodesError::Failed { message },
+    }
+}
+
+fn vm_error(error: VmError) -> NodesError {
+    match error {
+        VmError::Unknown(vm) => NodesError::NoVm { vm },
+        VmError::Guest(error) => guest_error(error),
+        other => NodesError::Failed {
+            message: chain(&other),
+        },
+    }
+}
+
+fn guest_error(error: GuestError) -> NodesError {
+    let message = error.to_string();
+    match error {
+        GuestError::Timeout(_) => NodesError::Timeout { message },
+        GuestError::Refused {
+            code: AgentErrorCode::NotFound,
+            ..
+        } => NodesError::NotFound { message },
+        GuestError::Refused {
+            code: AgentErrorCode::Invalid,
+            ..
+        }
+        | GuestError::TooLarge => NodesError::Invalid { message },
+        _ => NodesError::Failed { message },
+    }
+}
+
+fn log_error(error: &LogError) -> NodesError {
+    match error {
+        LogError::Name(_) => NodesError::Invalid {
+            message: error.to_string(),
+        },
+        LogError::File { .. } => NodesError::Failed {
+            message: chain(error),
+        },
+    }
+}
+
+fn build_error(error: &BuildError) -> NodesError {
+    match error {
+        BuildError::Refused(_) | BuildError::Source(_) => NodesError::Invalid {
+            message: error.to_string(),
+        },
+        BuildError::Store(error) => store_error(error),
+        other => NodesError::Failed {
+            message: chain(other),
+        },
+    }
+}
+
+fn store_error(error: &StoreError) -> NodesError {
+    match error {
+        StoreError::File { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            NodesError::DiskFull {
+                message: "the data disk is full: `spore image gc` or a larger disk helps".into(),
+            }
+        }
+        StoreError::Missing(_) | StoreError::Damaged { .. } => NodesError::Image {
+            message: error.to_string(),
+        },
+        other => NodesError::Failed {
+            message: chain(other),
+        },
+    }
+}

@@ -1,0 +1,27 @@
+//! The daemon: control, node and the gateway's link in one process, and the verbs around it.
+//!
+//! ```text
+//!   up.rs ──starts──▶ daemon.rs ──┬── control (spore-control) ── host.rs ──┐
+//!   down.rs                       ├── node (spore-node) ◀─────────────────┘
+//!                                 ├── door.rs ── gateway_process.rs ──▶ spore gateway
+//!                                 └── listen.rs: API on a unix socket and TCP
+//! ```
+//!
+//! This module connects; what happens is decided in the crates that it connects.
+
+mod daemon;
+mod door;
+mod down;
+mod gateway_process;
+mod host;
+mod internal;
+mod listen;
+mod lock;
+mod parts;
+mod token;
+mod up;
+
+pub(crate) use daemon::{ServerOptions, serve};
+pub(crate) use down::down;
+pub(crate) use internal::{egress, gateway, image_pack, jail};
+pub(crate) use up::up;

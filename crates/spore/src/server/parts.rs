@@ -1,0 +1,142 @@
+//! What the daemon and `spore down` are both made of: folders, driver, node, gateway.
+//!
+//! The only place that turns [`ServerConfig`] into the configurations of the crates.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use spore_node::config::{Config as NodeConfig, Images};
+use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
+use spore_node::hypervisor::room::RoomConfig;
+use spore_node::image::store::ImageStore;
+use spore_node::node::{Adoption, Node};
+use spore_wire::id::ImageId;
+
+use super::gateway_process::GatewayProcess;
+use super::up::make_folder;
+use crate::config::ServerConfig;
+
+/// Namespaces made ahead: a burst of wakes does not wait for them.
+const NAMESPACE_POOL: usize = 4;
+
+/// Everything that is there while a daemon or `spore down` works on a runtime folder.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    /// This program's file.
+    pub(crate) program: PathBuf,
+    /// The driver.
+    pub(crate) qemu: Qemu,
+    /// The node on it.
+    pub(crate) node: Node,
+    /// What the node found.
+    pub(crate) adoption: Adoption,
+    /// The node's images.
+    pub(crate) images: ImageStore,
+}
+
+/// Makes the folders that everything else stands in.
+///
+/// # Errors
+/// When one cannot be made.
+pub(crate) fn folders(config: &ServerConfig) -> Result<()> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "Spore's daemon needs root for namespaces, cgroups and disks: run it with `sudo`"
+    );
+    make_folder(&config.config_dir, 0o755)?;
+    make_folder(&config.data_dir, 0o700)?;
+    // The API's socket is reached by the invoking user; everything else inside is closed.
+    make_folder(&config.runtime_dir, 0o711)?;
+    make_folder(&config.log_dir, 0o750)?;
+    make_folder(&config.log_dir.join("apps"), 0o700)
+}
+
+/// The gateway of this configuration.
+pub(crate) fn gateway(config: &ServerConfig, program: &Path) -> GatewayProcess {
+    GatewayProcess {
+        program: program.to_owned(),
+        runtime: config.runtime_dir.clone(),
+        log: config.log_dir.join("gateway.log"),
+        address: config.gateway,
+        uid: config.gateway_uid,
+    }
+}
+
+/// Opens driver and node; VMs of an earlier daemon are adopted.
+///
+/// # Errors
+/// When the host lacks something; the message says what and what to do.
+pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Parts> {
+    let images = ImageStore::open(config.data_dir.join("images")).context("the image store")?;
+    images.sweep().context("the image store")?;
+    let launcher = [program.to_string_lossy().into_owned(), "jail".to_owned()];
+    let qemu = Qemu::open(QemuConfig {
+        room: RoomConfig {
+            runtime_dir: config.runtime_dir.join("node"),
+            data_dir: config.data_dir.clone(),
+            cgroup_parent: config.cgroup_parent.clone(),
+            uid_first: config.uid_first,
+            uid_count: config.uid_count,
+            pool_size: NAMESPACE_POOL,
+        },
+        kernel: config.kernel.clone(),
+        kernel_release: kernel_release(&config.kernel),
+        initramfs: config.initramfs.clone(),
+        qemu: QemuConfig::DEBIAN_QEMU.into(),
+        libraries: QemuConfig::debian_libraries(),
+        launcher: launcher.to_vec(),
+    })
+    .await
+    .context("the hypervisor")?;
+    let mut node_config = NodeConfig::new(
+        config.runtime_dir.join("node"),
+        config.log_dir.join("apps"),
+        host_memory_mib()?,
+    );
+    node_config.capacity.memory_reserve_mib = u64::from(config.memory_reserve_mib);
+    let files = Arc::new(ImageFiles(images.clone()));
+    let (node, adoption) = Node::open(node_config, Arc::new(qemu.clone()), files)
+        .await
+        .context("the node")?;
+    Ok(Parts {
+        program,
+        qemu,
+        node,
+        adoption,
+        images,
+    })
+}
+
+/// The verb's arguments for a helper of this program.
+pub(crate) fn verb(name: &str) -> Vec<OsString> {
+    vec![OsString::from(name)]
+}
+
+#[derive(Debug)]
+struct ImageFiles(ImageStore);
+
+impl Images for ImageFiles {
+    fn path(&self, id: &ImageId) -> Option<PathBuf> {
+        self.0.get(*id).ok().map(|info| self.0.path(info.id))
+    }
+}
+
+/// The release beside the kernel, as the build wrote it; for people only.
+fn kernel_release(kernel: &Path) -> String {
+    let file = kernel.with_file_name("release");
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    if text.trim().is_empty() {
+        "unknown".to_owned()
+    } else {
+        text.trim().to_owned()
+    }
+}
+
+fn host_memory_mib() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(kib.context("MemTotal in /proc/meminfo")? / 1024)
+}
