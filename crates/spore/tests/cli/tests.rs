@@ -76,7 +76,8 @@ fn app(manifest: &str) -> TempDir {
 
 fn manifest(name: &str) -> String {
     format!(
-        "name = \"{name}\"\nimage = \"debian/python3\"\ncommand = [\"python3\", \"app.py\"]\nport = 8000\n"
+        "name = \"{name}\"\nimage = \"debian/python3\"\n\
+         command = [\"python3\", \"app.py\"]\nport = 8000\n"
     )
 }
 
