@@ -45,8 +45,7 @@ pub fn make() -> io::Result<()> {
     sys::set_hardware_address(&socket, TAP, HOST_MAC)?;
     sys::set_address(&socket, TAP, Ipv4Addr::from(HOST_ADDRESS), ADDRESS_PREFIX)?;
     sys::set_up(&socket, "lo")?;
-    // SIOCSIFADDR takes an interface up as a favour (net/ipv4/devinet.c, `dev_change_flags` with
-    // IFF_UP): nothing may pass yet, so it is taken down before anybody holds the tap.
+    // Nothing may pass yet, whatever giving an address does to an interface.
     sys::set_down(&socket, TAP)?;
     drop(tap);
     Ok(())
