@@ -131,6 +131,10 @@ mod tests {
     use super::Reaper;
 
     #[test]
+    #[expect(
+        clippy::zombie_processes,
+        reason = "the reaper under test waits for them"
+    )]
     fn an_end_is_seen_once_with_its_code_or_signal() {
         let mut reaper = Reaper::own();
         let mut wanted = Vec::new();

@@ -4,257 +4,260 @@
 //! by another daemon, would be misunderstood: add, do not change. An addition is written with
 //! `SPORE_WRITE_SCHEMA=1 cargo test -p spore-wire --test golden`.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
-use spore_wire::gateway::{FromGateway, ToGateway};
-use spore_wire::generation::GENERATION;
-use spore_wire::guest::{AgentErrorCode, AgentMessage, HostMessage};
+#[cfg(test)]
+mod tests {
+    use serde::Serialize;
+    use serde::de::DeserializeOwned;
+    use serde_json::{Map, Value, json};
+    use spore_wire::gateway::{FromGateway, ToGateway};
+    use spore_wire::generation::GENERATION;
+    use spore_wire::guest::{AgentErrorCode, AgentMessage, HostMessage};
 
-/// Each example must read as its type and be written as it was read.
-fn checked<T: Serialize + DeserializeOwned>(examples: Vec<(&str, Value)>) -> Value {
-    let mut out = Map::new();
-    for (name, example) in examples {
-        let message: T = serde_json::from_value(example.clone())
-            .unwrap_or_else(|error| panic!("`{name}` is not read any more: {error}"));
-        let written = serde_json::to_value(&message).unwrap();
-        assert_eq!(written, example, "`{name}` is written differently");
-        out.insert(name.to_owned(), written);
+    /// Each example must read as its type and be written as it was read.
+    fn checked<T: Serialize + DeserializeOwned>(examples: Vec<(&str, Value)>) -> Value {
+        let mut out = Map::new();
+        for (name, example) in examples {
+            let message: T = serde_json::from_value(example.clone())
+                .unwrap_or_else(|error| panic!("`{name}` is not read any more: {error}"));
+            let written = serde_json::to_value(&message).unwrap();
+            assert_eq!(written, example, "`{name}` is written differently");
+            out.insert(name.to_owned(), written);
+        }
+        Value::Object(out)
     }
-    Value::Object(out)
-}
 
-fn request(fields: Value) -> Value {
-    json!({"type": "request", "request": fields})
-}
+    fn request(fields: Value) -> Value {
+        json!({"type": "request", "request": fields})
+    }
 
-fn host() -> Value {
-    let window = json!({"rows": 24, "columns": 80});
-    checked::<HostMessage>(vec![
-        (
-            "hello",
-            json!({"type": "hello", "generation": 1,
+    fn host() -> Value {
+        let window = json!({"rows": 24, "columns": 80});
+        checked::<HostMessage>(vec![
+            (
+                "hello",
+                json!({"type": "hello", "generation": 1,
             "nonce": "00112233445566778899aabbccddeeff"}),
-        ),
-        ("ping", json!({"type": "ping", "token": 7})),
-        ("credit", json!({"type": "credit", "bytes": 65536})),
-        (
-            "resize",
-            json!({"type": "resize", "rows": 24, "columns": 80}),
-        ),
-        ("signal", json!({"type": "signal", "signal": 15})),
-        ("cancel", json!({"type": "cancel"})),
-        ("request status", request(json!({"op": "status"}))),
-        (
-            "request thaw",
-            request(json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
+            ),
+            ("ping", json!({"type": "ping", "token": 7})),
+            ("credit", json!({"type": "credit", "bytes": 65536})),
+            (
+                "resize",
+                json!({"type": "resize", "rows": 24, "columns": 80}),
+            ),
+            ("signal", json!({"type": "signal", "signal": 15})),
+            ("cancel", json!({"type": "cancel"})),
+            ("request status", request(json!({"op": "status"}))),
+            (
+                "request thaw",
+                request(json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
             "hostname": "notes", "machine_id": "0123456789abcdef0123456789abcdef",
             "resolver": [10, 42, 0, 1]})),
-        ),
-        (
-            "request start_app by port",
-            request(json!({"op": "start_app",
+            ),
+            (
+                "request start_app by port",
+                request(json!({"op": "start_app",
             "command": ["python3", "app.py"], "directory": "/app",
             "environment": [["PORT", "8000"]], "secret_environment": [["KEY", "AAEC"]],
             "secret_files": [["KEY", "AAEC"]], "user": null, "port": 8000,
             "ready": {"by": "port"}, "ready_timeout_ms": 30000})),
-        ),
-        (
-            "request start_app by http",
-            request(json!({"op": "start_app", "command": ["a"],
+            ),
+            (
+                "request start_app by http",
+                request(json!({"op": "start_app", "command": ["a"],
             "directory": "/", "environment": [], "secret_environment": [], "secret_files": [],
             "user": "www", "port": 80, "ready": {"by": "http", "path": "/healthz"},
             "ready_timeout_ms": 1})),
-        ),
-        (
-            "request stop_app",
-            request(json!({"op": "stop_app", "grace_ms": 5000})),
-        ),
-        (
-            "request exec",
-            request(json!({"op": "exec", "argv": ["sh"],
+            ),
+            (
+                "request stop_app",
+                request(json!({"op": "stop_app", "grace_ms": 5000})),
+            ),
+            (
+                "request exec",
+                request(json!({"op": "exec", "argv": ["sh"],
             "environment": [["A", "b"]], "directory": "/app", "user": "1000:1000",
             "pty": window, "timeout_ms": 1000})),
-        ),
-        (
-            "request read_file",
-            request(json!({"op": "read_file", "path": "/etc/hosts"})),
-        ),
-        (
-            "request write_file",
-            request(json!({"op": "write_file", "path": "/app/a",
+            ),
+            (
+                "request read_file",
+                request(json!({"op": "read_file", "path": "/etc/hosts"})),
+            ),
+            (
+                "request write_file",
+                request(json!({"op": "write_file", "path": "/app/a",
             "mode": 420, "user": null})),
-        ),
-        ("request logs", request(json!({"op": "logs", "after": 3}))),
-        (
-            "request shutdown",
-            request(json!({"op": "shutdown", "grace_ms": 5000})),
-        ),
-    ])
-}
+            ),
+            ("request logs", request(json!({"op": "logs", "after": 3}))),
+            (
+                "request shutdown",
+                request(json!({"op": "shutdown", "grace_ms": 5000})),
+            ),
+        ])
+    }
 
-fn event(fields: Value) -> Value {
-    json!({"type": "event", "event": fields})
-}
+    fn event(fields: Value) -> Value {
+        json!({"type": "event", "event": fields})
+    }
 
-fn reply(fields: Value) -> Value {
-    json!({"type": "reply", "reply": fields})
-}
+    fn reply(fields: Value) -> Value {
+        json!({"type": "reply", "reply": fields})
+    }
 
-fn agent() -> Value {
-    let code = json!({"by": "code", "code": 3});
-    checked::<AgentMessage>(vec![
-        (
-            "hello",
-            json!({"type": "hello", "generation": 1, "version": "0.1.0", "boot_id": "b",
+    fn agent() -> Value {
+        let code = json!({"by": "code", "code": 3});
+        checked::<AgentMessage>(vec![
+            (
+                "hello",
+                json!({"type": "hello", "generation": 1, "version": "0.1.0", "boot_id": "b",
             "thawed": false, "app": {"is": "absent"}}),
-        ),
-        ("pong", json!({"type": "pong", "token": 7})),
-        ("credit", json!({"type": "credit", "bytes": 65536})),
-        ("output stdout", json!({"type": "output", "of": "stdout"})),
-        ("output stderr", json!({"type": "output", "of": "stderr"})),
-        (
-            "logs",
-            json!({"type": "logs", "dropped": 2, "records": [
+            ),
+            ("pong", json!({"type": "pong", "token": 7})),
+            ("credit", json!({"type": "credit", "bytes": 65536})),
+            ("output stdout", json!({"type": "output", "of": "stdout"})),
+            ("output stderr", json!({"type": "output", "of": "stderr"})),
+            (
+                "logs",
+                json!({"type": "logs", "dropped": 2, "records": [
             {"sequence": 3, "at_us": 1, "from": "stderr", "text": "line"}]}),
-        ),
-        (
-            "event app starting",
-            event(json!({"event": "app", "is": "starting", "pid": 9})),
-        ),
-        (
-            "event app ready",
-            event(json!({"event": "app", "is": "ready", "pid": 9})),
-        ),
-        (
-            "event app backoff",
-            event(json!({"event": "app", "is": "backoff", "failures": 2,
+            ),
+            (
+                "event app starting",
+                event(json!({"event": "app", "is": "starting", "pid": 9})),
+            ),
+            (
+                "event app ready",
+                event(json!({"event": "app", "is": "ready", "pid": 9})),
+            ),
+            (
+                "event app backoff",
+                event(json!({"event": "app", "is": "backoff", "failures": 2,
             "restart_in_ms": 200, "exit": code})),
-        ),
-        (
-            "event app stopped",
-            event(json!({"event": "app", "is": "stopped"})),
-        ),
-        (
-            "event app_unready",
-            event(json!({"event": "app_unready", "reason": "why"})),
-        ),
-        (
-            "event keep_awake",
-            event(json!({"event": "keep_awake", "for_ms": 600_000})),
-        ),
-        (
-            "event out_of_memory",
-            event(json!({"event": "out_of_memory", "kills": 1})),
-        ),
-        ("reply done", reply(json!({"of": "done"}))),
-        (
-            "reply status",
-            reply(json!({"of": "status", "uptime_ms": 1, "thawed": true,
+            ),
+            (
+                "event app stopped",
+                event(json!({"event": "app", "is": "stopped"})),
+            ),
+            (
+                "event app_unready",
+                event(json!({"event": "app_unready", "reason": "why"})),
+            ),
+            (
+                "event keep_awake",
+                event(json!({"event": "keep_awake", "for_ms": 600_000})),
+            ),
+            (
+                "event out_of_memory",
+                event(json!({"event": "out_of_memory", "kills": 1})),
+            ),
+            (
+                "error",
+                json!({"type": "error", "code": "not_now", "message": "why"}),
+            ),
+        ])
+    }
+
+    fn replies() -> Value {
+        checked::<AgentMessage>(vec![
+            ("reply done", reply(json!({"of": "done"}))),
+            (
+                "reply status",
+                reply(json!({"of": "status", "uptime_ms": 1, "thawed": true,
             "app": {"is": "ready", "pid": 9}, "memory_available_kib": 2, "processes": 3})),
-        ),
-        (
-            "reply exit code",
-            reply(json!({"of": "exit", "by": "code", "code": 3})),
-        ),
-        (
-            "reply exit signal",
-            reply(json!({"of": "exit", "by": "signal", "signal": 9})),
-        ),
-        (
-            "reply exit timeout",
-            reply(json!({"of": "exit", "by": "timeout"})),
-        ),
-        (
-            "reply file",
-            reply(json!({"of": "file", "bytes": 5, "mode": 420})),
-        ),
-        (
-            "error",
-            json!({"type": "error", "code": "not_now", "message": "why"}),
-        ),
-    ])
-}
+            ),
+            (
+                "reply exit code",
+                reply(json!({"of": "exit", "by": "code", "code": 3})),
+            ),
+            (
+                "reply exit signal",
+                reply(json!({"of": "exit", "by": "signal", "signal": 9})),
+            ),
+            (
+                "reply exit timeout",
+                reply(json!({"of": "exit", "by": "timeout"})),
+            ),
+            (
+                "reply file",
+                reply(json!({"of": "file", "bytes": 5, "mode": 420})),
+            ),
+        ])
+    }
 
-fn error_codes() -> Value {
-    use AgentErrorCode::{Invalid, NotFound, NotNow, Refused, TooMany, Unknown};
-    json!([NotNow, Invalid, NotFound, Refused, TooMany, Unknown])
-}
+    fn error_codes() -> Value {
+        use AgentErrorCode::{Invalid, NotFound, NotNow, Refused, TooMany, Unknown};
+        json!([NotNow, Invalid, NotFound, Refused, TooMany, Unknown])
+    }
 
-fn to_gateway() -> Value {
-    let vm = "abcdefghijklmnopqrstuvwxya";
-    checked::<ToGateway>(vec![
-        ("hello", json!({"type": "hello", "generation": 1})),
-        (
-            "routes",
-            json!({"type": "routes", "set": [
+    fn to_gateway() -> Value {
+        let vm = "abcdefghijklmnopqrstuvwxya";
+        checked::<ToGateway>(vec![
+            ("hello", json!({"type": "hello", "generation": 1})),
+            (
+                "routes",
+                json!({"type": "routes", "set": [
             {"host": "a.localhost", "app": "me/a", "policy": {"admission": "open",
                 "waiters_max": 100, "wake_deadline_ms": 60000}},
             {"host": "b.localhost", "app": "me/b", "policy": {"admission": "disabled",
                 "waiters_max": 0, "wake_deadline_ms": 0}},
             {"host": "c.localhost", "app": "me/c", "policy": {"admission": "no_release",
                 "waiters_max": 0, "wake_deadline_ms": 0}}]}),
-        ),
-        ("routes_end", json!({"type": "routes_end"})),
-        (
-            "unroute",
-            json!({"type": "unroute", "hosts": ["a.localhost"]}),
-        ),
-        (
-            "awake",
-            json!({"type": "awake", "app": "me/a", "vm": vm,
+            ),
+            ("routes_end", json!({"type": "routes_end"})),
+            (
+                "unroute",
+                json!({"type": "unroute", "hosts": ["a.localhost"]}),
+            ),
+            (
+                "awake",
+                json!({"type": "awake", "app": "me/a", "vm": vm,
             "phases": [{"name": "boot", "us": 5}]}),
-        ),
-        (
-            "wake_failed",
-            json!({"type": "wake_failed", "app": "me/a", "failure": {
+            ),
+            (
+                "wake_failed",
+                json!({"type": "wake_failed", "app": "me/a", "failure": {
             "code": "app_unready", "message": "why", "retry_after_s": 5}}),
-        ),
-        ("connected", json!({"type": "connected", "id": 4})),
-        (
-            "connect_failed",
-            json!({"type": "connect_failed", "id": 4, "reason": "why"}),
-        ),
-        (
-            "reap",
-            json!({"type": "reap", "app": "me/a", "vm": vm, "force": false}),
-        ),
-        (
-            "gone",
-            json!({"type": "gone", "app": "me/a", "vm": vm, "reason": "why"}),
-        ),
-        ("quit", json!({"type": "quit", "drain_ms": 5000})),
-    ])
-}
+            ),
+            ("connected", json!({"type": "connected", "id": 4})),
+            (
+                "connect_failed",
+                json!({"type": "connect_failed", "id": 4, "reason": "why"}),
+            ),
+            (
+                "reap",
+                json!({"type": "reap", "app": "me/a", "vm": vm, "force": false}),
+            ),
+            (
+                "gone",
+                json!({"type": "gone", "app": "me/a", "vm": vm, "reason": "why"}),
+            ),
+            ("quit", json!({"type": "quit", "drain_ms": 5000})),
+        ])
+    }
 
-fn from_gateway() -> Value {
-    let vm = "abcdefghijklmnopqrstuvwxya";
-    let activity = json!({"app": "me/a", "vm": vm, "in_flight": 1, "idle_ms": 0});
-    checked::<FromGateway>(vec![
-        (
-            "hello",
-            json!({"type": "hello", "generation": 1, "warm": [activity]}),
-        ),
-        ("wake", json!({"type": "wake", "app": "me/a"})),
-        ("connect", json!({"type": "connect", "id": 4, "vm": vm})),
-        (
-            "activity",
-            json!({"type": "activity", "app": "me/a", "vm": vm, "in_flight": 1,
+    fn from_gateway() -> Value {
+        let vm = "abcdefghijklmnopqrstuvwxya";
+        let activity = json!({"app": "me/a", "vm": vm, "in_flight": 1, "idle_ms": 0});
+        checked::<FromGateway>(vec![
+            (
+                "hello",
+                json!({"type": "hello", "generation": 1, "warm": [activity]}),
+            ),
+            ("wake", json!({"type": "wake", "app": "me/a"})),
+            ("connect", json!({"type": "connect", "id": 4, "vm": vm})),
+            (
+                "activity",
+                json!({"type": "activity", "app": "me/a", "vm": vm, "in_flight": 1,
             "idle_ms": 0}),
-        ),
-        ("reaped", json!({"type": "reaped", "app": "me/a", "vm": vm})),
-        ("busy", json!({"type": "busy", "app": "me/a", "vm": vm})),
-        (
-            "counts",
-            json!({"type": "counts", "by_class": [0, 1, 2, 3, 4, 5], "waited": 1,
+            ),
+            ("reaped", json!({"type": "reaped", "app": "me/a", "vm": vm})),
+            ("busy", json!({"type": "busy", "app": "me/a", "vm": vm})),
+            (
+                "counts",
+                json!({"type": "counts", "by_class": [0, 1, 2, 3, 4, 5], "waited": 1,
             "refused_full": 2, "vm_died": 3}),
-        ),
-    ])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{GENERATION, Value, agent, error_codes, from_gateway, host, json, to_gateway};
+            ),
+        ])
+    }
 
     #[test]
     fn every_message_is_on_the_wire_as_it_was_in_this_generation() {
@@ -262,6 +265,7 @@ mod tests {
             "generation": GENERATION,
             "host_message": host(),
             "agent_message": agent(),
+            "agent_reply": replies(),
             "agent_error_code": error_codes(),
             "to_gateway": to_gateway(),
             "from_gateway": from_gateway(),
