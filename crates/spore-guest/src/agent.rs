@@ -1,8 +1,9 @@
-//! The session loop: one thread that serves the host, the app and everything that runs for the host.
+//! The session loop: one thread that serves the host, the app and everything that runs for the
+//! host.
 //!
-//! Made and run by [`crate::init`] as PID 1, and by tests over a socket pair. It waits for everything at
-//! once and never for one thing alone: a host that is away, an app that floods its log and a
-//! program that does not read its input each cost bounded memory and nothing else.
+//! Made and run by [`crate::init`] as PID 1, and by tests over a socket pair. It waits for
+//! everything at once and never for one thing alone: a host that is away, an app that floods its
+//! log and a program that does not read its input each cost bounded memory and nothing else.
 //!
 //! ```text
 //!   no session ──Hello──▶ session ──Hello──▶ the next session (what ran for the old one is killed)

@@ -1,7 +1,8 @@
 //! The VM's disks: which is which, and what is on it.
 //!
-//! Called by [`crate::init`] and [`crate::view`]. A disk is known by its virtio-blk serial, a file system
-//! by its superblock: the guest may look at what a tenant could have written, the host never does.
+//! Called by [`crate::init`] and [`crate::view`]. A disk is known by its virtio-blk serial, a file
+//! system by its superblock: the guest may look at what a tenant could have written, the host never
+//! does.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _};

@@ -4,8 +4,8 @@
 //! waits in a buffer that the host's credit bounds, output stays in the kernel's pipe until the
 //! host has given credit for it.
 //!
-//! It is over when its first process has ended and everything that it wrote until then was sent. What it
-//! left in the background lives on, without an output.
+//! It is over when its first process has ended and everything that it wrote until then was sent.
+//! What it left in the background lives on, without an output.
 
 use std::collections::VecDeque;
 use std::io;

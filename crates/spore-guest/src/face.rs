@@ -3,8 +3,8 @@
 //! [`Face`] is served by [`crate::agent`] on `/run/spore/agent.sock`; [`ask`] is `main` of
 //! `spore-guest keep-awake 10m` and `spore-guest ready`. One line of JSON each way.
 //!
-//! Whoever asks is a tenant: a connection may hold little memory for a short time, and nothing it says
-//! can do more than keep its own VM awake or hurry its own readiness check.
+//! Whoever asks is a tenant: a connection may hold little memory for a short time, and nothing it
+//! says can do more than keep its own VM awake or hurry its own readiness check.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::OwnedFd;

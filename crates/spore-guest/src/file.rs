@@ -1,7 +1,7 @@
 //! Files read and written for the host, inside the tenant's root.
 //!
-//! Owned by a stream of [`crate::agent`]. Plain files only, a bounded part per turn. A file is written
-//! beside its place and renamed when it is whole, so nobody ever sees half of it.
+//! Owned by a stream of [`crate::agent`]. Plain files only, a bounded part per turn. A file is
+//! written beside its place and renamed when it is whole, so nobody ever sees half of it.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};

@@ -1,7 +1,8 @@
 //! The relay: from the guest's address to an app that listens only on the loopback.
 //!
-//! Started by [`crate::runner`] as a process of its own, without rights, so that nothing a visitor sends
-//! runs in PID 1; `main` calls [`run`] in it. It ends when the agent kills it, which gives the port back.
+//! Started by [`crate::runner`] as a process of its own, without rights, so that nothing a visitor
+//! sends runs in PID 1; `main` calls [`run`] in it. It ends when the agent kills it, which gives
+//! the port back.
 //!
 //! One loop moves bytes both ways for every connection, one small buffer per direction; a side that
 //! does not read stops the other from being read.

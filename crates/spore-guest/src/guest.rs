@@ -1,7 +1,8 @@
-//! The guest as the agent's parts share it: the tenant's root, how to start something in it, who ended.
+//! The guest as the agent's parts share it: the tenant's root, how to start something in it, who
+//! ended.
 //!
-//! Made by [`crate::init`] (or by a test, over a folder of its own), owned by [`crate::agent`]. Paths
-//! given here are the tenant's and never lead out of its root: the kernel resolves them
+//! Made by [`crate::init`] (or by a test, over a folder of its own), owned by [`crate::agent`].
+//! Paths given here are the tenant's and never lead out of its root: the kernel resolves them
 //! (openat2 with `RESOLVE_IN_ROOT`), symlinks included.
 
 use std::collections::BTreeMap;

@@ -1,8 +1,8 @@
 //! What one turn of the session loop waits for, and what came of it.
 //!
-//! Filled by every part of [`crate::agent`] before it waits. The set is built anew each turn: a part
-//! that cannot go on (no credit, no room) leaves its descriptor out, since poll reports a hang-up
-//! even of a descriptor of which nothing was asked.
+//! Filled by every part of [`crate::agent`] before it waits. The set is built anew each turn: a
+//! part that cannot go on (no credit, no room) leaves its descriptor out, since poll reports a
+//! hang-up even of a descriptor of which nothing was asked.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};

@@ -1,7 +1,7 @@
 //! Starts a tenant's process: in its cgroup, session, mount namespace and identity.
 //!
-//! [`launch`] is called by [`crate::runner`] and [`crate::exec`]; [`become_tenant`] is the other half,
-//! called by `main` in the process that [`launch`] spawns.
+//! [`launch`] is called by [`crate::runner`] and [`crate::exec`]; [`become_tenant`] is the other
+//! half, called by `main` in the process that [`launch`] spawns.
 //!
 //! Between fork and exec of a threaded process next to nothing is allowed, so nothing is done
 //! there: the agent spawns its own binary once more with the environment of the program to come,

@@ -11,8 +11,8 @@
 //! | [`forward`], [`face`] | the other lives of the same binary: relay, and the tenant's command |
 //! | [`clock`], [`console`], [`procfs`], [`sys`] | the kernel's edges |
 //!
-//! Nothing of a tenant runs in this process, and nothing of it is believed: every buffer that a tenant
-//! or the host can fill has a named limit. Built with `panic = "abort"`: a bug ends the VM.
+//! Nothing of a tenant runs in this process, and nothing of it is believed: every buffer that a
+//! tenant or the host can fill has a named limit. Built with `panic = "abort"`: a bug ends the VM.
 
 pub mod agent;
 pub mod app;

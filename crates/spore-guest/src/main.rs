@@ -1,7 +1,8 @@
-//! One static program, four lives: PID 1, the start of a tenant's process, the relay, the tenant's command.
+//! One static program, four lives: PID 1, the start of a tenant's process, the relay, the tenant's
+//! command.
 //!
-//! Run by the kernel, by itself and by tenants. Decides by its process id and first argument which of
-//! them it lives, and nothing else.
+//! Run by the kernel, by itself and by tenants. Decides by its process id and first argument which
+//! of them it lives, and nothing else.
 
 use std::ffi::OsString;
 use std::process::ExitCode;

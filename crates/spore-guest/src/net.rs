@@ -1,4 +1,5 @@
-//! The guest's network: the loopback, one interface, one neighbour, one route. The same in every VM.
+//! The guest's network: the loopback, one interface, one neighbour, one route. The same in every
+//! VM.
 //!
 //! Called by [`crate::init`] once. Speaks rtnetlink by hand: four messages of fixed layout
 //! (`<linux/rtnetlink.h>`, `<linux/neighbour.h>`) do not need a library.

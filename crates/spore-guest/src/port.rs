@@ -1,4 +1,5 @@
-//! The virtio-serial port as the session loop uses it: never blocking, whether a host is there or not.
+//! The virtio-serial port as the session loop uses it: never blocking, whether a host is there or
+//! not.
 //!
 //! Called by [`crate::agent`].
 //!

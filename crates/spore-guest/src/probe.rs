@@ -1,6 +1,7 @@
 //! Whether the app answers its health path: one small HTTP/1.1 request that never blocks.
 //!
-//! Owned by [`crate::runner`] while an app starts, one at a time. Reads the status line and nothing else.
+//! Owned by [`crate::runner`] while an app starts, one at a time. Reads the status line and nothing
+//! else.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -78,8 +79,8 @@ impl HttpProbe {
         interest.at(self.deadline_ms);
     }
 
-    /// The status was seen: the rest of the answer is read and thrown away, since an app that is hung
-    /// up on in the middle of its answer logs an error.
+    /// The status was seen: the rest of the answer is read and thrown away, since an app that is
+    /// hung up on in the middle of its answer logs an error.
     pub fn leave(&mut self, now_ms: u64) {
         self.deadline_ms = now_ms + REST_MS_MAX;
     }

@@ -1,7 +1,7 @@
 //! The app as it runs: does what [`crate::app`] decides, and tells it what happened.
 //!
-//! Owned by [`crate::agent`], which calls [`Runner::pump`] each turn. Holds the app's captured output,
-//! its readiness check and its relay. Never blocks, except for the moment of a spawn.
+//! Owned by [`crate::agent`], which calls [`Runner::pump`] each turn. Holds the app's captured
+//! output, its readiness check and its relay. Never blocks, except for the moment of a spawn.
 
 use std::io;
 use std::net::SocketAddrV4;

@@ -1,4 +1,5 @@
-//! The bookkeeping of a session: what the host said, what waits to be sent, how much may be under way.
+//! The bookkeeping of a session: what the host said, what waits to be sent, how much may be under
+//! way.
 //!
 //! Used by [`crate::agent`]. Pure: it is fed bytes and gives bytes.
 //!
@@ -7,8 +8,8 @@
 //!                                     │
 //!                          Window per stream: credit both ways
 //! ```
-//! [`Inbox`] survives every session: after bytes that are no frames it looks for the next `Hello` and
-//! gives nothing else until then.
+//! [`Inbox`] survives every session: after bytes that are no frames it looks for the next `Hello`
+//! and gives nothing else until then.
 
 use std::collections::VecDeque;
 

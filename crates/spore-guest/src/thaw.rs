@@ -1,7 +1,7 @@
 //! What a VM must renew before a tenant's first instruction: entropy, clock, names, resolver.
 //!
-//! [`Real`] is the machine of [`crate::init`]; a step that fails fails the thaw, and the host ends the
-//! VM. Entropy comes first: whatever follows may use the kernel's random numbers.
+//! [`Real`] is the machine of [`crate::init`]; a step that fails fails the thaw, and the host ends
+//! the VM. Entropy comes first: whatever follows may use the kernel's random numbers.
 
 use std::fs::File;
 use std::io::{self, Write as _};

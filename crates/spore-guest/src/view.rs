@@ -1,8 +1,8 @@
 //! The tenant's view of its machine: a mount namespace with the image as its root.
 //!
-//! Called by [`crate::init`] once. The namespace is made by a thread that leaves the agent's for good
-//! (unshare, mounts, pivot_root) and then ends; what stays is a descriptor of it, which every tenant's
-//! process enters ([`crate::launch`]), and one of its root, for files.
+//! Called by [`crate::init`] once. The namespace is made by a thread that leaves the agent's for
+//! good (unshare, mounts, pivot_root) and then ends; what stays is a descriptor of it, which every
+//! tenant's process enters ([`crate::launch`]), and one of its root, for files.
 //!
 //! ```text
 //!   /            overlay: image (read-only) under scratch
@@ -251,8 +251,8 @@ fn mount_run() -> Result<(), ViewError> {
     mount_remount(&program, flags, c"").map_err(step("make the agent's program read-only"))
 }
 
-/// A real folder of that name in the tenant's root: an image in which it is a link or a file, or not
-/// there at all, gets one. What we mount must not follow a tenant's link.
+/// A real folder of that name in the tenant's root: an image in which it is a link or a file, or
+/// not there at all, gets one. What we mount must not follow a tenant's link.
 fn mount_point(name: &str) -> Result<String, ViewError> {
     let path = PathBuf::from(format!("/view/{name}"));
     match fs::symlink_metadata(&path) {

@@ -1,4 +1,5 @@
-//! The session loop over a socket pair: the real agent, real processes, a folder as the tenant's root.
+//! The session loop over a socket pair: the real agent, real processes, a folder as the tenant's
+//! root.
 //!
 //! The machine is a stand-in, since a thaw would set the clock of the host that runs the test.
 

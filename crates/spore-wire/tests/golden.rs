@@ -1,7 +1,7 @@
 //! The contracts that outlive a process, as they are on the wire: one example of every message.
 //!
-//! Compares with `schema/gen-N.json`. A difference means that an agent in a snapshot, or a gateway left
-//! by another daemon, would be misunderstood: add, do not change. An addition is written with
+//! Compares with `schema/gen-N.json`. A difference means that an agent in a snapshot, or a gateway
+//! left by another daemon, would be misunderstood: add, do not change. An addition is written with
 //! `SPORE_WRITE_SCHEMA=1 cargo test -p spore-wire --test golden`.
 
 #[cfg(test)]
