@@ -388,33 +388,31 @@ impl FakeDoor {
     /// A visitor's request: waits for the app to be awake.
     pub(crate) async fn request(&self, app: &AppRef) -> Result<VmId, WakeFailure> {
         let key = app.key();
+        let news = self.news.notified();
+        tokio::pin!(news);
+        news.as_mut().enable();
+        {
+            let mut state = self.state.lock().unwrap();
+            if let Some(vm) = state.awake.get(&key) {
+                return Ok(*vm);
+            }
+            state.answers.entry(key.clone()).or_default().clear();
+        }
+        let ask = FromGateway::Wake { app: key.clone() };
+        self.control.get().unwrap().door_event(ask);
         loop {
-            let news = self.news.notified();
-            tokio::pin!(news);
+            news.as_mut().await;
+            news.set(self.news.notified());
             news.as_mut().enable();
-            let ask = {
-                let mut state = self.state.lock().unwrap();
-                if let Some(vm) = state.awake.get(&key) {
-                    return Ok(*vm);
-                }
-                state.answers.entry(key.clone()).or_default().clear();
-                FromGateway::Wake { app: key.clone() }
-            };
-            self.control.get().unwrap().door_event(ask);
-            loop {
-                news.as_mut().await;
-                news.set(self.news.notified());
-                news.as_mut().enable();
-                let answer = self
-                    .state
-                    .lock()
-                    .unwrap()
-                    .answers
-                    .get_mut(&key)
-                    .and_then(Vec::pop);
-                if let Some(answer) = answer {
-                    return answer;
-                }
+            let answer = self
+                .state
+                .lock()
+                .unwrap()
+                .answers
+                .get_mut(&key)
+                .and_then(Vec::pop);
+            if let Some(answer) = answer {
+                return answer;
             }
         }
     }

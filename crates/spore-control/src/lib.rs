@@ -17,8 +17,9 @@
 
 use std::sync::Arc;
 
-use spore_api::name::AccountName;
+use spore_api::name::{AccountName, ImageName};
 use spore_wire::gateway::FromGateway;
+use spore_wire::node::ImageInfo;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -43,7 +44,9 @@ use converge::Converge;
 use door::Door;
 use nodes::{Nodes, NodesError};
 use secrets::KeyProvider;
-use store::{CommitError, SharedStore, StoreError};
+use store::record::image::{ImageRecord, image_key};
+use store::record::{encode, load};
+use store::{CommitError, SharedStore, StoreError, Transaction};
 
 /// What control is built from.
 pub struct Parts {
@@ -127,6 +130,31 @@ impl Control {
     /// owns the socket, from [`Nodes`]' own host; control ignores it.
     pub fn door_event(&self, message: FromGateway) {
         self.converge.door_event(message);
+    }
+
+    /// Gives an image of the node a name in the default account, unless the name is taken: how the
+    /// base images of an installation become known.
+    ///
+    /// # Errors
+    /// When the store cannot be used.
+    pub async fn ensure_image(
+        &self,
+        name: &ImageName,
+        info: &ImageInfo,
+    ) -> Result<(), CommitError> {
+        let key = image_key(&AccountName::default_account(), name);
+        let record = ImageRecord {
+            id: info.id,
+            bytes: info.bytes,
+            created_at_ms: i64::try_from(info.made_at_s.saturating_mul(1000)).unwrap_or(i64::MAX),
+        };
+        let store = &self.converge.inner.store;
+        if load::<ImageRecord>(&**store, &key).await?.is_none() {
+            store
+                .commit(Transaction::default().put(key, encode(&record)))
+                .await?;
+        }
+        Ok(())
     }
 
     /// The reconcilers, for whoever drives control without HTTP.

@@ -4,6 +4,7 @@ use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use futures_util::TryStreamExt as _;
 use http::request::Parts;
+use http_body_util::LengthLimitError;
 use serde::de::DeserializeOwned;
 use spore_api::error::ErrorCode;
 use spore_api::limits::{IDEMPOTENCY_KEY_BYTES_MAX, JSON_BYTES_MAX};
@@ -133,8 +134,7 @@ impl<R: AsyncRead + Unpin> AsyncRead for Limited<R> {
 
 async fn read(body: Body) -> Result<Bytes, Fault> {
     to_bytes(body, JSON_BYTES_MAX).await.map_err(|error| {
-        let text = format!("{:?}", axum::Error::into_inner(error));
-        if text.contains("LengthLimitError") {
+        if error.into_inner().is::<LengthLimitError>() {
             let message = format!("the body is over {JSON_BYTES_MAX} bytes");
             return Fault::new(ErrorCode::TooLarge, message);
         }

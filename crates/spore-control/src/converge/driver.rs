@@ -4,8 +4,10 @@
 //! [`LOOKS_MAX`] at once and never two for one app.
 
 use std::collections::{BTreeSet, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures_util::FutureExt as _;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -16,6 +18,9 @@ use crate::nodes::VmFeed;
 
 /// Apps looked at at once: each look reads the store on a blocking thread.
 const LOOKS_MAX: usize = 64;
+
+/// Until an app whose look panicked is looked at again.
+const AFTER_PANIC: core::time::Duration = core::time::Duration::from_secs(5);
 
 /// What the driver owns.
 pub(crate) struct Driver {
@@ -79,7 +84,10 @@ impl Driver {
                         looks.spawn(async move {
                             // The semaphore is never closed.
                             let _permit = permits.acquire_owned().await;
-                            converge.look_at(&app).await;
+                            let look = AssertUnwindSafe(converge.look_at(&app));
+                            if look.catch_unwind().await.is_err() {
+                                converge.look_panicked(&app);
+                            }
                         });
                     }
                     Signal::Timer(app, at) => timers.set(app, at),
@@ -114,6 +122,18 @@ impl Converge {
         let at = at.unwrap_or_default();
         let when = self.inner.began + core::time::Duration::from_millis(at.0);
         tokio::time::sleep_until(when.max(Instant::now())).await;
+    }
+
+    /// A panic is a bug of ours; the app must not stay unattended because of it.
+    fn look_panicked(&self, app: &AppRef) {
+        tracing::error!(%app, "a look at an app panicked; it is looked at again");
+        let at = Some(self.now().after(AFTER_PANIC));
+        let mut slots = self.slots();
+        if let Some(slot) = slots.get_mut(app) {
+            slot.activity = super::Looking::Nobody;
+            slot.timer = at;
+            self.tell(Signal::Timer(app.clone(), at));
+        }
     }
 
     fn timer_over(&self, app: &AppRef) {

@@ -41,7 +41,8 @@ pub enum KeyFileError {
     },
     /// Others may read it.
     #[error(
-        "the key file {path} has mode {mode:03o}: `chmod 600 {path}`, and set new secrets if others may have read it"
+        "the key file {path} has mode {mode:03o}: `chmod 600 {path}`, and set new secrets if \
+         others may have read it"
     )]
     Mode {
         /// Which file.
@@ -63,7 +64,8 @@ pub enum KeyFileError {
     },
     /// It is not a file of 32 bytes.
     #[error(
-        "the key file {path} is not a regular file of {KEY_BYTES} bytes: put it back from your backup"
+        "the key file {path} is not a regular file of {KEY_BYTES} bytes: put it back from \
+         your backup"
     )]
     Shape {
         /// Which file.
