@@ -2,9 +2,9 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`init`], [`disk`], [`view`], [`net`] | from an empty initramfs to a tenant's view of its machine |
+//! | [`init`], [`disk`], [`view`], [`net`] | from an initramfs to a tenant's view |
 //! | [`agent`], [`session`], [`port`], [`interest`] | the session loop and its bookkeeping |
-//! | [`app`], [`runner`], [`probe`], [`socket_table`], [`log`] | the app's life, readiness and output |
+//! | [`app`], [`runner`], [`probe`], [`socket_table`], [`log`] | the app: life, readiness, output |
 //! | [`exec`], [`file`], [`guest`], [`user`] | what the host asks for inside the tenant's root |
 //! | [`launch`], [`cgroup`], [`reap`] | processes: how they begin, are bounded and end |
 //! | [`thaw`] | what a fork must renew |
