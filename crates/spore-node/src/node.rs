@@ -317,6 +317,20 @@ impl Node {
         self.host.board.watch()
     }
 
+    /// The images of all VMs of which something is left. One that is on its way may be missing:
+    /// its release names its images too.
+    ///
+    /// # Errors
+    /// When the journals cannot be read; then every image may be in use.
+    pub fn images_in_use(&self) -> Result<BTreeSet<ImageId>, JournalError> {
+        let records = self.host.journal.read_all()?;
+        let starts = records.into_values().flatten().map(|record| record.start);
+        Ok(starts
+            .flat_map(|start| [Some(start.image), start.folder])
+            .flatten()
+            .collect())
+    }
+
     /// The node as it is.
     #[must_use]
     pub fn node_status(&self) -> NodeStatus {

@@ -316,7 +316,7 @@ impl Actor {
         }
         if matches!(self.state, VmState::Releasing(_)) {
             self.access.send_replace(None);
-            self.adopted.send_replace(Adopted::Released);
+            self.settle(Adopted::Released);
         }
         for effect in effects {
             self.point(effect, KillPoint::Before).await;
@@ -480,7 +480,18 @@ impl Actor {
             link,
             port: self.record.start.process.port,
         }));
-        self.adopted.send_replace(Adopted::Alive);
+        self.settle(Adopted::Alive);
+    }
+
+    /// The first answer stays: a VM that was adopted and fails at once was adopted all the same.
+    fn settle(&self, adopted: Adopted) {
+        self.adopted.send_if_modified(|held| {
+            let first = *held == Adopted::Unknown;
+            if first {
+                *held = adopted;
+            }
+            first
+        });
     }
 
     /// Begins to collect what the app prints, once it may run and its secrets are known.

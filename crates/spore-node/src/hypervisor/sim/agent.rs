@@ -301,7 +301,7 @@ impl Job {
                 let guest = Arc::clone(&self.guest);
                 self.guest.spawn(async move {
                     tokio::time::sleep(Duration::from_millis(50)).await;
-                    guest.end("powered off", false);
+                    guest.end_itself("powered off");
                 });
                 Ok(Reply::Done)
             }

@@ -78,7 +78,7 @@ impl Guest {
             let dying = Arc::clone(&guest);
             guest.spawn(async move {
                 tokio::time::sleep(after).await;
-                dying.end("died by plan", false);
+                dying.end_itself("died by plan");
             });
         }
         guest
@@ -103,6 +103,14 @@ impl Guest {
                 reason: reason.to_owned(),
                 out_of_memory,
             }));
+        }
+    }
+
+    /// Ends without a daemon's doing.
+    pub(super) fn end_itself(&self, reason: &str) {
+        if self.is_alive() {
+            self.host.note_death(self.vm);
+            self.end(reason, false);
         }
     }
 

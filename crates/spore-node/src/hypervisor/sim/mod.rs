@@ -103,6 +103,7 @@ struct Held {
     draws: HashMap<(VmId, &'static str), u64>,
     next_pid: u32,
     violations: Vec<String>,
+    died: BTreeSet<VmId>,
 }
 
 /// What the host has of one VM.
@@ -192,6 +193,16 @@ impl SimHost {
         lock(&self.world.held).violations.clone()
     }
 
+    /// VMs that ended by themselves: by plan, by [`Self::crash_vm`], or powered off when asked.
+    #[must_use]
+    pub fn died(&self) -> BTreeSet<VmId> {
+        lock(&self.world.held).died.clone()
+    }
+
+    fn note_death(&self, vm: VmId) {
+        lock(&self.world.held).died.insert(vm);
+    }
+
     /// How often the app of this VM was started by its agent.
     #[must_use]
     pub fn app_starts(&self, vm: VmId) -> u32 {
@@ -201,7 +212,7 @@ impl SimHost {
     /// Ends a VM's process, as a bug of the VMM or the host's kernel would.
     pub fn crash_vm(&self, vm: VmId) {
         if let Some(guest) = self.guest(vm) {
-            guest.end("crashed", false);
+            guest.end_itself("crashed");
         }
     }
 
