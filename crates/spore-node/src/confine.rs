@@ -16,12 +16,13 @@
 //! 6. a seccomp filter that ends the process at system calls it can have no use for.
 
 use std::collections::BTreeMap;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use rustix::thread::CapabilitySet;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use thiserror::Error;
@@ -92,6 +93,17 @@ pub fn confine(confinement: &Confinement) -> Result<(), ConfineError> {
     drop_privileges(confinement.uid)?;
     seccompiler::apply_filter_all_threads(&filter()?)?;
     Ok(())
+}
+
+/// Takes over an inherited descriptor under a new number; the old number is closed by [`confine`],
+/// which closes whatever is not kept. Needs no unsafe code: the kernel makes the new one
+/// (pidfd_getfd(2) on the process itself).
+///
+/// # Errors
+/// When nothing was inherited under that number.
+pub fn take_inherited(number: RawFd) -> std::io::Result<OwnedFd> {
+    let pidfd = pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
+    Ok(pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty())?)
 }
 
 fn step<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> ConfineError {

@@ -215,13 +215,6 @@ pub enum ImageRecipe {
         /// Names as apt knows them.
         packages: Vec<String>,
     },
-    /// A tar.zst stream of a folder, already staged by the node.
-    Staged {
-        /// The name that staging gave.
-        upload: String,
-        /// What it is.
-        kind: ImageKind,
-    },
 }
 
 /// What an image is for.

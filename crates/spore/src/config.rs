@@ -94,6 +94,8 @@ pub(crate) struct ServerConfig {
     pub(crate) kernel: PathBuf,
     /// The guest's first file system.
     pub(crate) initramfs: PathBuf,
+    /// Base images that came with the installation.
+    pub(crate) base_images: PathBuf,
     /// The cgroup below which VMs get theirs.
     pub(crate) cgroup_parent: String,
 }
@@ -255,14 +257,15 @@ impl Default for ServerConfig {
             uid_count: 10_000,
             gateway_uid: 199_999,
             memory_reserve_mib: 512,
-            kernel: "/var/lib/spore-deps/guest/vmlinux".into(),
-            initramfs: "/var/lib/spore-deps/guest/initramfs.cpio".into(),
+            kernel: "/usr/local/lib/spore/guest/vmlinux".into(),
+            initramfs: "/usr/local/lib/spore/guest/initramfs.cpio".into(),
+            base_images: "/usr/local/lib/spore/images".into(),
             cgroup_parent: "spore".to_owned(),
         }
     }
 }
 
-const SERVER_KEYS: [&str; 14] = [
+const SERVER_KEYS: [&str; 15] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
@@ -276,6 +279,7 @@ const SERVER_KEYS: [&str; 14] = [
     "memory_reserve",
     "kernel",
     "initramfs",
+    "base_images",
     "cgroup_parent",
 ];
 
@@ -347,6 +351,7 @@ impl ServerConfig {
             ("config_dir", &mut self.config_dir),
             ("kernel", &mut self.kernel),
             ("initramfs", &mut self.initramfs),
+            ("base_images", &mut self.base_images),
         ] {
             if let Some(entry) = table.get(key) {
                 let given = Path::new(entry.text()?);
@@ -458,6 +463,7 @@ mod tests {
             memory_reserve = "1GiB"
             kernel = "/k"
             initramfs = "/i"
+            base_images = "/b"
             cgroup_parent = "spore.slice/vms"
         "#;
         let config = ServerConfig::parse("s", text).unwrap();
@@ -475,6 +481,7 @@ mod tests {
             memory_reserve_mib: 1024,
             kernel: "/k".into(),
             initramfs: "/i".into(),
+            base_images: "/b".into(),
             cgroup_parent: "spore.slice/vms".into(),
         };
         assert_eq!(config, expected);

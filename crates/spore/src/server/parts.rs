@@ -3,6 +3,7 @@
 //! The only place that turns [`ServerConfig`] into the configurations of the crates.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -71,6 +72,7 @@ pub(crate) fn gateway(config: &ServerConfig, program: &Path) -> GatewayProcess {
 pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Parts> {
     let images = ImageStore::open(config.data_dir.join("images")).context("the image store")?;
     images.sweep().context("the image store")?;
+    import_base_images(&images, &config.base_images)?;
     let launcher = [program.to_string_lossy().into_owned(), "jail".to_owned()];
     let qemu = Qemu::open(QemuConfig {
         room: RoomConfig {
@@ -121,6 +123,33 @@ impl Images for ImageFiles {
     fn path(&self, id: &ImageId) -> Option<PathBuf> {
         self.0.get(*id).ok().map(|info| self.0.path(info.id))
     }
+}
+
+/// Copies the base images of the installation into the store, under their names.
+fn import_base_images(images: &ImageStore, from: &Path) -> Result<()> {
+    if !from.is_dir() {
+        tracing::warn!(folder = %from.display(), "no base images are installed there");
+        return Ok(());
+    }
+    let installed = ImageStore::open(from).context("the installed images")?;
+    for (name, id) in installed.names().context("the installed images")? {
+        if images.resolve(&name)? == Some(id) {
+            continue;
+        }
+        if images.get(id).is_err() {
+            let info = installed.get(id).context("the installed images")?;
+            let staged = images.stage()?;
+            let mut file = File::open(installed.path(id)).context("an installed image")?;
+            std::io::copy(&mut file, &mut staged.file()).context("copy an installed image")?;
+            let copied = staged.commit(info.kind, info.entries, info.made_at_s)?;
+            ensure!(
+                copied.id == id,
+                "the installed image {name} is damaged: run `make up` again"
+            );
+        }
+        images.set_name(&name, id)?;
+    }
+    Ok(())
 }
 
 /// The release beside the kernel, as the build wrote it; for people only.

@@ -1,0 +1,44 @@
+//! Apps that stories deploy: a folder with a manifest and one Python file.
+
+use std::path::Path;
+
+use anyhow::Result;
+use tempfile::TempDir;
+
+/// A folder to deploy; removed with the value.
+#[derive(Debug)]
+pub struct AppFolder {
+    folder: TempDir,
+}
+
+impl AppFolder {
+    /// A Python app. `manifest` is added behind the usual keys, so tables go there.
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn python(name: &str, code: &str, manifest: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let text = format!(
+            "name = \"{name}\"\nimage = \"debian/python3\"\n\
+             command = [\"python3\", \"app.py\"]\nport = 8000\n{manifest}"
+        );
+        std::fs::write(folder.path().join("spore.toml"), text)?;
+        std::fs::write(folder.path().join("app.py"), code)?;
+        Ok(Self { folder })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Where it is, as an argument.
+    #[must_use]
+    pub fn argument(&self) -> String {
+        self.folder.path().display().to_string()
+    }
+}
+
+/// An app that answers with what it is: its counter in memory, its boot id, its environment.
+pub const SELF_PORTRAIT: &str = include_str!("../apps/portrait.py");

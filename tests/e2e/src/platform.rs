@@ -1,0 +1,419 @@
+//! A whole platform of a story's own: daemon, gateway, VMs, on folders and ports nobody else has.
+//!
+//! There are [`SLOTS`] places for platforms on a machine, each a folder with a lock, so that no more
+//! stories boot VMs at once than the machine has cores, and so that whoever takes a place first
+//! clears away what a killed story left there.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
+use spore_api::client::{Client, Endpoint};
+
+use crate::leftovers;
+use crate::visitor::Visitor;
+
+/// Platforms that may run beside each other.
+pub const SLOTS: u16 = 2;
+
+/// Where the slots are; root's own, as the daemon insists.
+const HOME: &str = "/var/lib/spore-e2e";
+
+/// The uids of one slot.
+const UIDS: u32 = 500;
+
+const FIRST_UID: u32 = 300_000;
+const FIRST_PORT: u16 = 21_100;
+
+/// How long a daemon may take to answer: re-adoption and a cold page cache included.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running platform; stopped and checked for leftovers by [`Platform::end`].
+#[derive(Debug)]
+pub struct Platform {
+    slot: Slot,
+    daemon: Option<Child>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    number: u16,
+    home: PathBuf,
+    _lock: File,
+}
+
+/// Whether stories can run here: as root, with what `make deps` fetches. Prints why not.
+#[must_use]
+pub fn available() -> bool {
+    let reason = if !rustix::process::geteuid().is_root() {
+        "stories start VMs, which needs root"
+    } else if !deps().join("guest/initramfs.cpio").exists() {
+        "the guest's kernel and image are missing: run `make deps`"
+    } else {
+        return true;
+    };
+    println!("SKIPPED: {reason}");
+    false
+}
+
+/// Where `make deps` puts the guest's kernel, initramfs and images.
+fn deps() -> PathBuf {
+    std::env::var_os("SPORE_DEPS").map_or_else(|| "/var/lib/spore-deps".into(), PathBuf::from)
+}
+
+/// The program under test, built beside this test.
+///
+/// # Panics
+/// When it was not built.
+#[must_use]
+pub fn program() -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a path");
+    let program = test
+        .ancestors()
+        .nth(2)
+        .expect("target/debug/deps/test")
+        .join("spore");
+    assert!(
+        program.exists(),
+        "{} is missing: `cargo build -p spore` first",
+        program.display()
+    );
+    program
+}
+
+impl Platform {
+    /// A platform of the story's own, with nothing in it.
+    ///
+    /// # Errors
+    /// When it does not come up; the daemon's log is in the message.
+    pub async fn start() -> Result<Self> {
+        let slot = tokio::task::spawn_blocking(Slot::take).await??;
+        let mut platform = Self { slot, daemon: None };
+        platform
+            .sweep()
+            .context("clear what an earlier story left")?;
+        platform
+            .lay_out()
+            .context("lay out the platform's folders")?;
+        platform.start_daemon().await?;
+        Ok(platform)
+    }
+
+    /// Starts the daemon again after [`Platform::kill_daemon`].
+    ///
+    /// # Errors
+    /// When it does not answer in its time.
+    pub async fn start_daemon(&mut self) -> Result<()> {
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.daemon_log())?;
+        let child = self
+            .command("server")
+            .args(["--config", &self.config()])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("start the daemon")?;
+        self.daemon = Some(child);
+        let asked = tokio::time::timeout(START_PATIENCE, self.until_it_answers()).await;
+        match asked {
+            Ok(answered) => answered,
+            Err(_elapsed) => bail!("the daemon does not answer:\n{}", self.log_tail()),
+        }
+    }
+
+    async fn until_it_answers(&mut self) -> Result<()> {
+        loop {
+            if self.client().status().await.is_ok() {
+                return Ok(());
+            }
+            if let Some(child) = &mut self.daemon
+                && let Some(status) = child.try_wait()?
+            {
+                bail!("the daemon ended with {status}:\n{}", self.log_tail());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Kills the daemon as the kernel would: SIGKILL, no goodbye.
+    ///
+    /// # Errors
+    /// When it cannot be killed.
+    pub fn kill_daemon(&mut self) -> Result<()> {
+        let mut child = self.daemon.take().context("no daemon runs")?;
+        child.kill().context("kill the daemon")?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// Asks the daemon to end and waits for it; VMs go on.
+    ///
+    /// # Errors
+    /// When it cannot be asked, or ends badly.
+    pub fn stop_daemon(&mut self) -> Result<()> {
+        let mut child = self.daemon.take().context("no daemon runs")?;
+        let pid = i32::try_from(child.id())?;
+        let pid = Pid::from_raw(pid).context("a child has a pid")?;
+        kill_process(pid, Signal::TERM)?;
+        let status = child.wait()?;
+        ensure!(
+            status.success(),
+            "the daemon ended with {status}:\n{}",
+            self.log_tail()
+        );
+        Ok(())
+    }
+
+    /// Stops everything and fails when anything is left on the host.
+    ///
+    /// # Errors
+    /// What is left.
+    pub fn end(mut self) -> Result<()> {
+        self.down()?;
+        let left = self.leftovers()?;
+        ensure!(
+            left.is_empty(),
+            "left behind:\n{}\n{}",
+            left.join("\n"),
+            self.log_tail()
+        );
+        Ok(())
+    }
+
+    /// What bears this platform's marks on the host now.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn leftovers(&self) -> Result<Vec<String>> {
+        let home = &self.slot.home;
+        leftovers::of(home, self.slot.first_uid(), UIDS, &self.slot.cgroup())
+    }
+
+    /// Processes of this platform's VMs: their pids and command lines.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn vm_processes(&self) -> Result<Vec<String>> {
+        let all = leftovers::processes(Path::new("/nonexistent"), self.slot.first_uid(), UIDS)?;
+        Ok(all
+            .into_iter()
+            .filter(|line| line.contains("qemu"))
+            .collect())
+    }
+
+    /// The public client, as root over the unix socket.
+    ///
+    /// # Panics
+    /// Never: the path is absolute.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        let socket = self.home().join("run/api.sock");
+        let endpoint: Endpoint = format!("unix:{}", socket.display())
+            .parse()
+            .expect("an absolute path");
+        Client::new(endpoint)
+    }
+
+    /// A visitor of this platform's gateway.
+    #[must_use]
+    pub fn visitor(&self) -> Visitor {
+        Visitor::new(self.slot.gateway())
+    }
+
+    /// The API over TCP.
+    #[must_use]
+    pub fn api_address(&self) -> SocketAddr {
+        self.slot.api()
+    }
+
+    /// The API's token.
+    ///
+    /// # Errors
+    /// When the daemon has not written it.
+    pub fn token(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(self.home().join("etc/token"))?
+            .trim()
+            .to_owned())
+    }
+
+    /// Everything the platform writes is below this.
+    #[must_use]
+    pub fn home(&self) -> &Path {
+        &self.slot.home
+    }
+
+    /// The program with a verb, told of this platform.
+    #[must_use]
+    pub fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(self.home().join("bin/spore"));
+
+        command.env(
+            "SPORE_HOST",
+            format!("unix:{}", self.home().join("run/api.sock").display()),
+        );
+        command.arg(verb);
+        command
+    }
+
+    /// Runs the CLI and gives what it printed.
+    ///
+    /// # Errors
+    /// When it fails; both outputs are in the message.
+    pub fn cli(&self, arguments: &[&str]) -> Result<String> {
+        let (verb, rest) = arguments.split_first().context("no verb")?;
+        let output = self
+            .command(verb)
+            .args(rest)
+            .stdin(Stdio::null())
+            .output()?;
+        let out = String::from_utf8_lossy(&output.stdout).into_owned();
+        let err = String::from_utf8_lossy(&output.stderr);
+        let status = output.status;
+        ensure!(
+            status.success(),
+            "spore {arguments:?} ended with {status}:\n{out}{err}"
+        );
+        Ok(out)
+    }
+
+    /// The last lines of the daemon's log.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        let text = std::fs::read(self.daemon_log()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let lines = text.lines().collect::<Vec<_>>();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+
+    fn config(&self) -> String {
+        self.home().join("etc/spore.toml").display().to_string()
+    }
+
+    fn daemon_log(&self) -> PathBuf {
+        self.home().join("daemon.log")
+    }
+
+    fn down(&mut self) -> Result<()> {
+        let output = self
+            .command("down")
+            .args(["--config", &self.config()])
+            .stdin(Stdio::null())
+            .output()?;
+        if let Some(mut child) = self.daemon.take() {
+            child.wait()?;
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success(),
+            "spore down failed: {said}\n{}",
+            self.log_tail()
+        );
+        Ok(())
+    }
+
+    /// Stops and removes what a killed story left in this slot.
+    fn sweep(&mut self) -> Result<()> {
+        if self.home().join("etc/spore.toml").exists() && self.home().join("bin/spore").exists() {
+            self.down()?;
+        }
+        match std::fs::remove_dir_all(self.home()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _gone => Ok(()),
+        }
+    }
+
+    fn lay_out(&self) -> Result<()> {
+        let home = self.home();
+        for folder in ["", "bin", "etc", "data", "log", "run"] {
+            let path = home.join(folder);
+            // The unix socket is reached by other users, so the way to it may be passed through.
+            DirBuilder::new()
+                .mode(0o711)
+                .recursive(true)
+                .create(&path)?;
+        }
+        std::fs::copy(program(), home.join("bin/spore"))?;
+        let config = format!(
+            "data_dir = \"{home}/data\"\nruntime_dir = \"{home}/run\"\nlog_dir = \"{home}/log\"\n\
+             config_dir = \"{home}/etc\"\nkernel = \"{deps}/guest/vmlinux\"\n\
+             initramfs = \"{deps}/guest/initramfs.cpio\"\n\
+             base_images = \"{deps}/images\"\nbase = \"localhost\"\n\
+             gateway = \"{gateway}\"\napi = \"{api}\"\nuid_first = {uid}\nuid_count = {count}\n\
+             gateway_uid = {gateway_uid}\n\
+             cgroup_parent = \"{cgroup}\"\n",
+            home = home.display(),
+            deps = deps().display(),
+            gateway = self.slot.gateway(),
+            api = self.slot.api(),
+            uid = self.slot.first_uid() + 1,
+            count = UIDS - 1,
+            gateway_uid = self.slot.first_uid(),
+            cgroup = self.slot.cgroup(),
+        );
+        std::fs::write(home.join("etc/spore.toml"), config)?;
+        Ok(())
+    }
+}
+
+impl Drop for Platform {
+    fn drop(&mut self) {
+        if self.daemon.is_some() {
+            // The story failed: what it saw is in its own message; what stays is for the next one.
+            if let Err(error) = self.down() {
+                println!("the platform did not end cleanly: {error:#}");
+            }
+        }
+    }
+}
+
+impl Slot {
+    /// Waits for a free slot.
+    fn take() -> Result<Self> {
+        DirBuilder::new().mode(0o711).recursive(true).create(HOME)?;
+        loop {
+            for number in 0..SLOTS {
+                let path = Path::new(HOME).join(format!("slot-{number}.lock"));
+                let mut options = OpenOptions::new();
+                let lock = options
+                    .create(true)
+                    .truncate(false)
+                    .write(true)
+                    .open(path)?;
+                if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                    let home = Path::new(HOME).join(format!("slot-{number}"));
+                    return Ok(Self {
+                        number,
+                        home,
+                        _lock: lock,
+                    });
+                }
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn first_uid(&self) -> u32 {
+        FIRST_UID + u32::from(self.number) * UIDS
+    }
+
+    fn cgroup(&self) -> String {
+        format!("spore-e2e-{}", self.number)
+    }
+
+    fn gateway(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], FIRST_PORT + self.number * 2))
+    }
+
+    fn api(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], FIRST_PORT + self.number * 2 + 1))
+    }
+}

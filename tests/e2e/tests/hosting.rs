@@ -1,0 +1,124 @@
+//! An app's days: deployed, asleep, awake, asleep again.
+
+use anyhow::{Context, Result, ensure};
+use spore_e2e::app::SELF_PORTRAIT;
+use spore_e2e::{AppFolder, Platform, available};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let platform = Platform::start().await?;
+    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"3s\"\n")?;
+    platform.cli(&["deploy", &folder.argument()])?;
+
+    let host = "portrait.localhost";
+    let visitor = platform.visitor();
+    let first = visitor.get(host, "/").await?;
+    ensure!(first.status == 200, "{first:?}");
+    let again = visitor.get(host, "/").await?;
+    ensure!(
+        boot_id(&again.body)? == boot_id(&first.body)?,
+        "one incarnation serves both"
+    );
+
+    platform.cli(&["stop", "portrait"])?;
+    ensure!(
+        platform.vm_processes()?.is_empty(),
+        "{:?}",
+        platform.vm_processes()?
+    );
+    let woken = visitor.get(host, "/").await?;
+    ensure!(woken.status == 200, "{woken:?}");
+    ensure!(
+        boot_id(&woken.body)? != boot_id(&first.body)?,
+        "a wake is a new incarnation"
+    );
+    let timing = woken
+        .header("server-timing")
+        .context("a waking answer has its timing")?;
+    ensure!(
+        timing.contains("boot") && timing.contains("app"),
+        "{timing}"
+    );
+
+    until(20, || Ok(platform.vm_processes()?.is_empty()))
+        .await
+        .context("reaped when idle")?;
+    ensure!(visitor.get(host, "/").await?.status == 200);
+    platform.end()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_vm_answers_after_the_daemon_was_killed() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let mut platform = Platform::start().await?;
+    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
+    platform.cli(&["deploy", &folder.argument()])?;
+    let visitor = platform.visitor();
+    let host = "portrait.localhost";
+    let before = visitor.get(host, "/").await?;
+
+    let load = tokio::spawn(load(visitor.clone(), host));
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    platform.kill_daemon()?;
+    platform.start_daemon().await?;
+    let after = visitor.get(host, "/").await?;
+    ensure!(
+        boot_id(&after.body)? == boot_id(&before.body)?,
+        "another VM answers"
+    );
+    ensure!(
+        count(&after.body)? > count(&before.body)?,
+        "its memory was lost"
+    );
+    let failed = load.await?;
+    ensure!(
+        failed.is_empty(),
+        "requests failed while the daemon was away: {failed:?}"
+    );
+    platform.end()
+}
+
+/// Forty requests one after another; gives those that were not answered with 200.
+async fn load(visitor: spore_e2e::Visitor, host: &'static str) -> Vec<String> {
+    let mut failed = Vec::new();
+    for _request in 0..40 {
+        match visitor.get(host, "/").await {
+            Ok(answer) if answer.status == 200 => {}
+            Ok(answer) => failed.push(format!("{} {}", answer.status, answer.body)),
+            Err(error) => failed.push(format!("{error:#}")),
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    failed
+}
+
+fn field<'a>(body: &'a serde_json::Value, name: &str) -> Result<&'a serde_json::Value> {
+    body.get(name)
+        .with_context(|| format!("no {name} in {body}"))
+}
+
+fn boot_id(body: &str) -> Result<String> {
+    let body = serde_json::from_str(body).with_context(|| format!("not JSON: {body}"))?;
+    Ok(field(&body, "boot_id")?.to_string())
+}
+
+fn count(body: &str) -> Result<u64> {
+    let body = serde_json::from_str(body).with_context(|| format!("not JSON: {body}"))?;
+    field(&body, "count")?.as_u64().context("a number")
+}
+
+/// Asks until the answer is yes, at most so many seconds.
+async fn until(seconds: u32, mut question: impl FnMut() -> Result<bool>) -> Result<()> {
+    for _try in 0..seconds * 10 {
+        if question()? {
+            return Ok(());
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    anyhow::bail!("not within {seconds} s")
+}
