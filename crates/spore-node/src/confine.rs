@@ -10,7 +10,8 @@
 //! 2. own mount, ipc, uts and, unless asked otherwise, network namespace (needs `CAP_SYS_ADMIN`);
 //! 3. an empty, read-only root (`CAP_SYS_ADMIN`);
 //! 4. limits; `RLIMIT_CORE` is 1, not 0: the kernel writes core files under a limit of 0 to a piped
-//!    `core_pattern`, and refuses to when the limit is 1 (Linux `fs/coredump.c`);
+//!    `core_pattern`, and refuses to when the limit is 1 (Linux `fs/coredump.c`); where the limit
+//!    is 0 already, being not dumpable (step 5) is what stops it;
 //! 5. an empty bounding set (`CAP_SETPCAP`), no supplementary groups, own gid and uid (which drops
 //!    the other capability sets), `no_new_privs`;
 //! 6. a seccomp filter that ends the process at system calls it can have no use for.
@@ -20,7 +21,7 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use rustix::thread::CapabilitySet;
@@ -162,6 +163,9 @@ fn limit(confinement: &Confinement) -> Result<(), ConfineError> {
         limits.push((Resource::RLIMIT_FSIZE, bytes));
     }
     for (resource, most) in limits {
+        // What is lower already stays so: raising it may be refused, and is never needed.
+        let (_soft, hard) = getrlimit(resource).map_err(step("read limits"))?;
+        let most = most.min(hard);
         setrlimit(resource, most, most).map_err(step("limits"))?;
     }
     Ok(())

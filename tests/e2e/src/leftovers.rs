@@ -14,12 +14,22 @@ pub fn of(home: &Path, uid_first: u32, uid_count: u32, cgroup: &str) -> Result<V
     let mut left = processes(home, uid_first, uid_count)?;
     left.extend(mounts(home)?);
     left.extend(cgroups(Path::new("/sys/fs/cgroup"), cgroup, 0)?);
-    for folder in ["run/vms", "run/netns"] {
+    for folder in [
+        "run/host/vms",
+        "run/host/netns",
+        "run/host/uids",
+        "run/node/vms",
+        "data/scratch",
+    ] {
         let Ok(entries) = std::fs::read_dir(home.join(folder)) else {
             continue;
         };
         for entry in entries {
-            left.push(format!("file {}", entry?.path().display()));
+            let path = entry?.path();
+            // Empty scratch disks are kept to be copied; no guest has written to one.
+            if !path.to_string_lossy().contains("/scratch/empty-") {
+                left.push(format!("file {}", path.display()));
+            }
         }
     }
     Ok(left)
@@ -45,6 +55,10 @@ pub fn processes(home: &Path, uid_first: u32, uid_count: u32) -> Result<Vec<Stri
         let Ok(status) = std::fs::read_to_string(entry.path().join("status")) else {
             continue;
         };
+        // A zombie is its parent's, and after a daemon's end that is the host's first process.
+        if status.lines().any(|line| line.starts_with("State:\tZ")) {
+            continue;
+        }
         let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
         let uid = status.lines().find_map(|line| line.strip_prefix("Uid:"));

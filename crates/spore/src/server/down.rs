@@ -163,6 +163,12 @@ async fn stop_vms(parts: Parts) -> Result<usize> {
         .await
         .context("remove what is left")?;
     parts.qemu.close().context("remove what was made ahead")?;
+    parts
+        .qemu
+        .rooms()
+        .cgroups()
+        .remove_parent()
+        .context("remove the cgroup of all VMs")?;
     Ok(running.len())
 }
 

@@ -76,7 +76,8 @@ pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Part
     let launcher = [program.to_string_lossy().into_owned(), "jail".to_owned()];
     let qemu = Qemu::open(QemuConfig {
         room: RoomConfig {
-            runtime_dir: config.runtime_dir.join("node"),
+            // Not the journals' folder: what the driver removes of a VM must not take its journal.
+            runtime_dir: config.runtime_dir.join("host"),
             data_dir: config.data_dir.clone(),
             cgroup_parent: config.cgroup_parent.clone(),
             uid_first: config.uid_first,
