@@ -6,8 +6,10 @@
 //! | route | module |
 //! |---|---|
 //! | `GET /api/v1/status` | [`status`] |
-//! | `GET /api/v1/apps`, `GET·DELETE /api/v1/apps/{app}`, `POST …/{stop,wake,restart,enable,disable,rollback}` | [`app`] |
-//! | `POST /api/v1/sources` (`application/zstd`), `GET·POST /api/v1/apps/{app}/releases` | [`release`] |
+//! | `GET /api/v1/apps`, `GET·DELETE /api/v1/apps/{app}` | [`app`] |
+//! | `POST /api/v1/apps/{app}/{stop,wake,restart,enable,disable,rollback}` | [`app`] |
+//! | `POST /api/v1/sources` (`application/zstd`) | [`release`] |
+//! | `GET·POST /api/v1/apps/{app}/releases` | [`release`] |
 //! | `GET /api/v1/apps/{app}/secrets`, `PUT·DELETE …/secrets/{name}` | [`secret`] |
 //! | `GET /api/v1/apps/{app}/logs` (`application/x-ndjson`) | [`log`] |
 //! | `GET /api/v1/apps/{app}/exec` (WebSocket), `GET·PUT …/files?path=` | [`exec`] |

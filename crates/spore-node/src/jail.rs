@@ -8,7 +8,7 @@
 //! ```text
 //!   daemon ──exec──▶ launcher: cgroup, session, namespaces, root of read-only binds, pivot
 //!                        │ clone3(CLONE_PARENT | CLONE_NEWPID)
-//!                        ├──▶ child: rlimits, fds, uid, no capabilities, no_new_privs ──exec──▶ VMM
+//!                        ├──▶ child: rlimits, fds, uid, no capabilities, no_new_privs ─exec─▶ VMM
 //!                        └──▶ says the child's pid, ends
 //! ```
 //!

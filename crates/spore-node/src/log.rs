@@ -2,7 +2,7 @@
 //!
 //! Fed by the log collector of each VM (`vm/collect.rs`) with masked lines only; read by the node
 //! for `logs`. `<logs>/ACCOUNT/APP/app.log` and two older files of at most [`LOG_FILE_BYTES`] each;
-//! one line is one JSON object. Never holds up an app: what cannot be written is dropped and counted.
+//! one line is one JSON object. Never holds up an app: what cannot be written is dropped, counted.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File};

@@ -1,9 +1,9 @@
 //! Host and agent: what may be said on the agent's channel.
 //!
 //! Spoken by `spore-node` (host) and `spore-guest` (agent, PID 1), inside the frames of
-//! [`crate::frame`]. Messages are JSON objects tagged by `type`; unknown fields are ignored, so that
-//! a newer host can talk to an agent frozen in a snapshot. Neither side believes the other: the
-//! host treats every message as written by a tenant.
+//! [`crate::frame`]. Messages are JSON objects tagged by `type`; unknown fields are ignored, so
+//! that a newer host can talk to an agent frozen in a snapshot. Neither side believes the other:
+//! the host treats every message as written by a tenant.
 //!
 //! # Session
 //!

@@ -1,8 +1,8 @@
 //! A whole platform of a story's own: daemon, gateway, VMs, on folders and ports nobody else has.
 //!
-//! There are [`SLOTS`] places for platforms on a machine, each a folder with a lock, so that no more
-//! stories boot VMs at once than the machine has cores, and so that whoever takes a place first
-//! clears away what a killed story left there.
+//! There are [`SLOTS`] places for platforms on a machine, each a folder with a lock, so that no
+//! more stories boot VMs at once than the machine has cores, and so that whoever takes a place
+//! first clears away what a killed story left there.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::net::SocketAddr;

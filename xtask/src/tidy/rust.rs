@@ -26,7 +26,7 @@ const UNSAFE_FILES: &[&str] = &[
 ];
 
 /// The only readers of the environment and of TOML in the product.
-const CONFIG_FILES: &[&str] = &["crates/spore/src/config.rs", "crates/spore/src/manifest.rs"];
+const CONFIG_FILES: &[&str] = &["crates/spore/src/config.rs", "crates/spore/src/document.rs"];
 
 /// Reading the environment or TOML.
 const CONFIG_READS: &[&str] = &[

@@ -8,8 +8,8 @@
 //! # Life of a namespace
 //!
 //! ```text
-//!   made, tap down, policy closed ──take──▶ of one VM ──open──▶ tap up, policy open ──remove──▶ gone
-//!         (waits in the pool)                     └──────────────remove────────────────────────▶ gone
+//!   made, tap down, policy closed ─take─▶ of one VM ─open─▶ tap up, policy open ─remove─▶ gone
+//!         (waits in the pool)                   └──────────────remove──────────────────────▶ gone
 //! ```
 //! It is never given to a second VM.
 

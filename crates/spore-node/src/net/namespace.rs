@@ -1,7 +1,7 @@
 //! One network namespace, held by a bind mount under the runtime folder.
 //!
 //! Made by the pool, opened by the drivers for one VM, removed when that VM is released. A
-//! namespace is a name and two threads; nothing here remembers what state it is in, the kernel does.
+//! namespace is a name and two threads; nothing here remembers its state, the kernel does.
 
 use std::fs::{self, File};
 use std::io;

@@ -665,7 +665,8 @@ impl Actor {
         self.host.board.publish(status, self.awake_until);
         if let VmState::Releasing(Ending::Failed(failure)) = &self.state {
             let message = self.mask(&failure.message);
-            tracing::warn!(vm = %self.record.start.vm, kind = ?failure.kind, %message, "a VM fails");
+            let vm = self.record.start.vm;
+            tracing::warn!(%vm, kind = ?failure.kind, %message, "a VM fails");
         }
     }
 

@@ -1,8 +1,8 @@
 //! A host of one test: its own folders, cgroup parent and uid range, and a look at what is left.
 //!
-//! The kernel is that of `make deps`: under the folder that `SPORE_DEPS`
-//! names, by default `/var/lib/spore-deps`, `guest/vmlinux` and `guest/release`; the initramfs is of
-//! `guest.rs`. A test that misses something says `SKIPPED: reason` and passes.
+//! The kernel is that of `make deps`: `guest/vmlinux` and `guest/release` under the folder that
+//! `SPORE_DEPS` names, by default `/var/lib/spore-deps`; the initramfs is that of `guest.rs`. A
+//! test that misses something says `SKIPPED: reason` and passes.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! The `qemu` driver with real namespaces, cgroups and QEMU. Needs root; see `host.rs` for the rest.
+//! The `qemu` driver with real namespaces, cgroups and QEMU. Needs root; `host.rs` has the rest.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,

@@ -3,7 +3,7 @@
 //! Used by tests, here and of the whole platform. A [`SimHost`] is the machine under the daemon: it
 //! outlives any number of [`SimHypervisor`]s and so any number of daemons, as a host does. Its
 //! guests speak the agent's real protocol (`agent.rs`), so nothing above this seam knows that it is
-//! simulated. Never touches the real host, but for one loopback listener per VM that is connected to.
+//! simulated. Never touches the real host, but for a loopback listener per VM that is connected to.
 //!
 //! Chance is drawn per VM and verb, not in the order in which tasks happen to run, so a seed gives
 //! the same faults whatever the scheduling. On a paused clock (`tokio::time::pause`, current-thread
