@@ -10,6 +10,24 @@ pub mod leftovers;
 pub mod platform;
 pub mod visitor;
 
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
 pub use app::AppFolder;
-pub use platform::{Platform, available};
+pub use platform::{Disk, Platform, Run, available};
 pub use visitor::{Answer, Visitor};
+
+/// Asks until the answer is yes, at most so many seconds.
+///
+/// # Errors
+/// When the question fails, or the answer stays no.
+pub async fn until(seconds: u32, mut question: impl FnMut() -> Result<bool>) -> Result<()> {
+    for _try in 0..seconds * 10 {
+        if question()? {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    bail!("not within {seconds} s")
+}

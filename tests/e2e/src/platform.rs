@@ -5,6 +5,7 @@
 //! first clears away what a killed story left there.
 
 use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -41,6 +42,26 @@ pub struct Platform {
     daemon: Option<Child>,
 }
 
+/// How a run of the program ended.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// Its exit code; negative for a signal.
+    pub code: i32,
+    /// What it printed as its result.
+    pub out: String,
+    /// What it said beside.
+    pub err: String,
+}
+
+/// What a platform's data is written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// The host's own.
+    Shared,
+    /// One of its own with so many MiB.
+    OwnMib(u32),
+}
+
 #[derive(Debug)]
 struct Slot {
     number: u16,
@@ -58,8 +79,17 @@ pub fn available() -> bool {
     } else {
         return true;
     };
-    println!("SKIPPED: {reason}");
+    skipped(reason);
     false
+}
+
+/// Says that a story, or a part of one, cannot run here.
+#[expect(
+    clippy::print_stdout,
+    reason = "a test run is read by people and by CI"
+)]
+pub fn skipped(reason: &str) {
+    println!("SKIPPED: {reason}");
 }
 
 /// Where `make deps` puts the guest's kernel, initramfs and images.
@@ -93,16 +123,48 @@ impl Platform {
     /// # Errors
     /// When it does not come up; the daemon's log is in the message.
     pub async fn start() -> Result<Self> {
+        Self::start_on(Disk::Shared).await
+    }
+
+    /// As [`Platform::start`], with its data on that disk.
+    ///
+    /// # Errors
+    /// As [`Platform::start`].
+    pub async fn start_on(disk: Disk) -> Result<Self> {
         let slot = tokio::task::spawn_blocking(Slot::take).await??;
         let mut platform = Self { slot, daemon: None };
         platform
             .sweep()
             .context("clear what an earlier story left")?;
         platform
-            .lay_out()
+            .lay_out(disk)
             .context("lay out the platform's folders")?;
         platform.start_daemon().await?;
         Ok(platform)
+    }
+
+    /// Waits for every slot, clears it as the next story would, and gives what is left all the
+    /// same.
+    ///
+    /// # Errors
+    /// When one cannot be cleared.
+    pub fn clear_all() -> Result<Vec<String>> {
+        let mut left = Vec::new();
+        for number in 0..SLOTS {
+            let slot = loop {
+                if let Some(slot) = Slot::take_one(number)? {
+                    break slot;
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            };
+            let mut platform = Self { slot, daemon: None };
+            left.extend(
+                platform
+                    .sweep()
+                    .context("clear what an earlier story left")?,
+            );
+        }
+        Ok(left)
     }
 
     /// Starts the daemon again after [`Platform::kill_daemon`].
@@ -179,6 +241,7 @@ impl Platform {
     /// What is left.
     pub fn end(mut self) -> Result<()> {
         self.down()?;
+        unmount(&self.home().join("data"))?;
         let left = self.leftovers()?;
         ensure!(
             left.is_empty(),
@@ -208,6 +271,24 @@ impl Platform {
             .into_iter()
             .filter(|line| line.contains("qemu"))
             .collect())
+    }
+
+    /// Pids of every process of this platform: VMs, proxies, gateway, daemon, helpers.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn pids(&self) -> Result<Vec<i32>> {
+        let all = leftovers::processes(self.home(), self.slot.first_uid(), UIDS)?;
+        Ok(all.iter().filter_map(|line| pid_of(line)).collect())
+    }
+
+    /// Pids of this platform's VMs.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn vm_pids(&self) -> Result<Vec<i32>> {
+        let all = self.vm_processes()?;
+        Ok(all.iter().filter_map(|line| pid_of(line)).collect())
     }
 
     /// The public client, as root over the unix socket.
@@ -269,20 +350,43 @@ impl Platform {
     /// # Errors
     /// When it fails; both outputs are in the message.
     pub fn cli(&self, arguments: &[&str]) -> Result<String> {
-        let (verb, rest) = arguments.split_first().context("no verb")?;
-        let output = self
-            .command(verb)
-            .args(rest)
-            .stdin(Stdio::null())
-            .output()?;
-        let out = String::from_utf8_lossy(&output.stdout).into_owned();
-        let err = String::from_utf8_lossy(&output.stderr);
-        let status = output.status;
+        let run = self.run(arguments)?;
+        let Run { code, out, err } = &run;
         ensure!(
-            status.success(),
-            "spore {arguments:?} ended with {status}:\n{out}{err}"
+            *code == 0,
+            "spore {arguments:?} ended with {code}:\n{out}{err}"
         );
-        Ok(out)
+        Ok(run.out)
+    }
+
+    /// Runs the CLI, however it ends.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub fn run(&self, arguments: &[&str]) -> Result<Run> {
+        self.run_with(arguments, b"")
+    }
+
+    /// Runs the CLI with this as its standard input, however it ends.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub fn run_with(&self, arguments: &[&str], input: &[u8]) -> Result<Run> {
+        let (verb, rest) = arguments.split_first().context("no verb")?;
+        let mut command = self.command(verb);
+        command.args(rest);
+        run(command, input)
+    }
+
+    /// Runs the CLI with `--json` and gives what it printed.
+    ///
+    /// # Errors
+    /// When it fails, or prints something that is not JSON.
+    pub fn json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
+        let mut arguments = arguments.to_vec();
+        arguments.insert(1, "--json");
+        let out = self.cli(&arguments)?;
+        serde_json::from_str(&out).with_context(|| format!("{arguments:?} printed {out}"))
     }
 
     /// The last lines of the daemon's log.
@@ -294,7 +398,9 @@ impl Platform {
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
-    fn config(&self) -> String {
+    /// The daemon's configuration file.
+    #[must_use]
+    pub fn config(&self) -> String {
         self.home().join("etc/spore.toml").display().to_string()
     }
 
@@ -320,18 +426,22 @@ impl Platform {
         Ok(())
     }
 
-    /// Stops and removes what a killed story left in this slot.
-    fn sweep(&mut self) -> Result<()> {
+    /// Stops and removes what a killed story left in this slot; gives what the platform itself did
+    /// not remove when it was stopped.
+    fn sweep(&mut self) -> Result<Vec<String>> {
         if self.home().join("etc/spore.toml").exists() && self.home().join("bin/spore").exists() {
             self.down()?;
         }
+        unmount(&self.home().join("data"))?;
+        let left = self.leftovers()?;
+        unmount(self.home())?;
         match std::fs::remove_dir_all(self.home()) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
-            _gone => Ok(()),
+            _gone => Ok(left),
         }
     }
 
-    fn lay_out(&self) -> Result<()> {
+    fn lay_out(&self, disk: Disk) -> Result<()> {
         let home = self.home();
         for folder in ["", "bin", "etc", "data", "log", "run"] {
             let path = home.join(folder);
@@ -340,6 +450,13 @@ impl Platform {
                 .mode(0o711)
                 .recursive(true)
                 .create(&path)?;
+        }
+        if let Disk::OwnMib(mib) = disk {
+            let size = format!("size={mib}m");
+            let mut mount = Command::new("mount");
+            mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]);
+            let status = mount.arg(home.join("data")).status()?;
+            ensure!(status.success(), "mount ended with {status}");
         }
         std::fs::copy(program(), home.join("bin/spore"))?;
         let config = format!(
@@ -364,12 +481,61 @@ impl Platform {
     }
 }
 
+/// Runs a command with this as its standard input, however it ends.
+///
+/// # Errors
+/// When it cannot be run.
+pub fn run(mut command: Command, input: &[u8]) -> Result<Run> {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    let mut stdin = child.stdin.take().context("a pipe")?;
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // Whoever does not read its input may still end well.
+            drop(stdin.write_all(input));
+        });
+        child.wait_with_output()
+    })?;
+    let signal = std::os::unix::process::ExitStatusExt::signal(&output.status);
+    Ok(Run {
+        code: output.status.code().unwrap_or_else(|| -signal.unwrap_or(1)),
+        out: String::from_utf8_lossy(&output.stdout).into_owned(),
+        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
+
+/// The pid in a line of [`leftovers::processes`].
+fn pid_of(line: &str) -> Option<i32> {
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Unmounts everything that is mounted on or below a folder.
+fn unmount(folder: &Path) -> Result<()> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let places = table.lines().filter_map(|line| line.split(' ').nth(4));
+    for place in places
+        .map(Path::new)
+        .filter(|path| path.starts_with(folder))
+    {
+        let status = Command::new("umount").arg(place).status()?;
+        ensure!(status.success(), "umount ended with {status}");
+    }
+    Ok(())
+}
+
 impl Drop for Platform {
+    #[expect(
+        clippy::print_stderr,
+        reason = "the story that fails says why elsewhere"
+    )]
     fn drop(&mut self) {
         if self.daemon.is_some() {
             // The story failed: what it saw is in its own message; what stays is for the next one.
             if let Err(error) = self.down() {
-                println!("the platform did not end cleanly: {error:#}");
+                eprintln!("the platform did not end cleanly: {error:#}");
             }
         }
     }
@@ -378,27 +544,33 @@ impl Drop for Platform {
 impl Slot {
     /// Waits for a free slot.
     fn take() -> Result<Self> {
-        DirBuilder::new().mode(0o711).recursive(true).create(HOME)?;
         loop {
             for number in 0..SLOTS {
-                let path = Path::new(HOME).join(format!("slot-{number}.lock"));
-                let mut options = OpenOptions::new();
-                let lock = options
-                    .create(true)
-                    .truncate(false)
-                    .write(true)
-                    .open(path)?;
-                if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-                    let home = Path::new(HOME).join(format!("slot-{number}"));
-                    return Ok(Self {
-                        number,
-                        home,
-                        _lock: lock,
-                    });
+                if let Some(slot) = Self::take_one(number)? {
+                    return Ok(slot);
                 }
             }
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// This slot, unless somebody has it.
+    fn take_one(number: u16) -> Result<Option<Self>> {
+        DirBuilder::new().mode(0o711).recursive(true).create(HOME)?;
+        let path = Path::new(HOME).join(format!("slot-{number}.lock"));
+        let mut options = OpenOptions::new();
+        let lock = options
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(path)?;
+        let home = Path::new(HOME).join(format!("slot-{number}"));
+        let taken = flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+        Ok(taken.then_some(Self {
+            number,
+            home,
+            _lock: lock,
+        }))
     }
 
     fn first_uid(&self) -> u32 {

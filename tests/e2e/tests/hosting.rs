@@ -1,8 +1,9 @@
 //! An app's days: deployed, asleep, awake, asleep again.
+#![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
 use anyhow::{Context, Result, ensure};
 use spore_e2e::app::SELF_PORTRAIT;
-use spore_e2e::{AppFolder, Platform, available};
+use spore_e2e::{AppFolder, Platform, available, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
@@ -110,15 +111,4 @@ fn boot_id(body: &str) -> Result<String> {
 fn count(body: &str) -> Result<u64> {
     let body = serde_json::from_str(body).with_context(|| format!("not JSON: {body}"))?;
     field(&body, "count")?.as_u64().context("a number")
-}
-
-/// Asks until the answer is yes, at most so many seconds.
-async fn until(seconds: u32, mut question: impl FnMut() -> Result<bool>) -> Result<()> {
-    for _try in 0..seconds * 10 {
-        if question()? {
-            return Ok(());
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-    }
-    anyhow::bail!("not within {seconds} s")
 }

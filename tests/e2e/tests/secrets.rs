@@ -1,14 +1,20 @@
 //! Where a secret is, and where it is not.
+#![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
-use std::io::Write;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use spore_e2e::app::SELF_PORTRAIT;
 use spore_e2e::{AppFolder, Platform, available};
 
 const CANARY: &str = "canary-9f3b1c77e2d84a60-never-in-clear";
+const SECOND: &str = "canary-5a0e4d19b7c64f38-nor-this-one";
+
+const PRINTS_IT: &str = "import os\nprint('the key is', os.environ['API_KEY'], flush=True)\n";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_secret_is_in_the_app_and_nowhere_else() -> Result<()> {
@@ -16,89 +22,188 @@ async fn a_secret_is_in_the_app_and_nowhere_else() -> Result<()> {
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let manifest = "[idle]\nafter = \"10m\"\n[secrets]\nnames = [\"API_KEY\"]\n";
+    // A grant, so that the VM has a proxy whose process is searched too.
+    let manifest = "[idle]\nafter = \"10m\"\n[egress]\nallow = [\"10.20.0.5:5432\"]\n\
+                    [secrets]\nnames = [\"API_KEY\"]\nfiles = [\"SECOND\"]\n";
     let folder = AppFolder::python("keeper", &format!("{PRINTS_IT}{SELF_PORTRAIT}"), manifest)?;
-    let refused = platform.cli(&["deploy", &folder.argument()]);
-    let refused = format!(
-        "{:#}",
-        refused
-            .err()
-            .context("a secret that is not set is refused")?
-    );
-    ensure!(refused.contains("API_KEY"), "{refused}");
+    let refused = platform.run(&["deploy", &folder.argument()])?;
+    ensure!(refused.code != 0, "{refused:?}");
+    ensure!(refused.err.contains("API_KEY"), "{refused:?}");
+    ensure!(refused.err.contains("spore secret set"), "{refused:?}");
 
-    set_secret(&platform, "keeper", "API_KEY", CANARY)?;
-    platform.cli(&["deploy", &folder.argument()])?;
-    let answer = platform
-        .visitor()
-        .get("keeper.localhost", "/env/API_KEY")
-        .await?;
+    set(&platform, "API_KEY", CANARY)?;
+    set(&platform, "SECOND", SECOND)?;
+    let done = AtomicBool::new(false);
+    // Helpers of a deploy live shortly, so their arguments are looked at while it goes on.
+    let (deployed, meanwhile) = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| watch_processes(&platform, &done));
+        let deployed = platform.cli(&["deploy", &folder.argument()]);
+        done.store(true, Ordering::Release);
+        (deployed, watch.join())
+    });
+    deployed?;
+    let meanwhile = meanwhile.map_err(|_panic| anyhow::anyhow!("the watch panicked"))??;
+    ensure!(meanwhile.is_empty(), "the secret is in {meanwhile:?}");
+
+    let visitor = platform.visitor();
+    let answer = visitor.get("keeper.localhost", "/env/API_KEY").await?;
     ensure!(answer.body == CANARY, "{answer:?}");
+    let file = platform.cli(&["exec", "keeper", "--", "cat", "/run/secrets/SECOND"])?;
+    ensure!(file == SECOND, "{file}");
     let logs = platform.cli(&["logs", "keeper"])?;
     ensure!(logs.contains("the key is ***"), "{logs}");
 
     let found = sightings(&platform)?;
     ensure!(found.is_empty(), "the secret is in {found:?}");
+    the_search_finds_what_is_planted(&platform)?;
+    platform.end()
+}
 
-    // The search would have found it: planted in clear in a file and in a process's arguments.
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_are_set_replaced_listed_without_values_and_removed() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let platform = Platform::start().await?;
+    let manifest = "[idle]\nafter = \"10m\"\n[secrets]\nnames = [\"API_KEY\", \"REGION\"]\n";
+    let folder = AppFolder::python("keeper", SELF_PORTRAIT, manifest)?;
+    let file = folder.path().join("values.env");
+    std::fs::write(
+        &file,
+        format!("# two\nAPI_KEY=\"{CANARY}\"\nREGION=north\n"),
+    )?;
+    let file = file.display().to_string();
+    platform.cli(&["secret", "set", "keeper", "--env-file", &file])?;
+    platform.cli(&["deploy", &folder.argument()])?;
+    ensure!(value(&platform, "API_KEY").await? == CANARY);
+    ensure!(value(&platform, "REGION").await? == "north");
+
+    let listed = platform.cli(&["secret", "ls", "keeper"])?;
+    ensure!(
+        listed.contains("API_KEY") && listed.contains("REGION"),
+        "{listed}"
+    );
+    ensure!(
+        !listed.contains(CANARY) && !listed.contains("north"),
+        "{listed}"
+    );
+    let listed = platform.json(&["secret", "ls", "keeper"])?;
+    for secret in listed["items"].as_array().context("items")? {
+        let mut keys: Vec<_> = secret.as_object().context("an object")?.keys().collect();
+        keys.sort();
+        ensure!(keys == ["name", "updated_at", "used"], "{secret}");
+    }
+
+    // A new value comes with the next start, or at once when that is asked for.
+    set(&platform, "REGION", "south")?;
+    ensure!(value(&platform, "REGION").await? == "north");
+    let arguments = ["secret", "set", "keeper", "REGION", "--restart"];
+    let restarted = platform.run_with(&arguments, b"west\n")?;
+    ensure!(restarted.code == 0, "{restarted:?}");
+    ensure!(value(&platform, "REGION").await? == "west");
+
+    platform.cli(&["secret", "rm", "keeper", "REGION"])?;
+    let listed = platform.cli(&["secret", "ls", "keeper"])?;
+    ensure!(!listed.contains("REGION"), "{listed}");
+    let again = platform.run(&["secret", "rm", "keeper", "REGION"])?;
+    ensure!(again.code == 1 && again.err.contains("REGION"), "{again:?}");
+    for (input, what) in [
+        (b"".as_slice(), "empty"),
+        (b"a\0b", "NUL"),
+        (b"\xff", "UTF-8"),
+    ] {
+        let refused = platform.run_with(&["secret", "set", "keeper", "API_KEY"], input)?;
+        ensure!(
+            refused.code != 0 && refused.err.contains(what),
+            "{refused:?}"
+        );
+    }
+
+    // The app still asks for what is gone, and says so when it is woken.
+    platform.cli(&["stop", "keeper"])?;
+    let answer = platform.visitor().get("keeper.localhost", "/").await?;
+    ensure!(answer.status == 503, "{answer:?}");
+    let status = platform.cli(&["status", "keeper"])?;
+    ensure!(status.contains("REGION"), "{status}");
+    platform.end()
+}
+
+async fn value(platform: &Platform, name: &str) -> Result<String> {
+    let path = format!("/env/{name}");
+    let answer = platform.visitor().get("keeper.localhost", &path).await?;
+    ensure!(answer.status == 200, "{answer:?}");
+    Ok(answer.body)
+}
+
+fn set(platform: &Platform, name: &str, value: &str) -> Result<()> {
+    let set = platform.run_with(&["secret", "set", "keeper", name], value.as_bytes())?;
+    ensure!(set.code == 0, "{set:?}");
+    ensure!(
+        !set.out.contains(value) && !set.err.contains(value),
+        "{set:?}"
+    );
+    Ok(())
+}
+
+/// Planted in clear in a file and in a process's arguments and environment, it is found.
+fn the_search_finds_what_is_planted(platform: &Platform) -> Result<()> {
     let planted = platform.home().join("data/planted");
     std::fs::write(&planted, format!("before {CANARY} after"))?;
-    let program = platform.home().join("bin/sleep");
-    std::fs::copy("/bin/sleep", &program)?;
-    let mut sleeper = Command::new(&program).args(["600", CANARY]).spawn()?;
-    let found = sightings(&platform);
+    let mut sleeper = Command::new("/bin/sleep");
+    let mut sleeper = sleeper
+        .arg0(format!("{} {CANARY}", platform.home().display()))
+        .arg("600")
+        .env("PLANTED", SECOND)
+        .spawn()?;
+    let found = sightings(platform);
     sleeper.kill()?;
     sleeper.wait()?;
     std::fs::remove_file(&planted)?;
     let found = found?;
-    ensure!(
-        found.iter().any(|place| place.contains("planted")),
-        "{found:?}"
-    );
-    ensure!(
-        found.iter().any(|place| place.contains("cmdline")),
-        "{found:?}"
-    );
-    platform.end()
-}
-
-const PRINTS_IT: &str = "import os\nprint('the key is', os.environ['API_KEY'], flush=True)\n";
-
-fn set_secret(platform: &Platform, app: &str, name: &str, value: &str) -> Result<()> {
-    let mut child = platform
-        .command("secret")
-        .args(["set", app, name])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()?;
-    child
-        .stdin
-        .take()
-        .context("a pipe")?
-        .write_all(value.as_bytes())?;
-    ensure!(child.wait()?.success(), "secret set failed");
+    for place in ["data/planted", "cmdline", "environ"] {
+        ensure!(
+            found.iter().any(|found| found.ends_with(place)),
+            "{place} is not in {found:?}"
+        );
+    }
     Ok(())
 }
 
-/// Every place of the platform that has the canary: files, logs, arguments and environments.
+/// Every place of the platform that has a canary: files, logs, arguments and environments.
 fn sightings(platform: &Platform) -> Result<Vec<String>> {
     let mut found = Vec::new();
     search(platform.home(), &mut found)?;
-    let home = platform.home().to_string_lossy().into_owned();
-    for entry in std::fs::read_dir("/proc")? {
-        let folder = entry?.path();
-        let command = std::fs::read(folder.join("cmdline")).unwrap_or_default();
-        let ours = String::from_utf8_lossy(&command).contains(&home)
-            || std::fs::read_link(folder.join("exe")).is_ok_and(|exe| exe.starts_with(&home))
-            || String::from_utf8_lossy(&command).contains("qemu-system");
-        if !ours {
-            continue;
-        }
+    let pids = platform.pids()?;
+    let mut names = Vec::new();
+    for pid in &pids {
+        names.push(std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default());
+    }
+    // Daemon, gateway and VM at least: else the search looks at too little.
+    ensure!(
+        pids.len() >= 3 && names.iter().any(|name| name.starts_with("qemu")),
+        "only {names:?} run"
+    );
+    search_processes(&pids, &mut found);
+    Ok(found)
+}
+
+fn search_processes(pids: &[i32], found: &mut Vec<String>) {
+    for pid in pids {
         for file in ["cmdline", "environ"] {
-            if contains(&std::fs::read(folder.join(file)).unwrap_or_default()) {
-                found.push(folder.join(file).display().to_string());
+            let path = format!("/proc/{pid}/{file}");
+            // A process may have ended meanwhile.
+            if contains(&std::fs::read(&path).unwrap_or_default()) {
+                found.push(path);
             }
         }
+    }
+}
+
+fn watch_processes(platform: &Platform, done: &AtomicBool) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    while !done.load(Ordering::Acquire) {
+        search_processes(&platform.pids()?, &mut found);
+        std::thread::sleep(Duration::from_millis(20));
     }
     Ok(found)
 }
@@ -116,8 +221,17 @@ fn search(folder: &Path, found: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
+/// Compares at the canaries' first bytes only: the images are large, and nothing is optimised here.
 fn contains(bytes: &[u8]) -> bool {
-    bytes
-        .windows(CANARY.len())
-        .any(|window| window == CANARY.as_bytes())
+    [CANARY, SECOND].iter().any(|canary| {
+        let canary = canary.as_bytes();
+        let mut rest = bytes;
+        while let Some(at) = rest.iter().position(|byte| *byte == canary[0]) {
+            if rest[at..].starts_with(canary) {
+                return true;
+            }
+            rest = &rest[at + 1..];
+        }
+        false
+    })
 }
