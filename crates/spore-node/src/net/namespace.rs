@@ -79,6 +79,11 @@ impl Namespaces {
             .await
     }
 
+    /// Makes no more: what is being made is there when this returns, or never will be. Blocks.
+    pub fn end_making(&self) {
+        self.slow.end();
+    }
+
     /// Removes the namespace `name`; nothing to do if it is gone. What still runs inside keeps it
     /// alive without a name.
     ///
@@ -141,6 +146,14 @@ impl Namespaces {
             .inside(&self.path(name), work)
             .await
             .map_err(step("entering the namespace"))?
+    }
+
+    /// Whether packets may pass in `name`.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub async fn is_open(&self, name: &str) -> io::Result<bool> {
+        self.quick.inside(&self.path(name), tap::is_up).await
     }
 
     /// A TCP connection from inside the namespace to the guest's `port`.

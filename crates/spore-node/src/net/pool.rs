@@ -58,8 +58,9 @@ impl Pool {
     pub async fn take(&self, claim: impl FnOnce(&str) -> io::Result<()>) -> io::Result<String> {
         let ready = lock(&self.ready).try_recv();
         let name = match ready {
-            Ok(name) => name,
-            Err(_empty) => self.maker.make().await?,
+            // One that waited when the pool was closed is gone.
+            Ok(name) if lock(&self.maker.unclaimed).contains(&name) => name,
+            _none => self.maker.make().await?,
         };
         let claimed = claim(&name);
         self.maker.forget(&name);
@@ -76,15 +77,17 @@ impl Pool {
         lock(&self.maker.unclaimed).clone()
     }
 
-    /// Stops filling and removes what waits.
+    /// Stops filling and removes what waits and what was just being made. Blocks; nothing can be
+    /// taken afterwards.
     ///
     /// # Errors
     /// What could not be removed.
     pub fn close(&self) -> io::Result<()> {
         self.filler.abort();
-        let mut ready = lock(&self.ready);
-        ready.close();
-        while let Ok(name) = ready.try_recv() {
+        lock(&self.ready).close();
+        // The filler may be cut off while one is made for it, or before it passes one on.
+        self.maker.namespaces.end_making();
+        for name in self.unclaimed() {
             self.maker.namespaces.remove(&name)?;
             self.maker.forget(&name);
         }
@@ -101,7 +104,7 @@ impl Drop for Pool {
 impl Maker {
     async fn fill(self, give: mpsc::Sender<String>) {
         loop {
-            // The place comes first: an aborted filler then holds no finished namespace.
+            // The place comes first: no more are made than there is room for.
             let Ok(place) = give.reserve().await else {
                 return;
             };

@@ -16,10 +16,17 @@ use tokio::sync::oneshot;
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The way to one such thread; it ends when the last one is dropped.
+/// What the thread is sent.
+enum Order {
+    Work(Job),
+    /// The last one; its drop is the answer to whoever waits.
+    End(mpsc::Sender<()>),
+}
+
+/// The way to one such thread; it ends when the last one is dropped, or when it is told to.
 #[derive(Clone, Debug)]
 pub struct NamespaceThread {
-    jobs: mpsc::Sender<Job>,
+    orders: mpsc::Sender<Order>,
 }
 
 impl NamespaceThread {
@@ -28,15 +35,26 @@ impl NamespaceThread {
     /// # Errors
     /// When the host has no thread left.
     pub fn start(name: &str) -> io::Result<Self> {
-        let (jobs, queue) = mpsc::channel::<Job>();
+        let (orders, queue) = mpsc::channel::<Order>();
         std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
-                for job in queue {
-                    job();
+                for order in queue {
+                    match order {
+                        Order::Work(job) => job(),
+                        Order::End(_waiting) => return,
+                    }
                 }
             })?;
-        Ok(Self { jobs })
+        Ok(Self { orders })
+    }
+
+    /// Ends the thread behind the work that it has, and refuses all that comes later. Blocks.
+    pub fn end(&self) {
+        let (waiting, answered) = mpsc::channel();
+        drop(self.orders.send(Order::End(waiting)));
+        // The thread drops it behind its work, or had ended before.
+        assert!(answered.recv().is_err(), "an end has no other answer");
     }
 
     /// Runs `work` on the thread, wherever the job before left it: for work that makes a namespace.
@@ -54,7 +72,7 @@ impl NamespaceThread {
             drop(answer.send(work()));
         });
         let gone = || io::Error::new(io::ErrorKind::BrokenPipe, "the namespace thread ended");
-        self.jobs.send(job).map_err(|_e| gone())?;
+        self.orders.send(Order::Work(job)).map_err(|_e| gone())?;
         answered.await.map_err(|_e| gone())?
     }
 

@@ -8,14 +8,14 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use spore_node::hypervisor::PolicyError;
 use spore_node::hypervisor::qemu::Qemu;
+use spore_node::hypervisor::{Hypervisor as _, PolicyError};
 use spore_node::net::policy::Policy;
 use spore_node::net::tap::{GUEST_MAC, HOST_MAC};
 use tokio::time::timeout;
 
 use crate::guest::Then;
-use crate::host::{HANG, TestHost};
+use crate::host::{HANG, TestHost, new_id};
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 2);
@@ -215,6 +215,29 @@ async fn a_guest_reaches_nothing_and_with_a_grant_only_the_proxy() {
     // The first answer may come again; nothing is said to the address that is not the guest's.
     assert!(answers.is_none_or(|segment| segment.to == (GUEST, 40_000)));
     drop(sockets);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_driver_that_closes_while_namespaces_are_made_leaves_none() {
+    let Some(host) = TestHost::new(Then::Wait) else {
+        return;
+    };
+    // From before the first one is begun to after the last one is ready.
+    for wait_ms in (0..60).step_by(6) {
+        let driver = host.driver().await;
+        tokio::time::sleep(std::time::Duration::from_millis(wait_ms)).await;
+        driver.close().unwrap();
+        let none = Vec::<String>::new();
+        assert_eq!(host.namespaces(), none, "closed after {wait_ms} ms");
+        let machine = host.machine();
+        let refused = driver.prepare(new_id(), &machine).await;
+        assert!(refused.is_err(), "{refused:?}");
+        driver
+            .sweep(&std::collections::BTreeSet::new())
+            .await
+            .unwrap();
+        assert_eq!(host.namespaces(), none, "closed after {wait_ms} ms");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
