@@ -1,4 +1,10 @@
 //! What a confined helper process has, and has not, read from outside by root.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::tests_outside_test_module,
+    reason = "the whole program is tests: a failed step ends its test, and a skip is said"
+)]
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;

@@ -9,6 +9,10 @@
 mod confinement;
 mod guest;
 mod host;
+mod kill_points;
 mod life;
 mod network;
 mod recovery;
+
+#[path = "../bin/orders.rs"]
+mod orders;

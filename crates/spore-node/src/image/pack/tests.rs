@@ -87,8 +87,11 @@ fn refused(kind: ImageKind, parts: &[Part]) -> PackError {
         .expect("refused")
 }
 
-/// Path, kind, mode, uid, mtime and content of all entries, as an independent reader sees them.
-fn read_back(image: &Image) -> Vec<(PathBuf, &'static str, u16, u32, u32, Vec<u8>)> {
+/// Path, kind, mode, uid, mtime and content of an entry.
+type Entry = (PathBuf, &'static str, u16, u32, u32, Vec<u8>);
+
+/// All entries, as an independent reader sees them.
+fn read_back(image: &Image) -> Vec<Entry> {
     let reader = BufReader::new(File::open(image.file.path()).unwrap());
     let system = FilesystemReader::from_reader(reader).unwrap();
     let mut found = Vec::new();
