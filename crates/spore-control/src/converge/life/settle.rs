@@ -231,9 +231,14 @@ impl Life {
             return;
         }
         if self.breaker.until > now {
-            let failure = self.paused(now);
-            self.fail_wake(failure);
-            if target.idle_after_ms.is_none() && !self.rest {
+            // A pause that is nearly over is waited out: whoever comes after a VM that died should
+            // meet the next one, not the reason.
+            let is_short = self.breaker.until <= now.after(timing.backoff_least);
+            if !is_short {
+                let failure = self.paused(now);
+                self.fail_wake(failure);
+            }
+            if is_short || target.idle_after_ms.is_none() && !self.rest {
                 step.look_at(self.breaker.until);
             }
             return;

@@ -501,6 +501,22 @@ fn a_crash_loop_is_paused_longer_each_time() {
 }
 
 #[test]
+fn a_wake_after_a_vm_that_died_waits_for_the_next_one() {
+    let mut world = World::new(true);
+    let ready = [Act::Wake, Act::Move(0), Act::Move(0), Act::Move(0)];
+    run(&mut world, &ready);
+    let first = world.life.awake().unwrap();
+    run(&mut world, &[Act::Die(0), Act::Wake]);
+    assert_eq!(world.waiting, 1, "it is held through the short pause");
+    assert!(world.node.is_empty());
+    world.now = world.life.breaker.until;
+    world.settle().unwrap();
+    run(&mut world, &[Act::Move(0), Act::Move(0), Act::Move(0)]);
+    assert_eq!(world.waiting, 0);
+    assert!(world.life.awake().is_some_and(|vm| vm != first));
+}
+
+#[test]
 fn a_wake_that_meets_a_reap_waits_for_the_old_vm_to_be_gone() {
     let mut world = World::new(true);
     run(
