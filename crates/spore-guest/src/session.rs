@@ -123,6 +123,8 @@ fn input(frame: Frame) -> Option<Input> {
         FrameKind::Data => return Some(Input::Data(stream, frame.payload)),
         FrameKind::End => return Some(Input::End(stream)),
         FrameKind::Message => {}
+        // The decoder puts parts together.
+        FrameKind::Part => return None,
     }
     let message = match serde_json::from_slice(&frame.payload) {
         Ok(message) => message,

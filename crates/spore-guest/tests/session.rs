@@ -104,7 +104,7 @@ mod tests {
                             return (Vec::new(), value);
                         }
                         FrameKind::Data => return (frame.payload, Value::Null),
-                        FrameKind::End => {}
+                        FrameKind::End | FrameKind::Part => {}
                     }
                 }
                 let bytes = self.socket.read(&mut buffer).unwrap();

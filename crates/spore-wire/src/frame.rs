@@ -12,6 +12,10 @@
 //!   └──────┴──────┴────────┴──────────────┴────────────┴──────────────┴─────────┘
 //! ```
 //!
+//! A message of the host that does not fit one frame is sent as `Part` frames and a last `Message`
+//! frame, back to back, all on its stream: up to [`MESSAGE_BYTES_MAX`] bytes. An agent's messages
+//! always fit one frame, so a host holds no more than that for a hostile one.
+//!
 //! `crc32` (IEEE 802.3) covers bytes 0..12 and the payload. It is not a protection against an
 //! attacker; it tells a frame cut by a dead daemon from a whole one.
 //!
@@ -31,6 +35,9 @@ use thiserror::Error;
 
 /// The most payload bytes of one frame; the first limit on what a peer can make us allocate.
 pub const FRAME_BYTES_MAX: usize = 64 * 1024;
+
+/// The most bytes of one message of the host: what an app is started with, secrets included.
+pub const MESSAGE_BYTES_MAX: usize = 1024 * 1024;
 
 /// The bytes before a frame's payload.
 pub const HEADER_BYTES: usize = 16;
@@ -52,6 +59,9 @@ pub enum FrameKind {
     Data,
     /// The sender will send no more data on this stream; the payload is empty.
     End,
+    /// The beginning or middle of a message whose last piece comes as `Message`. A decoder puts
+    /// them together and never gives one out.
+    Part,
 }
 
 impl FrameKind {
@@ -60,6 +70,7 @@ impl FrameKind {
             Self::Message => 0,
             Self::Data => 1,
             Self::End => 2,
+            Self::Part => 3,
         }
     }
 
@@ -68,6 +79,7 @@ impl FrameKind {
             0 => Some(Self::Message),
             1 => Some(Self::Data),
             2 => Some(Self::End),
+            3 => Some(Self::Part),
             _ => None,
         }
     }
@@ -80,7 +92,7 @@ pub struct Frame {
     pub stream: u32,
     /// What it carries.
     pub kind: FrameKind,
-    /// At most [`FRAME_BYTES_MAX`] bytes.
+    /// At most [`FRAME_BYTES_MAX`] bytes; of a message that came in parts, [`MESSAGE_BYTES_MAX`].
     pub payload: Vec<u8>,
 }
 
@@ -93,6 +105,9 @@ pub enum FrameError {
     /// A payload over the limit.
     #[error("frame of {0} bytes; at most {FRAME_BYTES_MAX} are allowed")]
     TooLarge(usize),
+    /// A message over the limit, or in parts where none are allowed.
+    #[error("message of at least {0} bytes, more than is allowed")]
+    MessageTooLarge(usize),
     /// Flags of a later generation, or damage.
     #[error("frame with unknown flags {0:#04x}")]
     UnknownFlags(u8),
@@ -128,6 +143,22 @@ pub fn encode(
     Ok(())
 }
 
+/// Appends one message to `out`, in as many frames as it takes.
+///
+/// # Errors
+/// [`FrameError::MessageTooLarge`]; nothing is appended then.
+pub fn encode_message(stream: u32, payload: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
+    if payload.len() > MESSAGE_BYTES_MAX {
+        return Err(FrameError::MessageTooLarge(payload.len()));
+    }
+    let last = payload.len().saturating_sub(1) / FRAME_BYTES_MAX * FRAME_BYTES_MAX;
+    let (parts, rest) = payload.split_at(last);
+    for part in parts.chunks(FRAME_BYTES_MAX) {
+        encode(stream, FrameKind::Part, part, out)?;
+    }
+    encode(stream, FrameKind::Message, rest, out)
+}
+
 /// Turns received bytes into frames.
 ///
 /// ```text
@@ -139,6 +170,9 @@ pub struct Decoder {
     buffer: Vec<u8>,
     consumed: usize,
     scan_for: Option<Vec<u8>>,
+    is_host: bool,
+    /// The stream and the bytes of a message whose last piece has not come.
+    parts: Option<(u32, Vec<u8>)>,
 }
 
 impl Decoder {
@@ -157,6 +191,8 @@ impl Decoder {
             buffer: Vec::new(),
             consumed: 0,
             scan_for: Some(mark),
+            is_host: true,
+            parts: None,
         }
     }
 
@@ -173,6 +209,60 @@ impl Decoder {
     /// After [`FrameError::Checksum`] the decoder stands behind the bad frame and can go on; after
     /// any other the session must end.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
+        loop {
+            let frame = match self.next_piece() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return Ok(None),
+                Err(error) => {
+                    self.parts = None;
+                    return Err(error);
+                }
+            };
+            if let Some(whole) = self.assemble(frame)? {
+                return Ok(Some(whole));
+            }
+        }
+    }
+
+    /// Puts the pieces of a message together; gives everything else as it is.
+    fn assemble(&mut self, frame: Frame) -> Result<Option<Frame>, FrameError> {
+        // Pieces come back to back: whatever else comes means that the rest never will.
+        let parts = self
+            .parts
+            .take()
+            .filter(|(stream, _)| *stream == frame.stream);
+        match (frame.kind, parts) {
+            (FrameKind::Part, parts) => {
+                let (stream, mut bytes) = parts.unwrap_or((frame.stream, Vec::new()));
+                bytes.extend_from_slice(&frame.payload);
+                // What a host decodes comes from a guest, which has no reason to send parts.
+                let most = if self.is_host {
+                    FRAME_BYTES_MAX
+                } else {
+                    MESSAGE_BYTES_MAX
+                };
+                if bytes.len() >= most {
+                    return Err(FrameError::MessageTooLarge(bytes.len()));
+                }
+                self.parts = Some((stream, bytes));
+                Ok(None)
+            }
+            (FrameKind::Message, Some((stream, mut bytes))) => {
+                bytes.extend_from_slice(&frame.payload);
+                if bytes.len() > MESSAGE_BYTES_MAX {
+                    return Err(FrameError::MessageTooLarge(bytes.len()));
+                }
+                Ok(Some(Frame {
+                    stream,
+                    kind: FrameKind::Message,
+                    payload: bytes,
+                }))
+            }
+            _ => Ok(Some(frame)),
+        }
+    }
+
+    fn next_piece(&mut self) -> Result<Option<Frame>, FrameError> {
         if !self.scan() {
             return Ok(None);
         }
@@ -252,8 +342,8 @@ mod tests {
     use proptest::prelude::{any, prop, prop_assert_eq, proptest};
 
     use super::{
-        Decoder, FRAME_BYTES_MAX, Frame, FrameError, FrameKind, PREAMBLE_BYTES, SYNC_MARK,
-        checksum, encode,
+        Decoder, FRAME_BYTES_MAX, Frame, FrameError, FrameKind, HEADER_BYTES, MESSAGE_BYTES_MAX,
+        PREAMBLE_BYTES, SYNC_MARK, checksum, encode, encode_message,
     };
 
     fn whole(stream: u32, kind: FrameKind, payload: &[u8]) -> Vec<u8> {
@@ -294,6 +384,57 @@ mod tests {
             };
             assert_eq!(frame.payload, b"{}");
         }
+    }
+
+    #[test]
+    fn a_large_message_comes_whole_and_an_unfinished_one_is_forgotten() {
+        let large = vec![b'x'; 3 * FRAME_BYTES_MAX + 5];
+        let mut bytes = Vec::new();
+        encode_message(7, &large, &mut bytes).unwrap();
+        let mut decoder = Decoder::new();
+        decoder.feed(&bytes[..2 * FRAME_BYTES_MAX + 2 * HEADER_BYTES]);
+        assert_eq!(decoder.next_frame(), Ok(None));
+        // The daemon died between two parts; its successor says hello.
+        decoder.feed(&[0; PREAMBLE_BYTES]);
+        decoder.feed(&whole(0, FrameKind::Message, b"hello"));
+        assert_eq!(decoder.next_frame().unwrap().unwrap().payload, b"hello");
+        decoder.feed(&bytes);
+        let frame = decoder.next_frame().unwrap().unwrap();
+        assert_eq!(
+            (frame.stream, frame.kind, frame.payload),
+            (7, FrameKind::Message, large)
+        );
+    }
+
+    #[test]
+    fn a_message_of_whole_frames_ends_with_a_full_one() {
+        for len in [
+            0,
+            1,
+            FRAME_BYTES_MAX,
+            2 * FRAME_BYTES_MAX,
+            MESSAGE_BYTES_MAX,
+        ] {
+            let mut bytes = Vec::new();
+            encode_message(1, &vec![1; len], &mut bytes).unwrap();
+            let mut decoder = Decoder::new();
+            decoder.feed(&bytes);
+            assert_eq!(decoder.next_frame().unwrap().unwrap().payload.len(), len);
+            assert_eq!(decoder.next_frame(), Ok(None));
+        }
+        let mut out = Vec::new();
+        assert!(encode_message(1, &vec![1; MESSAGE_BYTES_MAX + 1], &mut out).is_err());
+        assert!(out.is_empty());
+    }
+
+    #[test]
+    fn a_host_takes_no_message_in_parts_beyond_one_frame() {
+        let mut decoder = Decoder::after_mark([1; 16]);
+        decoder.feed(&SYNC_MARK);
+        decoder.feed(&[1; 16]);
+        decoder.feed(&whole(1, FrameKind::Part, &[b'x'; FRAME_BYTES_MAX]));
+        let refused = decoder.next_frame();
+        assert_eq!(refused, Err(FrameError::MessageTooLarge(FRAME_BYTES_MAX)));
     }
 
     #[test]

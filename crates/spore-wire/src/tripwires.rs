@@ -7,6 +7,7 @@ use crate::{egress, frame, gateway, guest};
 
 const _: () = assert!(frame::HEADER_BYTES == 16);
 const _: () = assert!(frame::FRAME_BYTES_MAX == 64 * 1024);
+const _: () = assert!(frame::MESSAGE_BYTES_MAX == 1024 * 1024);
 const _: () = assert!(matches!(
     frame::SYNC_MARK,
     [0xa5, b'S', b'P', b'O', b'R', b'E', 0, 0xa5]

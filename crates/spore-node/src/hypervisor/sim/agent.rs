@@ -137,6 +137,7 @@ fn take(
             }
             return;
         }
+        FrameKind::Part => unreachable!("a decoder puts parts together"),
     };
     match (host_message, session) {
         (Some(HostMessage::Hello(hello)), session) => {

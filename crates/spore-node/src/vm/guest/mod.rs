@@ -83,7 +83,7 @@ pub enum GuestError {
     #[error("too many requests are under way in this VM: wait until some are done")]
     TooMany,
     /// The request does not fit a message.
-    #[error("the request is over 64 KiB: make its command, environment or secrets smaller")]
+    #[error("the request is over 1 MiB: make its command, environment or secrets smaller")]
     TooLarge,
     /// The agent answered something else.
     #[error("the guest's agent gave an answer that does not fit: {0}")]

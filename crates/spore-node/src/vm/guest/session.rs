@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use data_encoding::HEXLOWER;
 use spore_wire::frame::{
-    Decoder, FRAME_BYTES_MAX, Frame, FrameError, FrameKind, PREAMBLE_BYTES, encode,
+    Decoder, FRAME_BYTES_MAX, Frame, FrameError, FrameKind, MESSAGE_BYTES_MAX, PREAMBLE_BYTES,
+    encode, encode_message,
 };
 use spore_wire::generation::{GENERATION, is_served};
 use spore_wire::guest::{
@@ -141,7 +142,7 @@ pub(crate) enum StreamError {
     Over(String),
     #[error("{STREAMS_OPEN_MAX} requests are under way")]
     TooMany,
-    #[error("a message over {FRAME_BYTES_MAX} bytes")]
+    #[error("a message over {MESSAGE_BYTES_MAX} bytes")]
     TooLarge,
 }
 
@@ -153,8 +154,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn message_frame(stream: u32, message: &HostMessage) -> Result<Zeroizing<Vec<u8>>, StreamError> {
     let json = serde_json::to_vec(message).map_err(|_e| StreamError::TooLarge)?;
     let json = Zeroizing::new(json);
-    let mut frame = Vec::with_capacity(json.len() + spore_wire::frame::HEADER_BYTES);
-    encode(stream, FrameKind::Message, &json, &mut frame).map_err(|_e| StreamError::TooLarge)?;
+    let frames = json.len() / FRAME_BYTES_MAX + 1;
+    let mut frame = Vec::with_capacity(json.len() + frames * spore_wire::frame::HEADER_BYTES);
+    encode_message(stream, &json, &mut frame).map_err(|_e| StreamError::TooLarge)?;
     Ok(Zeroizing::new(frame))
 }
 
@@ -469,6 +471,7 @@ impl Run {
         match frame.kind {
             FrameKind::Data => inbox.push(&frame.payload)?,
             FrameKind::End => inbox.ended = true,
+            FrameKind::Part => return Err(SessionError::Protocol("a part of a message")),
             FrameKind::Message => match decode(&frame)? {
                 AgentMessage::Credit { bytes } => {
                     let most = CREDIT_BYTES as usize;
