@@ -215,10 +215,13 @@ fn show_one_wake() -> Result<()> {
             "--silent",
             "--show-error",
             "--fail",
-            "--max-time=90",
-            "--dump-header=-",
+            "--max-time",
+            "90",
+            "--dump-header",
+            "-",
             // Not every resolver knows *.localhost.
-            "--resolve=hello.localhost:8080:127.0.0.1",
+            "--resolve",
+            "hello.localhost:8080:127.0.0.1",
             EXAMPLE_URL,
         ]))
     })?;

@@ -71,7 +71,10 @@ pub(crate) fn down(config: &ServerConfig, file: Option<&Path>) -> Result<Down> {
 }
 
 /// Asks the daemon to end and waits until it has; says whether there was one.
-fn stop_daemon(config: &ServerConfig, file: Option<&Path>) -> Result<bool> {
+///
+/// # Errors
+/// When it does not end in its time.
+pub(crate) fn stop_daemon(config: &ServerConfig, file: Option<&Path>) -> Result<bool> {
     let Holder::Process(pid) = DaemonLock::holder(&config.runtime_dir)? else {
         return Ok(false);
     };

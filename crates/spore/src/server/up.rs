@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use spore_api::client::{Client, Endpoint};
 use spore_api::status::Status;
 
+use super::down::stop_daemon;
 use super::lock::{DaemonLock, Holder};
 use crate::config::ServerConfig;
 
@@ -45,13 +46,18 @@ pub(crate) fn up(config: &ServerConfig, file: Option<&Path>, invoker: Option<u32
         rustix::process::geteuid().is_root(),
         "Spore's daemon needs root for namespaces, cgroups and disks: run `sudo spore up`"
     );
+    let program = trusted_program()?;
     let runs = match DaemonLock::holder(&config.runtime_dir)? {
-        Holder::Process(_) => true,
         Holder::Nobody => false,
+        Holder::Process(pid) if is_of(pid, &program) => true,
+        Holder::Process(_) => {
+            // Another build of this program was installed since: VMs stay, the daemon changes.
+            stop_daemon(config, file)?;
+            false
+        }
     };
     let mut child = None;
     if !runs {
-        let program = trusted_program()?;
         make_folder(&config.log_dir, 0o750)?;
         if Path::new("/run/systemd/system").is_dir() && file.is_none() {
             start_unit(&program, invoker)?;
@@ -64,6 +70,21 @@ pub(crate) fn up(config: &ServerConfig, file: Option<&Path>, invoker: Option<u32
         started: !runs,
         status,
     })
+}
+
+/// Whether the daemon runs the file that is installed now. `None` is a daemon that just starts.
+fn is_of(pid: Option<i32>, program: &Path) -> bool {
+    let Some(pid) = pid else {
+        return true;
+    };
+    let running = std::fs::metadata(format!("/proc/{pid}/exe"));
+    let installed = std::fs::metadata(program);
+    match (running, installed) {
+        (Ok(running), Ok(installed)) => {
+            (running.dev(), running.ino()) == (installed.dev(), installed.ino())
+        }
+        _unreadable => true,
+    }
 }
 
 /// This program's path, if nobody but root could have replaced it.

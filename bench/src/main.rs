@@ -1,0 +1,38 @@
+//! `cargo run -p spore-bench -- cold-wake | memory`: end-to-end figures on a platform of its own.
+//!
+//! Prints a table for people and one line of JSON behind it. Never judges by a time alone: a
+//! figure stands beside a floor that the issue of the day names, or beside a peer in the same run
+//! (`bench/gateway.sh`).
+
+mod memory;
+mod wake;
+
+use std::io::Write;
+
+use anyhow::{Result, bail};
+
+fn main() -> Result<()> {
+    let arguments = std::env::args().skip(1).collect::<Vec<_>>();
+    let arguments = arguments.iter().map(String::as_str).collect::<Vec<_>>();
+    if !spore_e2e::available() {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let report = match arguments.as_slice() {
+        ["cold-wake"] => runtime.block_on(wake::run(10))?,
+        ["cold-wake", rounds] => runtime.block_on(wake::run(rounds.parse()?))?,
+        ["memory"] => runtime.block_on(memory::run(1_000))?,
+        ["memory", apps] => runtime.block_on(memory::run(apps.parse()?))?,
+        _other => bail!("usage: spore-bench cold-wake [ROUNDS] | memory [APPS]"),
+    };
+    writeln!(std::io::stdout(), "{report}")?;
+    Ok(())
+}
+
+/// The middle of some numbers.
+pub(crate) fn median(numbers: &mut [f64]) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
+}

@@ -1,0 +1,77 @@
+//! How long a visitor of a sleeping app waits, and for what.
+
+use std::io::Write;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use spore_e2e::app::SELF_PORTRAIT;
+use spore_e2e::{AppFolder, Platform};
+use tokio::time::Instant;
+
+/// Puts an app to sleep and wakes it by a request, so many times.
+pub(crate) async fn run(rounds: usize) -> Result<Value> {
+    let platform = Platform::start().await?;
+    let folder = AppFolder::python("hello", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
+    platform.cli(&["deploy", &folder.argument()])?;
+    let mut totals = Vec::new();
+    let mut warm = Vec::new();
+    let mut phases: Vec<(String, Vec<f64>)> = Vec::new();
+    for _round in 0..rounds {
+        platform.cli(&["stop", "hello"])?;
+        let (ms, answer) = timed(&platform).await?;
+        totals.push(ms);
+        let timing = answer
+            .header("server-timing")
+            .context("no timing on a waking answer")?;
+        for (name, ms) in parse(timing) {
+            match phases.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, all)) => all.push(ms),
+                None => phases.push((name, vec![ms])),
+            }
+        }
+        warm.push(timed(&platform).await?.0);
+    }
+    platform.end()?;
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "{:<24} {:>10} {:>10} {:>10}",
+        "cold wake, ms", "median", "least", "most"
+    )?;
+    let mut report = serde_json::Map::new();
+    let all = [
+        ("request to last byte".to_owned(), totals),
+        ("the next request".to_owned(), warm),
+    ];
+    for (name, mut numbers) in all.into_iter().chain(phases) {
+        let middle = crate::median(&mut numbers);
+        let (least, most) = (numbers.first(), numbers.last());
+        let (least, most) = least.zip(most).context("no rounds")?;
+        writeln!(out, "{name:<24} {middle:>10.1} {least:>10.1} {most:>10.1}")?;
+        report.insert(
+            name,
+            json!({ "median_ms": middle, "least_ms": least, "most_ms": most }),
+        );
+    }
+    Ok(json!({ "bench": "cold-wake", "rounds": rounds, "figures": report }))
+}
+
+async fn timed(platform: &Platform) -> Result<(f64, spore_e2e::Answer)> {
+    let begun = Instant::now();
+    let answer = platform.visitor().get("hello.localhost", "/").await?;
+    let ms = begun.elapsed().as_secs_f64() * 1000.0;
+    ensure!(answer.status == 200, "{answer:?}");
+    Ok((ms, answer))
+}
+
+/// Names and milliseconds of a `Server-Timing` header.
+fn parse(header: &str) -> Vec<(String, f64)> {
+    let metric = |metric: &str| {
+        let (name, rest) = metric.split_once(';')?;
+        let ms = rest
+            .split(';')
+            .find_map(|part| part.trim().strip_prefix("dur="))?;
+        Some((name.trim().to_owned(), ms.parse().ok()?))
+    };
+    header.split(',').filter_map(metric).collect()
+}
