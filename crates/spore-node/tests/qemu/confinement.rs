@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use spore_node::hypervisor::Hypervisor;
+use tokio::time::timeout;
 
-use crate::guest::{Then, WORD};
-use crate::host::{TestHost, new_id, said};
+use crate::guest::{FILL_MIB, Then, WORD};
+use crate::host::{HANG, TestHost, new_id, said};
 
 /// What the VMM may have open, by the kernel's name of it, and how often at most. Two of each disk:
 /// QEMU keeps the one of its fd set and a copy.
@@ -112,6 +114,59 @@ async fn every_vm_process_has_exactly_its_fds_uid_and_filter() {
     assert_eq!(read("oom_score_adj").trim(), "500");
     driver.release(vm).await.unwrap();
     assert_eq!(host.left(), Vec::<String>::new());
+}
+
+/// A file of the VM's cgroup: by its name on v1, or on v2.
+fn limit(host: &TestHost, cgroup: &str, v1: (&str, &str), v2: &str) -> String {
+    let root = Path::new("/sys/fs/cgroup");
+    let inside = |tree: &Path, file: &str| {
+        let folder = tree.join(&host.config.room.cgroup_parent).join(cgroup);
+        fs::read_to_string(folder.join(file))
+    };
+    let text = inside(&root.join(v1.0), v1.1).or_else(|_none| inside(root, v2));
+    text.unwrap().trim().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_uses_all_its_memory_stays_within_the_limits_of_its_vm() {
+    let Some(host) = TestHost::new(Then::Fill) else {
+        return;
+    };
+    let driver = host.driver().await;
+    let (vm, machine) = (new_id(), host.machine());
+    let prepared = driver.prepare(vm, &machine).await.unwrap();
+    let identity = driver.boot(vm, &machine, &prepared).await.unwrap();
+    let held = driver.attach(vm, &prepared, &identity).await.unwrap();
+    said(&*held, WORD).await;
+    let filled = async {
+        while held.stats().await.unwrap().memory_bytes < u64::from(FILL_MIB) << 20 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(HANG, filled).await.unwrap();
+    let of = |v1, v2| limit(&host, &identity.cgroup, v1, v2);
+    let number = |text: String| text.parse::<u64>().unwrap();
+    // The guest's 128 MiB and as much again for QEMU.
+    let memory = number(of(("memory", "memory.limit_in_bytes"), "memory.max"));
+    assert_eq!(memory, 256 << 20);
+    let peak = number(of(("memory", "memory.max_usage_in_bytes"), "memory.peak"));
+    assert!(peak < memory, "{peak} of {memory}");
+    let swap = of(("memory", "memory.swappiness"), "memory.swap.max");
+    assert_eq!(swap, "0");
+    let cpu = of(("cpu", "cpu.cfs_quota_us"), "cpu.max");
+    assert_eq!(cpu.split(' ').next(), Some("100000"));
+    let pids = number(of(("pids", "pids.max"), "pids.max"));
+    let used = held.stats().await.unwrap().pids;
+    assert!((2..pids).contains(&used) && pids < 100, "{used} of {pids}");
+    assert!(process_is_there(identity.pid));
+    driver.release(vm).await.unwrap();
+    assert_eq!(host.left(), Vec::<String>::new());
+}
+
+fn process_is_there(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+    state.is_some_and(|state| !state.trim().starts_with('Z'))
 }
 
 fn interface(line: &str) -> &str {

@@ -5,6 +5,9 @@
 /// What the init writes to the console first.
 pub(crate) const WORD: &str = "spore-test-init-is-up";
 
+/// About what the kernel leaves of a guest of 128 MiB.
+pub(crate) const FILL_MIB: u32 = 72;
+
 /// What the init does then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Then {
@@ -14,6 +17,8 @@ pub(crate) enum Then {
     PowerOff,
     /// Ends, so that the kernel panics.
     End,
+    /// Writes to every page of [`FILL_MIB`], then sleeps for ever.
+    Fill,
 }
 
 /// Where the program lies in memory; its code follows the two headers of 64 and 56 bytes.
@@ -71,9 +76,27 @@ fn program(then: Then) -> Vec<u8> {
     elf
 }
 
+/// mmap(NULL, len, READ | WRITE, PRIVATE | ANONYMOUS, -1, 0), a byte to each page, then pause().
+fn fill_code() -> Vec<u8> {
+    let bytes = FILL_MIB << 20;
+    let mut code = vec![0xb8, 9, 0, 0, 0, 0x31, 0xff, 0xbe];
+    code.extend_from_slice(&bytes.to_le_bytes());
+    code.extend_from_slice(&[0xba, 3, 0, 0, 0, 0x41, 0xba, 0x22, 0, 0, 0]);
+    code.extend_from_slice(&[0x49, 0xc7, 0xc0, 0xff, 0xff, 0xff, 0xff, 0x45, 0x31, 0xc9]);
+    code.extend_from_slice(&[0x0f, 0x05, 0xb9]);
+    code.extend_from_slice(&(bytes / 4096).to_le_bytes());
+    code.extend_from_slice(&[
+        0xc6, 0, 1, 0x48, 0x05, 0, 0x10, 0, 0, 0xff, 0xc9, 0x75, 0xf3,
+    ]);
+    code.extend_from_slice(&[0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7]);
+    code
+}
+
 fn code(then: Then) -> Vec<u8> {
     let message = format!("{WORD}\n");
+    let fill = fill_code();
     let rest: &[u8] = match then {
+        Then::Fill => &fill,
         // reboot(MAGIC1, MAGIC2, POWER_OFF, NULL), then pause().
         Then::PowerOff => &[
             0xb8, 0xa9, 0, 0, 0, 0xbf, 0xad, 0xde, 0xe1, 0xfe, 0xbe, 0x69, 0x19, 0x12, 0x28, 0xba,
