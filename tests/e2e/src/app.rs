@@ -42,3 +42,6 @@ impl AppFolder {
 
 /// An app that answers with what it is: its counter in memory, its boot id, its environment.
 pub const SELF_PORTRAIT: &str = include_str!("../apps/portrait.py");
+
+/// An app that answers with its own name, streams, echoes and waits, and logs what it saw.
+pub const WORDY: &str = include_str!("../apps/wordy.py");

@@ -16,7 +16,7 @@ use anyhow::{Result, bail};
 
 pub use app::AppFolder;
 pub use platform::{Disk, Platform, Run, available};
-pub use visitor::{Answer, Visitor};
+pub use visitor::{Answer, Visitor, raw};
 
 /// Asks until the answer is yes, at most so many seconds.
 ///

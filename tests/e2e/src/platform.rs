@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use spore_api::client::{Client, Endpoint};
 
 use crate::leftovers;
-use crate::visitor::Visitor;
+use crate::visitor::{Visitor, raw};
 
 /// Platforms that may run beside each other.
 pub const SLOTS: u16 = 2;
@@ -316,6 +316,32 @@ impl Platform {
         self.slot.api()
     }
 
+    /// What `/metrics` says of one series; zero when it is not there yet.
+    ///
+    /// # Errors
+    /// When the metrics cannot be read.
+    pub async fn metric(&self, series: &str) -> Result<u64> {
+        let page = self.metrics().await?;
+        let name = format!("{series} ");
+        let line = page.lines().find_map(|line| line.strip_prefix(&name));
+        line.map_or(Ok(0), |value| value.parse().context(page.clone()))
+    }
+
+    /// The page of `/metrics`.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn metrics(&self) -> Result<String> {
+        let (api, token) = (self.api_address(), self.token()?);
+        let request = format!(
+            "GET /metrics HTTP/1.1\r\nHost: {api}\r\nAuthorization: Bearer {token}\r\n\
+             Connection: close\r\n\r\n"
+        );
+        let answer = raw(api, &request).await?;
+        ensure!(answer.status == 200, "{answer:?}");
+        Ok(answer.body)
+    }
+
     /// The API's token.
     ///
     /// # Errors
@@ -458,7 +484,11 @@ impl Platform {
             let status = mount.arg(home.join("data")).status()?;
             ensure!(status.success(), "mount ended with {status}");
         }
-        std::fs::copy(program(), home.join("bin/spore"))?;
+        // Copied by another process: were the file open for writing here while a story beside this
+        // one starts a process, that would inherit it, and nobody could run the program.
+        let mut copy = Command::new("cp");
+        let status = copy.arg(program()).arg(home.join("bin/spore")).status()?;
+        ensure!(status.success(), "cp ended with {status}");
         let config = format!(
             "data_dir = \"{home}/data\"\nruntime_dir = \"{home}/run\"\nlog_dir = \"{home}/log\"\n\
              config_dir = \"{home}/etc\"\nkernel = \"{deps}/guest/vmlinux\"\n\

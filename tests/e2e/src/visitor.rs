@@ -7,11 +7,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper::header::HOST;
-use hyper::{Method, Request};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
 
 /// Longer than any wake in software emulation may take.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -87,12 +90,92 @@ impl Visitor {
     }
 
     async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Answer> {
+        self.open().await?.exchange(request).await
+    }
+
+    /// A connection that is kept for one request after another.
+    ///
+    /// # Errors
+    /// When the gateway takes none.
+    pub async fn open(&self) -> Result<Connection> {
         let stream = TcpStream::connect(self.gateway)
             .await
             .context("connect to the gateway")?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(connection);
-        let response = sender
+        Ok(Connection { sender, driver })
+    }
+}
+
+/// Sends these bytes as they are to an address and reads one answer until the connection ends,
+/// so they should ask for that.
+///
+/// # Errors
+/// When what comes is no answer.
+pub async fn raw(address: SocketAddr, request: &str) -> Result<Answer> {
+    let exchange = async {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.write_all(request.as_bytes()).await?;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).await?;
+        Ok::<_, std::io::Error>(bytes)
+    };
+    let bytes = tokio::time::timeout(PATIENCE, exchange).await;
+    let bytes = bytes.with_context(|| format!("no answer to {request}"))??;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .with_context(|| format!("no answer to {request}: {text}"))?;
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1));
+    let status = status.with_context(|| format!("no status: {head}"))?;
+    let headers = lines.filter_map(|line| line.split_once(": "));
+    Ok(Answer {
+        status: status.parse()?,
+        headers: headers
+            .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
+            .collect(),
+        body: body.to_owned(),
+    })
+}
+
+/// A visitor's connection.
+#[derive(Debug)]
+pub struct Connection {
+    sender: http1::SendRequest<Full<Bytes>>,
+    driver: JoinHandle<hyper::Result<()>>,
+}
+
+impl Connection {
+    /// `GET` of a path on a host; whole answers leave the connection open for the next one.
+    ///
+    /// # Errors
+    /// When no whole answer came.
+    pub async fn get(&mut self, host: &str, path: &str) -> Result<Answer> {
+        let request = Request::builder()
+            .uri(path)
+            .header(HOST, host)
+            .body(Full::default())?;
+        let answered = tokio::time::timeout(PATIENCE, self.exchange(request)).await;
+        answered.with_context(|| format!("no answer from {host}{path} within {PATIENCE:?}"))?
+    }
+
+    /// Sends a request and gives the answer as soon as its head is there.
+    ///
+    /// # Errors
+    /// When none came.
+    pub async fn begin(&mut self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>> {
+        let begun = tokio::time::timeout(PATIENCE, self.sender.send_request(request)).await;
+        Ok(begun.context("no answer")??)
+    }
+
+    async fn exchange(&mut self, request: Request<Full<Bytes>>) -> Result<Answer> {
+        self.sender
+            .ready()
+            .await
+            .context("the connection was closed")?;
+        let response = self
+            .sender
             .send_request(request)
             .await
             .context("send the request")?;
@@ -110,12 +193,17 @@ impl Visitor {
             .await
             .context("read the answer")?
             .to_bytes();
-        driver.abort();
         let body = String::from_utf8_lossy(&body).into_owned();
         Ok(Answer {
             status,
             headers,
             body,
         })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.driver.abort();
     }
 }
