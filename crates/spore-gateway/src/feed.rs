@@ -158,6 +158,13 @@ impl Feed {
         drop(pending.sender.send(stream.map_err(ConnectError::Unusable)));
     }
 
+    fn connect_gone(&self, id: u64) {
+        if let Some(pending) = lock(&self.inner).connects.remove(&id) {
+            // An error means that the request has gone too.
+            drop(pending.sender.send(Err(ConnectError::Gone)));
+        }
+    }
+
     fn connect_failed(&self, id: u64, reason: String) {
         let pending = lock(&self.inner).connects.remove(&id);
         if let Some(pending) = pending {
@@ -324,7 +331,7 @@ async fn session(gateway: &Arc<Gateway>, socket: PacketSocket) -> Result<(), Ses
         return Err(SessionError::NoHello);
     };
     if !is_served(generation) {
-        return Err(SessionError::Generation(generation));
+        return refuse(gateway, &socket, generation).await;
     }
     gateway.routes.begin_table();
     let beginning = gateway.feed.begin();
@@ -337,6 +344,25 @@ async fn session(gateway: &Arc<Gateway>, socket: PacketSocket) -> Result<(), Ses
         result = read(gateway, &socket, buffer) => result,
         result = write(gateway, &socket, beginning) => result,
     }
+}
+
+/// Tells a daemon of another generation which one this gateway is, and hears nothing of it but
+/// that it should make room for another gateway.
+async fn refuse(
+    gateway: &Gateway,
+    socket: &PacketSocket,
+    generation: u32,
+) -> Result<(), SessionError> {
+    let hello = FromGateway::Hello {
+        generation: GENERATION,
+        warm: Vec::new(),
+    };
+    socket.send(&hello, None).await?;
+    let mut buffer = Vec::new();
+    if let (ToGateway::Quit { drain_ms }, _) = socket.receive(&mut buffer).await? {
+        gateway.quit(drain_ms);
+    }
+    Err(SessionError::Generation(generation))
 }
 
 /// Answers the hello. What is warm and does not fit the packet follows as plain activity.
@@ -408,7 +434,8 @@ fn obey(gateway: &Arc<Gateway>, message: ToGateway, fd: Option<OwnedFd>) {
             }
         }
         ToGateway::Connected { id } => gateway.feed.connected(id, fd),
-        ToGateway::ConnectFailed { id, reason } => gateway.feed.connect_failed(id, reason),
+        ToGateway::ConnectFailed { id, gone: true, .. } => gateway.feed.connect_gone(id),
+        ToGateway::ConnectFailed { id, reason, .. } => gateway.feed.connect_failed(id, reason),
         ToGateway::Reap { app, vm, force } => {
             let mode = if force {
                 ReapMode::Force

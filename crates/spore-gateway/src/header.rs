@@ -198,12 +198,22 @@ pub(crate) fn rewrite_answer(headers: &mut HeaderMap, host: &str, request_id: &H
 }
 
 /// Headers in which a client could claim to be somebody else, and those that the gateway answers.
+/// Servers that speak CGI or WSGI make one variable of `X-Real-IP` and `X_Real_IP`, so a header is
+/// known by either spelling.
 fn is_replaced(name: &HeaderName) -> bool {
-    name == FORWARDED
-        || name == X_REAL_IP
-        || name == PROXY_AUTHORIZATION
-        || name == EXPECT
-        || name.as_str().starts_with("x-forwarded-")
+    let dashed;
+    let name = if name.as_str().contains('_') {
+        dashed = name.as_str().replace('_', "-");
+        dashed.as_str()
+    } else {
+        name.as_str()
+    };
+    name == FORWARDED.as_str()
+        || name == X_REAL_IP.as_str()
+        || name == X_REQUEST_ID.as_str()
+        || name == PROXY_AUTHORIZATION.as_str()
+        || name == EXPECT.as_str()
+        || name.starts_with("x-forwarded-")
 }
 
 /// Removes what is meant for the next hop only (RFC 9110, 7.6.1), and what `also` names.

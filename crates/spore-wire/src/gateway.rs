@@ -101,6 +101,9 @@ pub enum ToGateway {
         id: u64,
         /// For people; no addresses.
         reason: String,
+        /// Whether the incarnation is gone: the next one may be asked for.
+        #[serde(default)]
+        gone: bool,
     },
     /// Asks to close admission to this incarnation iff nothing is in flight.
     Reap {

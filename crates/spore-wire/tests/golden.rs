@@ -220,7 +220,7 @@ mod tests {
             ("connected", json!({"type": "connected", "id": 4})),
             (
                 "connect_failed",
-                json!({"type": "connect_failed", "id": 4, "reason": "why"}),
+                json!({"type": "connect_failed", "id": 4, "reason": "why", "gone": false}),
             ),
             (
                 "reap",

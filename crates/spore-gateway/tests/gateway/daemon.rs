@@ -267,7 +267,11 @@ async fn connect(socket: &PacketSocket, world: &World, id: u64, vm: VmId) {
         }
         None => {
             let reason = "refused".into();
-            let failed = ToGateway::ConnectFailed { id, reason };
+            let failed = ToGateway::ConnectFailed {
+                id,
+                reason,
+                gone: false,
+            };
             socket.send(&failed, None).await.unwrap();
         }
     }
