@@ -169,10 +169,17 @@ impl Drop for TestHost {
             cgroups.remove(&name).unwrap();
         }
         cgroups.remove_parent().unwrap();
-        for name in self.namespaces() {
-            let path = self.runtime("netns").join(name);
-            // A file that is no mount point says so.
-            let _errno = rustix::mount::unmount(&path, rustix::mount::UnmountFlags::DETACH);
+        // The thread of a driver that was dropped may be making one more, which keeps the folder.
+        for _round in 0..100 {
+            for name in self.namespaces() {
+                let path = self.runtime("netns").join(name);
+                // A file that is no mount point says so.
+                let _errno = rustix::mount::unmount(&path, rustix::mount::UnmountFlags::DETACH);
+            }
+            if fs::remove_dir_all(&self.root).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
         fs::remove_dir_all(&self.root).unwrap();
     }
