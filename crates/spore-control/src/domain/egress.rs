@@ -3,6 +3,7 @@
 use core::net::Ipv4Addr;
 
 use spore_wire::egress::{Grant, GrantTarget};
+use spore_wire::guest::{ADDRESS_PREFIX, HOST_ADDRESS};
 
 use super::RuleError;
 
@@ -28,7 +29,23 @@ pub fn grant(field: &str, text: &str) -> Result<Grant, RuleError> {
         }
     };
     let to = target(host).ok_or_else(|| RuleError::invalid(field, text, form))?;
+    if let GrantTarget::Address { address } = to
+        && !is_another_host(address)
+    {
+        let rule = "no VM can be let through to such an address; name another";
+        return Err(RuleError::invalid(field, text, rule));
+    }
     Ok(Grant { to, port })
+}
+
+/// Whether `address` means one host beyond the VM and its link, for a guest and its host alike.
+fn is_another_host(address: Ipv4Addr) -> bool {
+    let link = Ipv4Addr::from(HOST_ADDRESS).to_bits() >> (32 - ADDRESS_PREFIX);
+    !address.is_unspecified()
+        && !address.is_loopback()
+        && !address.is_broadcast()
+        && !address.is_multicast()
+        && address.to_bits() >> (32 - ADDRESS_PREFIX) != link
 }
 
 fn refuse_wide(field: &str, text: &str) -> Result<(), RuleError> {
@@ -68,8 +85,7 @@ fn refuse_wide(field: &str, text: &str) -> Result<(), RuleError> {
 
 fn target(host: &str) -> Option<GrantTarget> {
     if let Ok(address) = host.parse::<Ipv4Addr>() {
-        let usable = !address.is_unspecified() && !address.is_broadcast();
-        return (usable && !address.is_multicast()).then_some(GrantTarget::Address { address });
+        return Some(GrantTarget::Address { address });
     }
     let name = host.to_ascii_lowercase();
     let label = |label: &str| {
@@ -98,6 +114,8 @@ mod tests {
             "api.example.com:443",
             "API.Example.com:443",
             "10.20.0.5:5432",
+            "10.42.0.4:1",
+            "10.41.255.255:1",
         ] {
             assert!(grant("egress", text).is_ok(), "{text}");
         }
@@ -144,6 +162,12 @@ mod tests {
             "0.0.0.0:1",
             "255.255.255.255:1",
             "224.0.0.1:1",
+            "127.0.0.1:80",
+            "10.42.0.0:1",
+            "10.42.0.1:53",
+            "10.42.0.2:8000",
+            "10.42.0.3:1",
+            "a-.b:1",
             "a b.c:1",
             "é.com:1",
             "https://example.com:443",

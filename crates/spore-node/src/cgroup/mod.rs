@@ -3,7 +3,8 @@
 //! Used by `hypervisor/room.rs` and the drivers. Works on cgroup v2 and on hosts where memory, cpu
 //! and pids are v1 hierarchies of their own (also with a v2 tree beside them, which then serves
 //! to kill). Own code, since all it takes is a dozen small files whose names
-//! and order matter. Never moves a process: a launcher enters by itself, before it starts anything.
+//! and order matter. Never moves a process that runs: a launcher enters by itself before it starts
+//! anything, an egress proxy is put there before it has read anything.
 //!
 //! ```text
 //!   v2      /sys/fs/cgroup/PARENT/VMID
@@ -269,26 +270,11 @@ impl Cgroups {
     /// Kills what is in the cgroup now, waits a moment for it to be gone and reaps it where it is
     /// a child of this process.
     fn kill_once(&self, name: &str) -> io::Result<()> {
-        let mut killed: Vec<OwnedFd> = Vec::new();
+        let killed = self.members(name)?;
+        for (_pid, pidfd) in &killed {
+            kill_process(pidfd)?;
+        }
         for (_, path) in self.folders(name) {
-            let Some(pids) = read_if_there(&path.join("cgroup.procs"))? else {
-                continue;
-            };
-            for pid in pids
-                .lines()
-                .filter_map(|line| line.parse().ok().and_then(Pid::from_raw))
-            {
-                let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else {
-                    continue;
-                };
-                // The pid may have been given to another process before it was opened.
-                let there = fs::read_to_string(format!("/proc/{}/cgroup", pid.as_raw_nonzero()));
-                let shown = self.shown(name);
-                if there.is_ok_and(|text| text.lines().any(|line| line.ends_with(&shown))) {
-                    kill_process(&pidfd)?;
-                    killed.push(pidfd);
-                }
-            }
             // Atomic where the kernel has it; above all for what was forked meanwhile.
             match fs::write(path.join("cgroup.kill"), "1") {
                 Err(error)
@@ -300,10 +286,39 @@ impl Cgroups {
                 _ => {}
             }
         }
-        for pidfd in &killed {
+        for (_pid, pidfd) in &killed {
             await_end(pidfd)?;
         }
         Ok(())
+    }
+
+    /// Every process in the cgroup `name`, in whichever tree it is there.
+    ///
+    /// # Errors
+    /// When a tree cannot be read.
+    pub fn members(&self, name: &str) -> io::Result<Vec<(Pid, OwnedFd)>> {
+        let mut members: Vec<(Pid, OwnedFd)> = Vec::new();
+        let shown = self.shown(name);
+        for (_, path) in self.folders(name) {
+            let pids = read_if_there(&path.join("cgroup.procs"))?.unwrap_or_default();
+            let pids = pids
+                .lines()
+                .filter_map(|line| line.parse().ok().and_then(Pid::from_raw));
+            for pid in pids {
+                if members.iter().any(|(known, _)| *known == pid) {
+                    continue;
+                }
+                let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else {
+                    continue;
+                };
+                // The pid may have been given to another process before it was opened.
+                let there = fs::read_to_string(format!("/proc/{}/cgroup", pid.as_raw_nonzero()));
+                if there.is_ok_and(|text| text.lines().any(|line| line.ends_with(&shown))) {
+                    members.push((pid, pidfd));
+                }
+            }
+        }
+        Ok(members)
     }
 
     /// What the cgroup `name` uses.

@@ -55,7 +55,7 @@ pub enum LaunchError {
 }
 
 /// How proxies are started on this host.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EgressLauncher {
     program: PathBuf,
     arguments: Vec<OsString>,

@@ -42,6 +42,7 @@
 pub mod blob;
 pub mod cage;
 pub mod hello;
+pub mod host;
 pub mod launch;
 pub mod message;
 pub mod policy;

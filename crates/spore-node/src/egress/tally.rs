@@ -21,6 +21,9 @@ const REFUSALS_PER_SUMMARY: u32 = 10;
 /// The most refusals written one by one in a proxy's whole life.
 const REFUSALS_IN_ALL: u32 = 1000;
 
+/// The most summaries in a proxy's whole life: a day of busy minutes.
+const SUMMARIES_IN_ALL: u32 = 1440;
+
 /// What is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Event {
@@ -62,6 +65,7 @@ struct State {
     changed: bool,
     lines: u32,
     lines_in_all: u32,
+    summaries: u32,
 }
 
 impl Tally {
@@ -86,11 +90,12 @@ impl Tally {
         self.state().counts.get(&event).copied().unwrap_or_default()
     }
 
-    /// Writes the counts if they changed since the last time.
+    /// Writes the counts if they changed since the last time, unless that was often enough.
     pub fn summarize(&self) {
         let mut state = self.state();
         state.lines = 0;
-        if std::mem::take(&mut state.changed) {
+        if std::mem::take(&mut state.changed) && state.summaries < SUMMARIES_IN_ALL {
+            state.summaries += 1;
             info!(counts = %Counts(&state.counts), "egress so far");
         }
     }
@@ -125,7 +130,7 @@ impl fmt::Display for Counts<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Event, REFUSALS_IN_ALL, REFUSALS_PER_SUMMARY, Tally};
+    use super::{Event, REFUSALS_IN_ALL, REFUSALS_PER_SUMMARY, SUMMARIES_IN_ALL, Tally};
 
     #[test]
     fn a_flood_of_refusals_is_counted_and_hardly_written() {
@@ -137,9 +142,12 @@ mod tests {
             let _more = (0..1000).filter(|_| tally.may_write()).count();
         }
         assert_eq!(tally.state().lines_in_all, REFUSALS_IN_ALL);
-        tally.count(Event::Resolved);
-        tally.count(Event::Resolved);
-        assert_eq!(tally.of(Event::Resolved), 2);
+        for _minute in 0..=SUMMARIES_IN_ALL {
+            tally.count(Event::Resolved);
+            tally.summarize();
+        }
+        assert_eq!(tally.state().summaries, SUMMARIES_IN_ALL);
+        assert_eq!(tally.of(Event::Resolved), u64::from(SUMMARIES_IN_ALL) + 1);
         assert_eq!(tally.of(Event::Idle), 0);
     }
 }

@@ -18,6 +18,7 @@
 //! from the [`VmId`]. `sweep` removes what bears no id that is kept.
 
 pub mod process;
+pub mod proxy;
 pub mod qemu;
 pub mod room;
 pub mod sim;
@@ -36,6 +37,8 @@ use spore_wire::node::{Boundary, Resources};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+
+use crate::egress::launch::LaunchError;
 
 /// A driver.
 #[async_trait]
@@ -171,6 +174,9 @@ pub struct Prepared {
     pub namespace: String,
     /// The uid that the VMM runs as, its own.
     pub uid: u32,
+    /// The uid that its egress proxy runs as, where it has grants.
+    #[serde(default)]
+    pub egress_uid: Option<u32>,
 }
 
 /// Which process hosts the VM, for the journal.
@@ -304,6 +310,17 @@ pub enum PolicyError {
     /// What was read back is not what was written.
     #[error("the network policy read back differs: {0}")]
     Differs(String),
+    /// The way out did not start.
+    #[error("the VM's way out did not start: {log}")]
+    Proxy {
+        /// The last lines of its log.
+        log: String,
+        /// How it ended.
+        source: LaunchError,
+    },
+    /// The way out is gone from a VM whose network is open.
+    #[error("the VM's egress proxy is gone")]
+    NoProxy,
 }
 
 /// Addresses of this host's own interfaces: a guest's egress never reaches them unasked.

@@ -1,10 +1,10 @@
-//! What a VM needs of the host before its VMM runs: a folder, a uid, a namespace, a cgroup, a disk.
+//! What a VM needs of the host before its VMM runs: a folder, uids, a namespace, a cgroup, a disk.
 //!
 //! Used by drivers whose VMMs are processes. Each thing is found again by the VM's id alone:
 //!
 //! ```text
-//!   <runtime>/vms/VMID/           the record: machine.json, namespace (a name), sockets
-//!   <runtime>/uids/UID            whose uid it is
+//!   <runtime>/vms/VMID/           the record: machine.json, namespace (a name), sockets, egress.log
+//!   <runtime>/uids/UID            whose uid it is: the VMM's, and the egress proxy's if there is one
 //!   <runtime>/netns/NAME          namespaces: of the pool, or named in a record
 //!   <data>/scratch/VMID.raw       until the VMM has it open
 //!   cgroup PARENT/VMID
@@ -174,15 +174,22 @@ impl Rooms {
             .map_err(step("a network namespace"))?;
         let this = Arc::clone(self);
         let disk_mib = machine.resources.disk_mib;
+        let has_grants = !machine.egress.is_empty();
         let work = move || {
             let uid = this.claim_uid(vm).map_err(step("a uid"))?;
+            let egress_uid = has_grants.then(|| this.claim_uid(vm)).transpose();
+            let egress_uid = egress_uid.map_err(step("a uid"))?;
             this.cgroups
                 .create(&vm.to_string(), &limits)
                 .map_err(step("a cgroup"))?;
             if disk_mib > 0 {
                 this.disks.make(vm, disk_mib)?;
             }
-            Ok(Prepared { namespace, uid })
+            Ok(Prepared {
+                namespace,
+                uid,
+                egress_uid,
+            })
         };
         blocking(work).await.map_err(step("a worker thread"))?
     }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal, getpid, kill_process};
 use spore_node::config::{Config, Images, KillPoint, KillPoints};
+use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
 use spore_node::journal::Journal;
@@ -85,6 +86,8 @@ fn driver_config(orders: &Orders) -> QemuConfig {
         qemu: QemuConfig::DEBIAN_QEMU.into(),
         libraries: QemuConfig::debian_libraries(),
         launcher: vec![orders.launcher.to_string_lossy().into_owned()],
+        // The VMs of these tests have no grants.
+        egress: EgressLauncher::new("egress-proxy", [""; 0]),
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use spore_node::cgroup::Cgroups;
+use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
 use spore_node::hypervisor::{Machine, Vm};
@@ -73,6 +74,7 @@ impl TestHost {
             qemu: QemuConfig::DEBIAN_QEMU.into(),
             libraries: QemuConfig::debian_libraries(),
             launcher,
+            egress: EgressLauncher::new(env!("CARGO_BIN_EXE_egress-proxy"), [""; 0]),
         };
         fs::create_dir_all(&root).unwrap();
         fs::write(&config.initramfs, initramfs(then)).unwrap();

@@ -11,7 +11,7 @@ mod tests;
 use core::ops::RangeInclusive;
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -351,6 +351,14 @@ fn egress(root: &Table<'_>) -> Result<Vec<String>, DocumentError> {
     Ok(grants)
 }
 
+/// What every VM and its host call each other.
+const VM_LINK: [Ipv4Addr; 4] = [
+    Ipv4Addr::new(10, 42, 0, 0),
+    Ipv4Addr::new(10, 42, 0, 1),
+    Ipv4Addr::new(10, 42, 0, 2),
+    Ipv4Addr::new(10, 42, 0, 3),
+];
+
 /// One `host:port` or `address:port`, in lower case.
 fn grant(text: &str, entry: &Entry<'_>) -> Result<String, DocumentError> {
     if text.contains('*') {
@@ -374,23 +382,31 @@ fn grant(text: &str, entry: &Entry<'_>) -> Result<String, DocumentError> {
     let host = host.to_ascii_lowercase();
     let is_label = |label: &str| {
         let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
-        (1..=63).contains(&label.len()) && label.bytes().all(allowed)
+        (1..=63).contains(&label.len())
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(allowed)
     };
     let last = host.rsplit('.').next().unwrap_or_default();
     let like_address = last.bytes().all(|byte| byte.is_ascii_digit());
-    let is_host = host.len() <= 253 && host.split('.').all(is_label) && !like_address;
+    let is_host =
+        host.len() <= 253 && host.contains('.') && host.split('.').all(is_label) && !like_address;
     let address: Option<Ipv4Addr> = host.parse().ok();
-    if port == 0 || (!is_host && address.is_none()) {
-        return Err(form());
-    }
     if host == "localhost" || host.ends_with(".localhost") {
         return Err(entry.refused(
             "inside its VM an app is alone; to reach a service of the host, name the host's \
              address in a network",
         ));
     }
+    if port == 0 || (!is_host && address.is_none()) {
+        return Err(form());
+    }
     if address.is_some_and(|address| {
-        IpAddr::V4(address).is_unspecified() || address.is_loopback() || address.is_multicast()
+        address.is_unspecified()
+            || address.is_loopback()
+            || address.is_multicast()
+            || address.is_broadcast()
+            || VM_LINK.contains(&address)
     }) {
         return Err(entry.refused("no VM can be let through to such an address; name another"));
     }

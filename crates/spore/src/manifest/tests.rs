@@ -220,6 +220,14 @@ const REFUSED: &[(&str, usize, &str)] = &[
     ),
     ("[egress]\nallow = [\"1.2.3:80\"]", 6, "use \"HOST:PORT\""),
     ("[egress]\nallow = [\"127.0.0.1:80\"]", 6, "name another"),
+    ("[egress]\nallow = [\"10.42.0.1:53\"]", 6, "name another"),
+    (
+        "[egress]\nallow = [\"database:5432\"]",
+        6,
+        "use \"HOST:PORT\"",
+    ),
+    ("[egress]\nallow = [\"a-.b:1\"]", 6, "use \"HOST:PORT\""),
+    ("[egress]\nallow = [\"a.-b:1\"]", 6, "use \"HOST:PORT\""),
     ("[egress]\nallow = [\"localhost:80\"]", 6, "an app is alone"),
     (
         "[egress]\nallow = [\"a.b:1\",\n\"A.b:1\"]",

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use spore_node::config::{Config as NodeConfig, Images};
+use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
 use spore_node::image::store::ImageStore;
@@ -90,6 +91,7 @@ pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Part
         qemu: QemuConfig::DEBIAN_QEMU.into(),
         libraries: QemuConfig::debian_libraries(),
         launcher: launcher.to_vec(),
+        egress: EgressLauncher::new(&program, verb("egress")),
     })
     .await
     .context("the hypervisor")?;

@@ -131,7 +131,10 @@ fn fault_of(grant: &Grant) -> Option<&'static str> {
     match &grant.to {
         GrantTarget::Name { name } if !is_host_name(name) => Some("not a lower-case host name"),
         GrantTarget::Address { address }
-            if address.is_unspecified() || address.is_multicast() || address.is_broadcast() =>
+            if address.is_unspecified()
+                || address.is_loopback()
+                || address.is_multicast()
+                || address.is_broadcast() =>
         {
             Some("not the address of one host")
         }

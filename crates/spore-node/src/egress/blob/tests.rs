@@ -90,9 +90,11 @@ fn nothing_half_right_passes() {
 fn address_grants_need_no_resolver() {
     let alone = EgressBlob {
         resolvers: vec![],
-        ..blob(vec![address([127, 0, 0, 1], 80)])
+        ..blob(vec![address([10, 0, 0, 5], 80)])
     };
     assert!(check(&alone).is_ok());
+    // A guest's loopback and the proxy's are not the same.
+    assert!(check(&blob(vec![address([127, 0, 0, 1], 80)])).is_err());
 }
 
 #[test]

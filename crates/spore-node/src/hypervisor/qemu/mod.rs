@@ -27,18 +27,19 @@ use std::time::Duration;
 use async_trait::async_trait;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use spore_wire::id::VmId;
-use spore_wire::node::{Boundary, Resources};
+use spore_wire::node::Boundary;
 use tokio::time::timeout;
 
 use self::arguments::{Disk, FD_DISKS, INITRAMFS, KERNEL, arguments};
 use self::qmp::Qmp;
-use self::vm::QemuVm;
+use self::vm::{QemuVm, VmHost};
 use super::room::{RoomConfig, RoomError, Rooms, blocking};
 use super::{
     AttachError, BootError, Caps, Hypervisor, Identity, Machine, PrepareError, Prepared,
     ReleaseError, Swept, Vm, VmFds, process,
 };
 use crate::cgroup::Limits;
+use crate::egress::launch::EgressLauncher;
 use crate::jail::{self, Jail, JailLimits, Launch};
 use crate::sys;
 
@@ -47,6 +48,9 @@ const OVERHEAD_MIB: u32 = 128;
 
 /// Threads of a VMM beyond its vCPUs: main loop, RCU, and up to 64 that wait for disks.
 const OVERHEAD_THREADS: u32 = 80;
+
+/// Memory of an egress proxy beside its VMM, socket buffers included where the kernel counts them.
+const PROXY_MIB: u32 = 32;
 
 /// Descriptors of a VMM; a quiet one has about thirty.
 const FDS_MAX: u64 = 128;
@@ -89,6 +93,8 @@ pub struct QemuConfig {
     pub libraries: Vec<PathBuf>,
     /// Program and arguments that call [`jail::main`].
     pub launcher: Vec<String>,
+    /// What calls [`crate::egress::main`].
+    pub egress: EgressLauncher,
 }
 
 impl QemuConfig {
@@ -234,10 +240,7 @@ impl Hypervisor for Qemu {
             source,
         };
         let work = async move {
-            let prepared = shared
-                .rooms
-                .prepare(vm, &machine, limits(&machine.resources))
-                .await;
+            let prepared = shared.rooms.prepare(vm, &machine, limits(&machine)).await;
             drop(guard);
             prepared
         };
@@ -271,8 +274,11 @@ impl Hypervisor for Qemu {
         identity: &Identity,
     ) -> Result<Arc<dyn Vm>, AttachError> {
         let pidfd = process::open(identity, self.shared.rooms.cgroups())?;
-        let rooms = Arc::clone(&self.shared.rooms);
-        let attached = QemuVm::attach(rooms, vm, prepared, identity.pid, pidfd).await?;
+        let host = VmHost {
+            rooms: Arc::clone(&self.shared.rooms),
+            egress: self.shared.config.egress.clone(),
+        };
+        let attached = QemuVm::attach(host, vm, prepared, identity.pid, pidfd).await?;
         Ok(Arc::new(attached))
     }
 
@@ -309,11 +315,17 @@ async fn uncancelled<T: Send + 'static>(
     tokio::spawn(work).await.map_err(io::Error::other)
 }
 
-fn limits(resources: &Resources) -> Limits {
+fn limits(machine: &Machine) -> Limits {
+    let resources = &machine.resources;
+    let (proxy_mib, proxies) = if machine.egress.is_empty() {
+        (0, 0)
+    } else {
+        (PROXY_MIB, 1)
+    };
     Limits {
-        memory_bytes: u64::from(resources.memory_mib + OVERHEAD_MIB) * MIB,
+        memory_bytes: u64::from(resources.memory_mib + OVERHEAD_MIB + proxy_mib) * MIB,
         cpus: resources.cpus,
-        pids: u32::from(resources.cpus) + OVERHEAD_THREADS,
+        pids: u32::from(resources.cpus) + OVERHEAD_THREADS + proxies,
     }
 }
 
@@ -404,7 +416,7 @@ impl Shared {
         let disks = Disk::of(machine.folder.as_deref(), &machine.resources);
         let mut binds = vec![self.config.qemu.clone()];
         binds.extend(self.config.libraries.iter().cloned());
-        let limits = limits(&machine.resources);
+        let limits = limits(machine);
         Jail {
             cgroup: self.rooms.cgroups().entrances(&vm.to_string()),
             stage: self.rooms.stage(),

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //!   Watching ──SHUTDOWN (guest's end)──▶ reads the console, `quit` ──▶ Watching
-//!       │ └────asked for the console──▶ reads it ──▶ Watching
+//!       │ ├────asked for the console──▶ reads it ──▶ Watching
+//!       │ └────egress proxy gone──▶ kills the VMM ──▶ Watching
 //!       └──process gone──▶ Over (exit published)
 //! ```
 //!
@@ -32,6 +33,8 @@ use super::arguments::{CONSOLE, CONSOLE_BYTES};
 use super::qmp::Qmp;
 use super::{AGENT_SOCKET, ENDING, LOG_BYTES, QMP_SOCKET, open_log};
 use crate::cgroup::kill_process;
+use crate::egress::launch::EgressLauncher;
+use crate::hypervisor::proxy::EgressProxy;
 use crate::hypervisor::room::Rooms;
 use crate::hypervisor::{AgentStream, AttachError, PolicyError, Prepared, Vm, VmExit, VmStats};
 use crate::net::policy::Policy;
@@ -44,6 +47,13 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much of the console and of QEMU's own output a reason holds: a kernel's panic fits in.
 const TAIL_LINES: usize = 40;
 
+/// What a VM needs of its driver.
+#[derive(Debug)]
+pub(super) struct VmHost {
+    pub(super) rooms: Arc<Rooms>,
+    pub(super) egress: EgressLauncher,
+}
+
 /// A VM.
 #[derive(Debug)]
 pub(super) struct QemuVm {
@@ -53,21 +63,48 @@ pub(super) struct QemuVm {
     policy: Policy,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     exit: watch::Receiver<Option<VmExit>>,
-    console: mpsc::Sender<oneshot::Sender<Vec<String>>>,
+    orders: mpsc::Sender<Order>,
+    /// Where it has grants.
+    proxy: Option<Arc<EgressProxy>>,
     watcher: JoinHandle<()>,
+}
+
+/// What the task of a VM is asked.
+#[derive(Debug)]
+enum Order {
+    /// The console's last lines.
+    Console(oneshot::Sender<Vec<String>>),
+    /// To end the VM with this process, its egress proxy.
+    Miss(OwnedFd),
 }
 
 impl QemuVm {
     /// Connects to the monitor and starts watching.
     pub(super) async fn attach(
-        rooms: Arc<Rooms>,
+        host: VmHost,
         vm: VmId,
         prepared: &Prepared,
         pid: u32,
         pidfd: OwnedFd,
     ) -> Result<Self, AttachError> {
         let silent = |what| move |source| AttachError::Silent { what, source };
+        let VmHost { rooms, egress } = host;
         let machine = rooms.machine(vm).map_err(silent("record"))?;
+        let proxy = prepared.egress_uid.map(|uid| EgressProxy {
+            launcher: egress,
+            rooms: Arc::clone(&rooms),
+            vm,
+            namespace: prepared.namespace.clone(),
+            uid,
+            vmm_uid: prepared.uid,
+            grants: machine.egress.clone(),
+        });
+        let kept = match &proxy {
+            Some(proxy) => proxy.kept().await,
+            None => Ok(None),
+        };
+        let kept = kept.map_err(|error| silent("egress proxy")(io::Error::other(error)))?;
+        let kept = kept.map(watched).transpose();
         let pidfd = Arc::new(sys::watch(pidfd).map_err(silent("pidfd"))?);
         let log = open_log(pid).map_err(|_gone| AttachError::Gone(pid))?;
         let socket = rooms.folder(vm).join(QMP_SOCKET);
@@ -77,7 +114,7 @@ impl QemuVm {
             monitor = Qmp::connect(&socket, GREETING_TIMEOUT) => monitor,
         };
         let (publish, exit) = watch::channel(None);
-        let (console, asked) = mpsc::channel(4);
+        let (orders, asked) = mpsc::channel(4);
         let watcher = Watcher {
             rooms: Arc::clone(&rooms),
             vm,
@@ -85,6 +122,8 @@ impl QemuVm {
             monitor: Some(monitor.map_err(silent("monitor"))?),
             log,
             tail: Vec::new(),
+            proxy: kept.map_err(silent("egress proxy"))?,
+            cause: None,
             asked,
         };
         Ok(Self {
@@ -99,7 +138,8 @@ impl QemuVm {
             vm,
             pidfd,
             exit,
-            console,
+            orders,
+            proxy: proxy.map(Arc::new),
         })
     }
 
@@ -127,6 +167,11 @@ impl Vm for QemuVm {
     }
 
     async fn open_network(&self) -> Result<(), PolicyError> {
+        if let Some(proxy) = &self.proxy {
+            let pidfd = proxy.ensure().await?;
+            // A task that is over has published the VM's end.
+            drop(self.orders.send(Order::Miss(pidfd)).await);
+        }
         self.rooms
             .namespaces()
             .open_policy(&self.namespace, self.policy)
@@ -139,7 +184,7 @@ impl Vm for QemuVm {
 
     async fn console_tail(&self) -> Vec<String> {
         let (answer, answered) = oneshot::channel();
-        if self.console.send(answer).await.is_err() {
+        if self.orders.send(Order::Console(answer)).await.is_err() {
             return Vec::new();
         }
         answered.await.unwrap_or_default()
@@ -174,7 +219,11 @@ struct Watcher {
     log: OwnedFd,
     /// The console's last lines.
     tail: Vec<String>,
-    asked: mpsc::Receiver<oneshot::Sender<Vec<String>>>,
+    /// The egress proxy, once it serves.
+    proxy: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// Why the VMM was killed by this task.
+    cause: Option<String>,
+    asked: mpsc::Receiver<Order>,
 }
 
 impl Watcher {
@@ -194,15 +243,40 @@ impl Watcher {
                     // It hangs up when it ends; what else it means, the pidfd tells.
                     Err(_hung_up) => self.monitor = None,
                 },
-                Some(answer) = self.asked.recv() => {
-                    self.read_console().await;
-                    // Whoever asked may have given up.
-                    drop(answer.send(self.tail.clone()));
-                }
+                () = ended(self.proxy.clone()) => self.miss_proxy(),
+                Some(order) = self.asked.recv() => self.obey(order).await,
             }
         }
         let exit = self.exit();
         publish.send_replace(Some(exit));
+    }
+
+    async fn obey(&mut self, order: Order) {
+        match order {
+            Order::Console(answer) => {
+                self.read_console().await;
+                // Whoever asked may have given up.
+                drop(answer.send(self.tail.clone()));
+            }
+            Order::Miss(proxy) => match watched(proxy) {
+                Ok(proxy) => self.proxy = Some(proxy),
+                Err(error) => self.end(format!("its egress proxy cannot be watched: {error}")),
+            },
+        }
+    }
+
+    fn miss_proxy(&mut self) {
+        if let Some(proxy) = self.proxy.take() {
+            self.end(how_it_ended("its egress proxy", &proxy));
+        }
+    }
+
+    fn end(&mut self, cause: String) {
+        tracing::warn!(vm = %self.vm, cause, "the VM is killed");
+        self.cause = Some(cause);
+        if let Err(error) = kill_process(self.pidfd.get_ref()) {
+            tracing::error!(vm = %self.vm, %error, "cannot kill the VMM");
+        }
     }
 
     async fn is_shut_down(&mut self) -> bool {
@@ -248,7 +322,10 @@ impl Watcher {
             .cgroups()
             .was_out_of_memory(&name)
             .unwrap_or(false);
-        let mut reason = how_it_ended(&self.pidfd);
+        let mut reason = how_it_ended("the VMM", &self.pidfd);
+        if let Some(cause) = &self.cause {
+            reason = format!("{cause}; {reason}");
+        }
         for (what, text) in [
             ("VMM", log_tail(&self.log)),
             ("console", self.tail.join("\n")),
@@ -271,17 +348,30 @@ async fn next_event(monitor: &mut Option<Qmp>) -> io::Result<String> {
     }
 }
 
+fn watched(pidfd: OwnedFd) -> io::Result<Arc<AsyncFd<OwnedFd>>> {
+    sys::watch(pidfd).map(Arc::new)
+}
+
+/// Resolves when the process is gone; never where there is none.
+async fn ended(process: Option<Arc<AsyncFd<OwnedFd>>>) {
+    match process {
+        // Not to be watched any more is as bad as gone.
+        Some(pidfd) => drop(pidfd.readable().await),
+        None => std::future::pending().await,
+    }
+}
+
 /// Reaps the process where it is a child of this daemon; init reaps it where it is not.
-fn how_it_ended(pidfd: &AsyncFd<OwnedFd>) -> String {
+fn how_it_ended(what: &str, pidfd: &AsyncFd<OwnedFd>) -> String {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     match waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), options) {
         Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => format!("the VMM ended with code {code}"),
-            (None, Some(signal)) => format!("the VMM was ended by signal {signal}"),
-            (None, None) => "the VMM ended".to_owned(),
+            (Some(code), _) => format!("{what} ended with code {code}"),
+            (None, Some(signal)) => format!("{what} was ended by signal {signal}"),
+            (None, None) => format!("{what} ended"),
         },
-        Ok(None) | Err(Errno::CHILD) => "the VMM ended".to_owned(),
-        Err(error) => format!("the VMM ended, how is not known: {error}"),
+        Ok(None) | Err(Errno::CHILD) => format!("{what} ended"),
+        Err(error) => format!("{what} ended, how is not known: {error}"),
     }
 }
 

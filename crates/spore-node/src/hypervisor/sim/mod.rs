@@ -333,6 +333,7 @@ impl Hypervisor for SimHypervisor {
         Ok(Prepared {
             namespace: format!("sim-{vm}"),
             uid: 200_000,
+            egress_uid: None,
         })
     }
 
