@@ -77,6 +77,7 @@ pub(crate) fn clean(dir: &Path) -> Result<()> {
                 .arg(folder),
         )?;
     }
+    remove_unit()?;
     let user = deps::packages::BUILD_USER;
     if Command::new("getent")
         .args(["passwd", user])
@@ -93,6 +94,17 @@ pub(crate) fn clean(dir: &Path) -> Result<()> {
     }
     say("clean; Debian packages were left, and so was ~/.config/spore");
     Ok(())
+}
+
+/// Removes the systemd unit that `spore up` wrote.
+fn remove_unit() -> Result<()> {
+    const UNIT: &str = "/etc/systemd/system/spore.service";
+    if !Path::new(UNIT).exists() {
+        return Ok(());
+    }
+    say(format!("removing {UNIT}"));
+    command::run(command::as_root("rm").arg("-f").arg(UNIT))?;
+    command::run(command::as_root("systemctl").args(["daemon-reload", "--quiet"]))
 }
 
 /// Builds the program and returns its path.

@@ -347,12 +347,21 @@ impl Node {
         }
     }
 
-    /// A connection to the app's own port, and never to another.
+    /// A connection to the app's own port, and never to another. Waits while the VM is on its way
+    /// to ready, as one is that was just adopted; the caller sets the limit.
     ///
     /// # Errors
-    /// [`VmError`].
+    /// [`VmError`]; [`VmError::NotReady`] and [`VmError::Unknown`] mean that it never will be.
     pub async fn connect(&self, vm: VmId) -> Result<TcpStream, VmError> {
-        let access = self.ready(vm)?;
+        let mut watch = self.watch();
+        let access = loop {
+            match self.ready(vm) {
+                Err(VmError::NotReady { phase, .. }) if phase < VmPhase::Ready => {
+                    watch.next().await;
+                }
+                answer => break answer?,
+            }
+        };
         let port = access.port;
         let connected = access.vm.connect(port).await;
         connected.map_err(|source| VmError::Connect { port, source })

@@ -385,8 +385,15 @@ fn base(entry: &Entry<'_>) -> Result<String, DocumentError> {
 
 fn address(entry: &Entry<'_>) -> Result<SocketAddr, DocumentError> {
     let address: Option<SocketAddr> = entry.text()?.parse().ok();
+    let address = address.filter(|address| address.port() != 0);
+    if address.is_some_and(|address| !address.ip().is_loopback()) {
+        // The only driver is software emulation, which is no boundary: nobody outside may come in.
+        return Err(entry.refused(
+            "on a host whose VMs have no hardware boundary Spore listens on loopback only; \
+             listening elsewhere is not in this version",
+        ));
+    }
     address
-        .filter(|address| address.port() != 0)
         .ok_or_else(|| entry.refused("it must be an address with a port, such as 127.0.0.1:8080"))
 }
 
@@ -454,7 +461,7 @@ mod tests {
             runtime_dir = "/r"
             log_dir = "/l"
             base = "apps.example.org"
-            gateway = "0.0.0.0:80"
+            gateway = "127.0.0.2:80"
             api = "127.0.0.1:9000"
             config_dir = "/c"
             uid_first = 300000
@@ -472,7 +479,7 @@ mod tests {
             runtime_dir: "/r".into(),
             log_dir: "/l".into(),
             base: "apps.example.org".into(),
-            gateway: "0.0.0.0:80".parse().unwrap(),
+            gateway: "127.0.0.2:80".parse().unwrap(),
             api: "127.0.0.1:9000".parse().unwrap(),
             config_dir: "/c".into(),
             uid_first: 300_000,
@@ -503,6 +510,8 @@ mod tests {
             ("log_dir = \"/x/../y\"", "has no .."),
             ("gateway = \"8080\"", "such as 127.0.0.1:8080"),
             ("gateway = \"127.0.0.1:0\"", "such as 127.0.0.1:8080"),
+            ("gateway = \"0.0.0.0:80\"", "loopback only"),
+            ("api = \"192.0.2.1:8889\"", "loopback only"),
             ("api = \"127.0.0.1:8080\"", "use another port"),
             ("uid_first = 0", "from 100000 to"),
             ("gateway_uid = 200000", "use a lower one"),

@@ -9,7 +9,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use spore_api::name::{AccountName, ImageName};
 use spore_control::api::{Caller, CallerBy};
 use spore_control::clock::{HostClock, KernelChance};
@@ -56,6 +57,7 @@ pub(crate) struct ServerOptions {
 /// When it cannot start; the message says what is missing and what to do.
 pub(crate) fn serve(config: &ServerConfig, options: &ServerOptions) -> Result<()> {
     log_to_stderr();
+    harden()?;
     parts::folders(config)?;
     let program = up::trusted_program()?;
     let lock = DaemonLock::take(&config.runtime_dir)?;
@@ -71,6 +73,29 @@ pub(crate) fn serve(config: &ServerConfig, options: &ServerOptions) -> Result<()
     runtime.shutdown_timeout(STOP_PATIENCE);
     drop(lock);
     served
+}
+
+/// What the daemon must be before it holds a token, a key or a secret.
+pub(crate) fn harden() -> Result<()> {
+    // VMs' namespaces are held by mounts: in a mount namespace of its own the daemon would lose
+    // them to its successor.
+    let own = std::fs::read_link("/proc/self/ns/mnt").context("look at the mount namespace")?;
+    let first = std::fs::read_link("/proc/1/ns/mnt").context("look at the mount namespace")?;
+    ensure!(
+        own == first,
+        "the daemon runs in a mount namespace of its own, so its successor could not reach the \
+         VMs: start it without unshare, and its systemd unit without Protect*, Private* and the like"
+    );
+    // No core file may hold a key. A limit of 1, not 0, stops a piped core_pattern too.
+    setrlimit(Resource::RLIMIT_CORE, 1, 1).or_else(|_low| not_dumpable())?;
+    not_dumpable()?;
+    let (_soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("read limits")?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raise the limit of open files")
+}
+
+fn not_dumpable() -> Result<()> {
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
+        .context("keep this process's memory out of core files")
 }
 
 /// Logs go to standard error; whoever starts the process says where that goes.

@@ -16,8 +16,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use spore_control::Control;
 use spore_control::door::Door;
-use spore_gateway::packet::PacketSocket;
-use spore_node::node::Node;
+use spore_gateway::packet::{PacketError, PacketSocket};
+use spore_node::node::{Node, VmError};
 use spore_wire::gateway::{FromGateway, ToGateway};
 use spore_wire::generation::{GENERATION, is_served};
 use spore_wire::id::VmId;
@@ -35,8 +35,12 @@ const RELINK_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long a gateway of another generation may finish what is in flight.
 const REPLACE_DRAIN_MS: u64 = 5_000;
 
-/// How long a VM may take to accept a connection.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a VM may take to accept a connection, the rest of its way to ready included when the
+/// daemon has just adopted it.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long a gateway may take to answer a hello.
+const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the link sends: a message, with a descriptor or without.
 type Outgoing = (ToGateway, Option<OwnedFd>);
@@ -77,26 +81,60 @@ impl Link {
     pub(crate) async fn run(mut self, control: Arc<Control>, node: Node, stop: CancellationToken) {
         let mut pause = RELINK_PAUSE;
         loop {
-            let socket = self.socket();
-            let ended = match socket {
-                Ok(socket) => tokio::select! {
-                    ended = self.session(&socket, &control, &node) => ended,
-                    () = stop.cancelled() => return,
+            tokio::select! {
+                linked = self.greet() => match linked {
+                    Ok((socket, hello)) => {
+                        pause = RELINK_PAUSE;
+                        // What was queued before this session is told again behind its hello.
+                        while self.queue.try_recv().is_ok() {}
+                        control.door_event(hello);
+                        tokio::select! {
+                            error = self.session(&socket, &control, &node) => {
+                                tracing::warn!(%error, "the link to the gateway broke");
+                            }
+                            () = stop.cancelled() => return,
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(error = %format!("{error:#}"), "no link to the gateway");
+                        pause = (pause * 2).min(RELINK_PAUSE_MAX);
+                    }
                 },
-                Err(error) => Err(error),
-            };
-            match ended {
-                Ok(()) => pause = RELINK_PAUSE,
-                Err(error) => {
-                    tracing::warn!(error = %format!("{error:#}"), "no link to the gateway");
-                    pause = (pause * 2).min(RELINK_PAUSE_MAX);
-                }
+                () = stop.cancelled() => return,
             }
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = stop.cancelled() => return,
             }
         }
+    }
+
+    /// A connection to a gateway that serves this daemon, and what it said first.
+    async fn greet(&self) -> Result<(PacketSocket, FromGateway)> {
+        let socket = self.socket()?;
+        let hello = ToGateway::Hello {
+            generation: GENERATION,
+        };
+        socket.send(&hello, None).await?;
+        let mut buffer = Vec::new();
+        let answer = socket.receive::<FromGateway>(&mut buffer);
+        let Ok(answer) = tokio::time::timeout(HELLO_PATIENCE, answer).await else {
+            self.process.kill()?;
+            bail!("the gateway did not answer within {HELLO_PATIENCE:?}; it is replaced");
+        };
+        let (hello, _none) = answer?;
+        let FromGateway::Hello { generation, .. } = &hello else {
+            bail!("the gateway did not begin with a hello");
+        };
+        if !is_served(*generation) {
+            let generation = *generation;
+            let quit = ToGateway::Quit {
+                drain_ms: REPLACE_DRAIN_MS,
+            };
+            socket.send(&quit, None).await?;
+            bail!("the gateway speaks generation {generation}; it is replaced");
+        }
+        Ok((socket, hello))
     }
 
     fn socket(&self) -> Result<PacketSocket> {
@@ -113,60 +151,33 @@ impl Link {
         Ok(PacketSocket::new(socket)?)
     }
 
-    /// One session; `Ok` when it was served and then broke.
+    /// Serves one session until the link breaks.
     async fn session(
         &mut self,
         socket: &PacketSocket,
         control: &Control,
         node: &Node,
-    ) -> Result<()> {
+    ) -> PacketError {
         let mut buffer = Vec::new();
-        socket
-            .send(
-                &ToGateway::Hello {
-                    generation: GENERATION,
-                },
-                None,
-            )
-            .await?;
-        let (hello, _none) = socket.receive::<FromGateway>(&mut buffer).await?;
-        let FromGateway::Hello { generation, .. } = &hello else {
-            bail!("the gateway did not begin with a hello");
-        };
-        if !is_served(*generation) {
-            let generation = *generation;
-            socket
-                .send(
-                    &ToGateway::Quit {
-                        drain_ms: REPLACE_DRAIN_MS,
-                    },
-                    None,
-                )
-                .await?;
-            bail!("the gateway speaks generation {generation}; it is replaced");
-        }
-        // What was queued before this session is told again behind its hello.
-        while self.queue.try_recv().is_ok() {}
-        control.door_event(hello);
         loop {
             tokio::select! {
                 outgoing = self.queue.recv() => {
-                    let Some((message, fd)) = outgoing else { return Ok(()) };
-                    socket.send(&message, fd.as_ref()).await?;
-                }
-                received = socket.receive::<FromGateway>(&mut buffer) => {
-                    let message = match received {
-                        Ok((message, _none)) => message,
-                        Err(error) => {
-                            tracing::warn!(%error, "the link to the gateway broke");
-                            return Ok(());
+                    let Some((message, fd)) = outgoing else { return PacketError::Closed };
+                    match socket.send(&message, fd.as_ref()).await {
+                        Ok(()) => {}
+                        // One message that cannot be said must not end what all apps live by.
+                        Err(PacketError::TooLarge) => {
+                            tracing::error!("a message to the gateway was too large and is lost");
                         }
-                    };
-                    if let FromGateway::Connect { id, vm } = message {
-                        self.connect(id, vm, node.clone());
-                    } else {
-                        control.door_event(message);
+                        Err(error) => return error,
                     }
+                }
+                received = socket.receive::<FromGateway>(&mut buffer) => match received {
+                    Ok((FromGateway::Connect { id, vm }, _none)) => {
+                        self.connect(id, vm, node.clone());
+                    }
+                    Ok((message, _none)) => control.door_event(message),
+                    Err(error) => return error,
                 }
             }
         }
@@ -180,10 +191,13 @@ impl Link {
             let answer = match connected {
                 Ok(Ok(stream)) => match stream.into_std() {
                     Ok(stream) => (ToGateway::Connected { id }, Some(OwnedFd::from(stream))),
-                    Err(error) => failed(id, &error.to_string()),
+                    Err(error) => failed(id, &error.to_string(), false),
                 },
-                Ok(Err(error)) => failed(id, &error.to_string()),
-                Err(_elapsed) => failed(id, "the app does not accept connections"),
+                Ok(Err(error)) => {
+                    let gone = matches!(error, VmError::Unknown(_) | VmError::NotReady { .. });
+                    failed(id, &error.to_string(), gone)
+                }
+                Err(_elapsed) => failed(id, "the app does not accept connections", false),
             };
             if answers.send(answer).is_err() {
                 tracing::debug!("the gateway's link is closed; the daemon is stopping");
@@ -192,12 +206,7 @@ impl Link {
     }
 }
 
-fn failed(id: u64, reason: &str) -> Outgoing {
-    (
-        ToGateway::ConnectFailed {
-            id,
-            reason: reason.to_owned(),
-        },
-        None,
-    )
+fn failed(id: u64, reason: &str, gone: bool) -> Outgoing {
+    let reason = reason.to_owned();
+    (ToGateway::ConnectFailed { id, reason, gone }, None)
 }

@@ -53,6 +53,7 @@ pub(crate) fn down(config: &ServerConfig, file: Option<&Path>) -> Result<Down> {
     if !config.runtime_dir.exists() {
         return Ok(Down::default());
     }
+    super::daemon::harden()?;
     let daemon = stop_daemon(config, file)?;
     let lock = DaemonLock::take(&config.runtime_dir)?;
     let program = up::trusted_program()?;

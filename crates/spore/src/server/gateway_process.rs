@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use command_fds::{CommandFdExt, FdMapping};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
@@ -50,7 +51,12 @@ impl GatewayProcess {
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
             .context("make a socket for the gateway's feed")?;
         let address = SocketAddrUnix::new(self.feed()).context("the feed's path")?;
-        Ok(connect(&socket, &address).is_ok().then_some(socket))
+        match connect(&socket, &address) {
+            Ok(()) => Ok(Some(socket)),
+            Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(None),
+            // A full backlog, for one: a gateway that serves visitors must not die of it.
+            Err(error) => Err(error).context("connect to the gateway's feed"),
+        }
     }
 
     /// Starts a gateway. It outlives this process. Legal when none runs.
