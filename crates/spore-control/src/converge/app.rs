@@ -125,6 +125,7 @@ impl Converge {
         tracing::debug!(%app, ?effect, "effect");
         match effect {
             Effect::Start { vm, release } => self.spawn_start(app, vm, release),
+            Effect::Remind { vm, release } => self.spawn_remind(app, vm, release),
             Effect::Stop { vm, mode } => self.spawn_stop(app, vm, mode),
             Effect::Close { vm, force } => {
                 let app = app.key();
@@ -190,6 +191,18 @@ impl Converge {
                 }
             };
             converge.event(&app, event);
+        });
+    }
+
+    /// The node knows the VM, so this starts nothing: it only hears the secrets again.
+    fn spawn_remind(&self, app: &AppRef, vm: VmId, release: u64) {
+        let (converge, app) = (self.clone(), app.clone());
+        tokio::spawn(async move {
+            if let Err(failure) = converge.remind(&app, vm, release).await {
+                // A VM that needs them to go on is ended by its node, which says so.
+                let message = failure.message;
+                tracing::warn!(%app, %vm, message, "an adopted VM is not told its secrets again");
+            }
         });
     }
 

@@ -76,8 +76,17 @@ impl Driver {
         repair.reset();
         loop {
             let at = timers.next();
+            // In this order, so that a seed decides the same in every run. A flood of signals is
+            // one per app, and news of VMs come before them.
             tokio::select! {
+                biased;
                 _ = self.stop.wait_for(|stop| *stop) => break,
+                () = self.converge.sleep_until(at), if at.is_some() => {
+                    for app in timers.due(self.converge.now()) {
+                        self.converge.timer_over(&app);
+                    }
+                }
+                status = self.feed.next() => self.converge.vm_changed(status),
                 Some(signal) = self.signals.recv() => match signal {
                     Signal::Look(app) => {
                         let (converge, permits) = (self.converge.clone(), Arc::clone(&permits));
@@ -96,12 +105,6 @@ impl Driver {
                         looks.spawn(async move { converge.door_back(warm).await });
                     }
                 },
-                () = self.converge.sleep_until(at), if at.is_some() => {
-                    for app in timers.due(self.converge.now()) {
-                        self.converge.timer_over(&app);
-                    }
-                }
-                status = self.feed.next() => self.converge.vm_changed(status),
                 _ = repair.tick() => {
                     let converge = self.converge.clone();
                     looks.spawn(async move { converge.repair().await });

@@ -13,7 +13,7 @@
 //!
 //! A warm wake reads the store and writes nothing to it.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use spore_api::error::ErrorCode;
@@ -96,8 +96,9 @@ pub(crate) struct Inner {
     pub(crate) chance: SharedChance,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) operations: Arc<Operations>,
-    slots: Mutex<HashMap<AppRef, Slot>>,
-    routes: Mutex<HashMap<AppRef, spore_wire::gateway::Admission>>,
+    /// In the order of names, so that a seed decides the same in every run.
+    slots: Mutex<BTreeMap<AppRef, Slot>>,
+    routes: Mutex<BTreeMap<AppRef, spore_wire::gateway::Admission>>,
     /// The last VMs that were over.
     ended: Mutex<std::collections::VecDeque<VmId>>,
     signals: mpsc::UnboundedSender<Signal>,
@@ -400,7 +401,7 @@ impl Converge {
         Moment(u64::try_from(ms).unwrap_or(u64::MAX))
     }
 
-    fn slots(&self) -> std::sync::MutexGuard<'_, HashMap<AppRef, Slot>> {
+    fn slots(&self) -> std::sync::MutexGuard<'_, BTreeMap<AppRef, Slot>> {
         self.inner
             .slots
             .lock()

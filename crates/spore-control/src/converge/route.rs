@@ -3,7 +3,7 @@
 //! What it was told is remembered, so that a look at an app sends only a difference, and all of it
 //! is sent again whenever a gateway connects.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
 use spore_api::name::host_of;
@@ -64,7 +64,7 @@ impl Converge {
             let error = super::app::chain(&error);
             tracing::error!(error, "the gateway cannot be told its routes");
         }
-        let mut by_app: HashMap<AppRef, Vec<Activity>> = HashMap::new();
+        let mut by_app: BTreeMap<AppRef, Vec<Activity>> = BTreeMap::new();
         for app in self.slots().keys() {
             by_app.insert(app.clone(), Vec::new());
         }
@@ -80,7 +80,7 @@ impl Converge {
 
     async fn tell_routes(&self) -> Result<(), StoreError> {
         let apps = self.all_apps().await?;
-        let table: HashMap<_, _> = apps
+        let table: BTreeMap<_, _> = apps
             .into_iter()
             .map(|(app, record)| {
                 let admission = match (record.enabled, record.release) {
@@ -153,7 +153,7 @@ impl Converge {
         }
     }
 
-    fn routes(&self) -> std::sync::MutexGuard<'_, HashMap<AppRef, Admission>> {
+    fn routes(&self) -> std::sync::MutexGuard<'_, BTreeMap<AppRef, Admission>> {
         self.inner
             .routes
             .lock()

@@ -32,14 +32,8 @@ enum StartError {
 impl Converge {
     /// Asks the node for a VM of this release.
     pub(super) async fn start(&self, app: &AppRef, vm: VmId, release: u64) -> Result<(), Failure> {
-        let start = self.start_vm(app, vm, release).await.map_err(|error| {
-            let code = match &error {
-                StartError::NoRelease { .. } => ErrorCode::NoRelease,
-                StartError::NoSecret { .. } => ErrorCode::AppFailed,
-                StartError::Secrets(_) | StartError::Store(_) => ErrorCode::Internal,
-            };
-            Failure::new(code, super::app::chain(&error))
-        })?;
+        let start = self.start_vm(app, vm, release).await;
+        let start = start.map_err(|error| unasked(&error))?;
         let Err(error) = self.inner.nodes.start(start).await else {
             return Ok(());
         };
@@ -52,6 +46,25 @@ impl Converge {
             tracing::debug!(%vm, ?stopped, "stopped a start that failed");
         }
         Err(refused(&error))
+    }
+
+    /// Tells the node the secrets of a VM that it adopted: its journal holds none, and without
+    /// them it neither starts the app nor keeps what the app prints.
+    pub(super) async fn remind(&self, app: &AppRef, vm: VmId, release: u64) -> Result<(), Failure> {
+        let start = self.start_vm(app, vm, release).await;
+        let start = start.map_err(|error| unasked(&error))?;
+        let has_none =
+            start.process.secret_environment.is_empty() && start.process.secret_files.is_empty();
+        // A VM that ended meanwhile must not be started by a word meant for it.
+        let status = self.inner.nodes.status(vm).await;
+        let gone = status
+            .map_err(|error| refused(&error))?
+            .is_none_or(|status| status.phase.is_over());
+        if has_none || gone {
+            return Ok(());
+        }
+        let told = self.inner.nodes.start(start).await;
+        told.map_err(|error| refused(&error))
     }
 
     async fn start_vm(&self, app: &AppRef, vm: VmId, number: u64) -> Result<StartVm, StartError> {
@@ -140,6 +153,15 @@ fn environment(app: &AppRef, release: u64, rules: &Rules) -> Vec<(String, String
     own.into_iter()
         .chain(rules.environment.iter().cloned())
         .collect()
+}
+
+fn unasked(error: &StartError) -> Failure {
+    let code = match error {
+        StartError::NoRelease { .. } => ErrorCode::NoRelease,
+        StartError::NoSecret { .. } => ErrorCode::AppFailed,
+        StartError::Secrets(_) | StartError::Store(_) => ErrorCode::Internal,
+    };
+    Failure::new(code, super::app::chain(error))
 }
 
 fn refused(error: &NodesError) -> Failure {

@@ -224,10 +224,19 @@ impl Life {
 
     fn on_door_back(&mut self, warm: &[Activity], now: Moment) {
         for activity in warm {
-            if !self.vms.contains_key(&activity.vm) {
-                let reason = "it ended while the daemon was away".to_owned();
-                let vm = activity.vm;
-                self.say(Effect::Gone { vm, reason });
+            let vm = activity.vm;
+            match self.vms.get_mut(&vm) {
+                // An earlier daemon told of it: its end must be told too.
+                Some(life) => {
+                    life.told = true;
+                    if life.stage == Stage::Stopping {
+                        self.say(Effect::Close { vm, force: true });
+                    }
+                }
+                None => {
+                    let reason = "it ended while the daemon was away".to_owned();
+                    self.say(Effect::Gone { vm, reason });
+                }
             }
         }
         let told: Vec<_> = self

@@ -101,6 +101,13 @@ pub enum Effect {
         /// What it runs.
         release: u64,
     },
+    /// Tell the node again what only control knows of a VM that it adopted: the secrets.
+    Remind {
+        /// Which.
+        vm: VmId,
+        /// What it runs.
+        release: u64,
+    },
     /// Stop a VM.
     Stop {
         /// Which.

@@ -36,6 +36,11 @@ impl Life {
     }
 
     fn adopt(&mut self, vm: VmId, now: Moment, timing: &Timing, live: Option<Target>) {
+        let Some(life) = self.vms.get(&vm) else {
+            return;
+        };
+        let release = life.release;
+        self.say(Effect::Remind { vm, release });
         let Some(life) = self.vms.get_mut(&vm) else {
             return;
         };
@@ -75,7 +80,13 @@ impl Life {
             return;
         };
         let (target, operation) = (deploy.target, deploy.operation.clone());
+        let ending = |stage| matches!(stage, Stage::Closing { force: true } | Stage::Stopping);
         let Some(vm) = deploy.vm else {
+            // A switch begins when what the last one left is over: never more than two VMs, and
+            // never two of the release that is rolled back to. Their end is news of its own.
+            if self.vms.values().any(|vm| ending(vm.stage)) {
+                return;
+            }
             let Some(vm) = fresh.take() else {
                 step.look_at(now);
                 return;

@@ -307,6 +307,9 @@ impl World {
                 );
                 self.on(Event::Accepted(vm));
             }
+            Effect::Remind { vm, .. } => {
+                prop_assert!(self.node.contains_key(&vm), "a reminder to nobody");
+            }
             Effect::Stop { vm, .. } => {
                 if self.node.contains_key(&vm) {
                     self.tell(vm, VmPhase::Draining);
