@@ -159,19 +159,29 @@ impl Guest {
 
     /// Where the app answers, if it does.
     pub(super) async fn web(self: &Arc<Self>, port: u16) -> io::Result<SocketAddr> {
-        {
-            let state = lock(&self.state);
-            let listens = matches!(state.app, AppStatus::Ready { .. }) && port == state.port;
-            if !self.is_alive() || !state.network_open || !listens {
-                return Err(io::ErrorKind::ConnectionRefused.into());
-            }
-            if let Some(address) = state.web {
-                return Ok(address);
-            }
+        self.listens(port)?;
+        if let Some(address) = lock(&self.state).web {
+            return Ok(address);
         }
         let address = web::listen(self).await?;
         lock(&self.state).web = Some(address);
         Ok(address)
+    }
+
+    /// A connection to the app without a socket.
+    pub(super) fn dial(self: &Arc<Self>) -> io::Result<DuplexStream> {
+        let port = lock(&self.state).port;
+        self.listens(port)?;
+        Ok(web::dial(self))
+    }
+
+    fn listens(&self, port: u16) -> io::Result<()> {
+        let state = lock(&self.state);
+        let listens = matches!(state.app, AppStatus::Ready { .. }) && port == state.port;
+        if !self.is_alive() || !state.network_open || !listens {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        Ok(())
     }
 
     pub(super) fn print(&self, text: &str) {
@@ -215,7 +225,9 @@ impl Guest {
     }
 
     async fn run_app(self: Arc<Self>, start: StartApp) {
-        let script = self.host.script(&lock(&self.state).hostname.clone());
+        let hostname = lock(&self.state).hostname.clone();
+        let program = start.command.first().map_or("", String::as_str);
+        let script = self.host.script(&hostname, program);
         let deadline = Instant::now() + Duration::from_millis(start.ready_timeout_ms);
         let mut failures = 0;
         let mut pid = 100;

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use spore_wire::id::VmId;
 use spore_wire::node::Boundary;
+use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 
 use super::{
@@ -135,11 +136,24 @@ impl SimHost {
         lock(&self.world.held).plan = plan;
     }
 
-    /// What the app with this host name does; the others follow the default script.
-    pub fn set_script(&self, app: &str, script: AppScript) {
+    /// What the app with this host name does, or any that runs this program; the host name goes
+    /// first. The others follow the default script.
+    pub fn set_script(&self, name: &str, script: AppScript) {
         lock(&self.world.held)
             .scripts
-            .insert(app.to_owned(), script);
+            .insert(name.to_owned(), script);
+    }
+
+    /// A connection to the app of a VM that passes no socket: for simulations that must be the
+    /// same in every run, since a socket's readiness is the kernel's.
+    ///
+    /// # Errors
+    /// When nothing listens there.
+    pub fn dial(&self, vm: VmId) -> io::Result<DuplexStream> {
+        let guest = self.guest(vm);
+        guest
+            .ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionRefused))?
+            .dial()
     }
 
     /// A driver for one daemon.
@@ -268,9 +282,10 @@ impl SimHost {
         }
     }
 
-    fn script(&self, app: &str) -> AppScript {
+    fn script(&self, app: &str, program: &str) -> AppScript {
         let held = lock(&self.world.held);
-        held.scripts.get(app).cloned().unwrap_or_default()
+        let script = held.scripts.get(app).or_else(|| held.scripts.get(program));
+        script.cloned().unwrap_or_default()
     }
 }
 

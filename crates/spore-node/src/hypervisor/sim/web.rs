@@ -6,8 +6,8 @@ use core::net::{Ipv4Addr, SocketAddr};
 use std::io;
 use std::sync::Arc;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream};
+use tokio::net::TcpListener;
 
 use super::guest::Guest;
 
@@ -30,7 +30,17 @@ pub(super) async fn listen(guest: &Arc<Guest>) -> io::Result<SocketAddr> {
     Ok(address)
 }
 
-async fn answer(mut stream: TcpStream, tag: &str) -> io::Result<()> {
+/// The app's end of a connection that passes no socket is served; the other is given back.
+pub(super) fn dial(guest: &Arc<Guest>) -> DuplexStream {
+    let (ours, theirs) = tokio::io::duplex(HEAD_BYTES_MAX);
+    let tag = guest.vm.to_string();
+    guest.spawn(async move {
+        drop(answer(ours, &tag).await);
+    });
+    theirs
+}
+
+async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin, tag: &str) -> io::Result<()> {
     let mut held = Vec::new();
     loop {
         let Some(end) = held.windows(4).position(|four| four == b"\r\n\r\n") else {

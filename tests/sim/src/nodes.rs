@@ -1,0 +1,186 @@
+//! The node as control sees it: a thin translation, through the daemon's fuse.
+//!
+//! What an app's owner does inside a VM (programs, files, logs) and images are not part of the
+//! simulation and are refused.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use spore_api::log::LogLine;
+use spore_control::nodes::{
+    ByteStream, CollectMode, ExecSession, LogsWanted, Nodes, NodesError, VmFeed, vm_feed,
+};
+use spore_node::node::{Node, StartError, VmError};
+use spore_wire::guest::{Exec, WriteFile};
+use spore_wire::id::{ImageId, VmId};
+use spore_wire::node::{
+    ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, VmStatus,
+};
+use tokio::sync::mpsc;
+
+use crate::fuse::Fuse;
+use crate::trace::Trace;
+use crate::watch::{Owner, Watcher};
+
+/// What a node says of a VM that needs its secrets and is not told them.
+const SECRETS_NOT_TOLD: &str = "was not told the app's secrets again";
+
+/// A node and the fuse of the daemon that has it.
+#[derive(Clone, Debug)]
+pub struct SimNodes {
+    /// The node.
+    pub node: Node,
+    /// The daemon's.
+    pub fuse: Arc<Fuse>,
+    /// Learns whose a VM is.
+    pub watcher: Watcher,
+    /// The story.
+    pub trace: Trace,
+}
+
+impl SimNodes {
+    fn heard(&self, status: &VmStatus) {
+        let (vm, app, phase) = (status.vm, &status.owner.app, status.phase);
+        self.trace.say(format!("node: {vm} of {app} is {phase:?}"));
+        if let Some(failure) = &status.failure {
+            let text = &failure.message;
+            self.trace.say(format!("node: {vm}: {text}"));
+            if text.contains(SECRETS_NOT_TOLD) {
+                self.trace.violation(format!("{vm} of {app} {text}"));
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Nodes for SimNodes {
+    async fn start(&self, start: StartVm) -> Result<(), NodesError> {
+        let vm = start.vm;
+        self.fuse.pass(|| format!("before start {vm}")).await;
+        let owner = Owner {
+            app: start.owner.app.clone(),
+            release: start.owner.release,
+        };
+        self.trace
+            .say(format!("start {vm} of {} {}", owner.app, owner.release));
+        self.watcher.asked(vm, owner);
+        let started = self.node.start(start);
+        self.fuse.pass(|| format!("after start {vm}")).await;
+        started.map(drop).map_err(|error| {
+            self.trace.say(format!("start {vm}: {error}"));
+            let message = error.to_string();
+            match error {
+                StartError::NoRoom(_) => {
+                    self.trace.count("no room");
+                    NodesError::NoCapacity { message }
+                }
+                StartError::Image(_) => NodesError::Image { message },
+                _ => NodesError::Invalid { message },
+            }
+        })
+    }
+
+    async fn stop(&self, vm: VmId, mode: StopMode) -> Result<(), NodesError> {
+        self.fuse.pass(|| format!("before stop {vm}")).await;
+        self.trace.say(format!("stop {vm} {mode:?}"));
+        let stopped = self.node.stop(vm, mode).await;
+        self.fuse.pass(|| format!("after stop {vm}")).await;
+        stopped.map_err(|error| match error {
+            VmError::Unknown(vm) => NodesError::NoVm { vm },
+            other => NodesError::Failed {
+                message: other.to_string(),
+            },
+        })
+    }
+
+    async fn status(&self, vm: VmId) -> Result<Option<VmStatus>, NodesError> {
+        self.fuse.pass(|| format!("status {vm}")).await;
+        Ok(self.node.status(vm))
+    }
+
+    async fn list(&self) -> Result<Vec<VmStatus>, NodesError> {
+        self.fuse.pass(|| "a list of VMs".to_owned()).await;
+        let mut all = self.node.list();
+        all.retain(|status| !status.phase.is_over());
+        Ok(all)
+    }
+
+    fn subscribe(&self) -> VmFeed {
+        let (publisher, feed) = vm_feed();
+        let mut watch = self.node.watch();
+        let nodes = self.clone();
+        drop(tokio::spawn(async move {
+            loop {
+                let NodeEvent::Vm(status) = watch.next().await;
+                nodes.fuse.pass(|| format!("news of {}", status.vm)).await;
+                nodes.heard(&status);
+                publisher.publish(status);
+            }
+        }));
+        feed
+    }
+
+    async fn exec(&self, _vm: VmId, _exec: Exec) -> Result<ExecSession, NodesError> {
+        Err(not_here())
+    }
+
+    async fn read_file(&self, _vm: VmId, _path: String) -> Result<ByteStream, NodesError> {
+        Err(not_here())
+    }
+
+    async fn write_file(
+        &self,
+        _vm: VmId,
+        _file: WriteFile,
+        _body: ByteStream,
+    ) -> Result<u64, NodesError> {
+        Err(not_here())
+    }
+
+    async fn logs(&self, _wanted: LogsWanted) -> Result<mpsc::Receiver<LogLine>, NodesError> {
+        Err(not_here())
+    }
+
+    async fn import_source(
+        &self,
+        _body: ByteStream,
+        _kind: ImageKind,
+    ) -> Result<ImageInfo, NodesError> {
+        Err(not_here())
+    }
+
+    async fn build_image(
+        &self,
+        _recipe: ImageRecipe,
+        _progress: mpsc::Sender<String>,
+    ) -> Result<ImageInfo, NodesError> {
+        Err(not_here())
+    }
+
+    async fn collect_images(
+        &self,
+        _keep: BTreeSet<ImageId>,
+        _mode: CollectMode,
+    ) -> Result<Vec<ImageInfo>, NodesError> {
+        Err(not_here())
+    }
+
+    async fn forget_logs(&self, account: String, app: String) -> Result<(), NodesError> {
+        self.fuse.pass(|| "forgetting a log".to_owned()).await;
+        let removed = self.node.log_remove(&account, &app);
+        removed.map_err(|error| NodesError::Failed {
+            message: error.to_string(),
+        })
+    }
+
+    async fn node_status(&self) -> Result<NodeStatus, NodesError> {
+        Ok(self.node.node_status())
+    }
+}
+
+fn not_here() -> NodesError {
+    NodesError::Failed {
+        message: "the simulation has no such thing".to_owned(),
+    }
+}
