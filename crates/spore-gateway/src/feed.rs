@@ -470,6 +470,8 @@ async fn write(
     let mut activity_at = Instant::now();
     loop {
         tokio::select! {
+            // In the order of events: an app that was busy at a reap and is idle now says so last.
+            biased;
             message = beginning.queue.recv() => {
                 let message = message.ok_or(SessionError::Deaf)?;
                 beginning.queued.fetch_sub(1, Ordering::Relaxed);

@@ -47,6 +47,9 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much of the console and of QEMU's own output a reason holds: a kernel's panic fits in.
 const TAIL_LINES: usize = 40;
 
+/// The characters that are kept of one of them: this text travels through messages and logs.
+const TAIL_LINE_CHARS: usize = 160;
+
 /// What a VM needs of its driver.
 #[derive(Debug)]
 pub(super) struct VmHost {
@@ -393,7 +396,10 @@ pub(super) fn log_tail(log: &OwnedFd) -> String {
 /// The last lines of what a tenant may have written, without control characters.
 fn last_lines(bytes: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(bytes);
-    let clean = |line: &str| line.chars().filter(|c| !c.is_control()).collect::<String>();
+    let clean = |line: &str| {
+        let shown = line.chars().filter(|c| !c.is_control());
+        shown.take(TAIL_LINE_CHARS).collect::<String>()
+    };
     let lines: Vec<String> = text
         .lines()
         .map(clean)
@@ -406,6 +412,13 @@ fn last_lines(bytes: &[u8]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::last_lines;
+
+    #[test]
+    fn a_tail_is_short_whatever_the_guest_wrote() {
+        let tail = last_lines(&[0xff; 64 * 1024]);
+        assert_eq!(tail.len(), 1);
+        assert_eq!(tail[0].chars().count(), super::TAIL_LINE_CHARS);
+    }
 
     #[test]
     fn a_tail_is_the_last_lines_without_control_characters() {
