@@ -3,8 +3,8 @@
 //! Used by drivers whose VMMs are processes. Each thing is found again by the VM's id alone:
 //!
 //! ```text
-//!   <runtime>/vms/VMID/           the record: machine.json, namespace (a name), sockets, egress.log
-//!   <runtime>/uids/UID            whose uid it is: the VMM's, and the egress proxy's if there is one
+//!   <runtime>/vms/VMID/           record: machine.json, namespace (a name), sockets, egress.log
+//!   <runtime>/uids/UID            whose uid it is: a VMM's, or an egress proxy's
 //!   <runtime>/netns/NAME          namespaces: of the pool, or named in a record
 //!   <data>/scratch/VMID.raw       until the VMM has it open
 //!   cgroup PARENT/VMID
