@@ -16,7 +16,8 @@
 //! | [`life`] | one seed: plan, faults, calm, the last look |
 //! | [`world`] | the platform, its visitors and its owner |
 //! | [`watch`] | what holds at every instant |
-//! | [`daemon`], [`fuse`], [`nodes`], [`link`] | a daemon, its end, its node, its way to the gateway |
+//! | [`daemon`], [`fuse`] | a daemon and its end |
+//! | [`nodes`], [`link`] | its node, its way to the gateway |
 //! | [`gateway`], `feed`, [`visit`] | the gateway's process |
 //! | [`trace`], [`chance`] | the story with its hash; time and numbers |
 #![forbid(unsafe_code)]
