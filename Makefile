@@ -36,7 +36,11 @@ lint:
 	@$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 bench:
-	@$(CARGO) bench --workspace
+	@$(CARGO) build --quiet --release --package spore
+	@$(CARGO) run --quiet --release --package spore-bench -- cold-wake
+	@$(CARGO) run --quiet --release --package spore-bench -- memory
+	@$(CARGO) bench --package spore-gateway --bench route
+	@bench/gateway.sh
 
 rig-test:
 	@echo "SKIPPED: there is no rig yet; it comes with the kvm driver"

@@ -153,8 +153,13 @@ impl Gateway {
                 self.inner().asked.remove(&app);
                 self.event(&app, AppEvent::WakeFailed, Some(&failure));
             }
-            ToGateway::ConnectFailed { id, reason } => {
-                self.connected(id, Err(ConnectError::Failed(reason)));
+            ToGateway::ConnectFailed { id, reason, gone } => {
+                let error = if gone {
+                    ConnectError::Gone
+                } else {
+                    ConnectError::Failed(reason)
+                };
+                self.connected(id, Err(error));
             }
             ToGateway::Reap { app, vm, force } => self.reap(&app, vm, force),
             ToGateway::Gone { app, vm, .. } => {

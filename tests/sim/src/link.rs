@@ -10,7 +10,7 @@ use spore_control::Control;
 use spore_control::door::Door;
 use spore_node::hypervisor::AgentStream;
 use spore_node::hypervisor::sim::SimHost;
-use spore_node::node::Node;
+use spore_node::node::{Node, VmError};
 use spore_wire::gateway::{FromGateway, ToGateway};
 use spore_wire::generation::GENERATION;
 use spore_wire::id::VmId;
@@ -224,19 +224,36 @@ impl Link {
 }
 
 async fn connect(id: u64, vm: VmId, (node, host, wires): (Node, SimHost, Wires)) -> Down {
-    let failed = |reason: String| Down::Message(ToGateway::ConnectFailed { id, reason });
+    let failed =
+        |reason: String, gone| Down::Message(ToGateway::ConnectFailed { id, reason, gone });
     match wires {
         Wires::Sockets => match node.connect(vm).await {
             Ok(stream) => Down::Connected(id, Box::new(stream)),
-            Err(error) => failed(error.to_string()),
+            Err(error @ (VmError::Unknown(_) | VmError::NotReady { .. })) => {
+                failed(error.to_string(), true)
+            }
+            Err(error) => failed(error.to_string(), false),
         },
-        Wires::Memory => match node.status(vm).map(|status| status.phase) {
+        Wires::Memory => match settled(&node, vm).await {
             Some(VmPhase::Ready) => match host.dial(vm) {
                 Ok(stream) => Down::Connected(id, Box::new(stream)),
-                Err(error) => failed(error.to_string()),
+                Err(error) => failed(error.to_string(), false),
             },
-            phase => failed(format!("it is {phase:?}")),
+            phase => failed(format!("it is {phase:?}"), true),
         },
+    }
+}
+
+/// The phase of a VM once it is ready or will never be, as `Node::connect` waits for it.
+async fn settled(node: &Node, vm: VmId) -> Option<VmPhase> {
+    let mut watch = node.watch();
+    loop {
+        match node.status(vm).map(|status| status.phase) {
+            Some(phase) if phase < VmPhase::Ready => {
+                watch.next().await;
+            }
+            phase => return phase,
+        }
     }
 }
 
