@@ -84,7 +84,7 @@ pub(crate) fn harden() -> Result<()> {
     ensure!(
         own == first,
         "the daemon runs in a mount namespace of its own, so its successor could not reach the \
-         VMs: start it without unshare, and its systemd unit without Protect*, Private* and the like"
+         VMs: start it without unshare, and its systemd unit without Protect* and Private*"
     );
     // No core file may hold a key. A limit of 1, not 0, stops a piped core_pattern too.
     setrlimit(Resource::RLIMIT_CORE, 1, 1).or_else(|_low| not_dumpable())?;
