@@ -40,6 +40,9 @@ pub enum BuildError {
     /// The archive is at fault.
     #[error("{0}")]
     Refused(String),
+    /// The data disk is full.
+    #[error("the data disk is full: `spore image gc` or a larger disk helps")]
+    Full,
     /// The worker said what the platform lacks.
     #[error("cannot pack the image: {0}")]
     Failed(String),
@@ -115,6 +118,7 @@ impl Packer {
                 log: String::new(),
             }),
             Answer::Refused { message } => Err(BuildError::Refused(message)),
+            Answer::Full => Err(BuildError::Full),
             Answer::Failed { message } => Err(BuildError::Failed(message)),
         }
     }

@@ -61,6 +61,8 @@ pub enum Answer {
         /// For people.
         message: String,
     },
+    /// The data disk is full.
+    Full,
     /// The platform is at fault.
     Failed {
         /// For people.
@@ -115,6 +117,10 @@ fn answer(error: &WorkerError) -> Answer {
     let mut message = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
+        let system = error.downcast_ref::<io::Error>();
+        if system.is_some_and(|error| error.kind() == io::ErrorKind::StorageFull) {
+            return Answer::Full;
+        }
         message = format!("{message}: {error}");
         cause = error.source();
     }

@@ -429,6 +429,9 @@ fn build_error(error: &BuildError) -> NodesError {
         BuildError::Refused(_) | BuildError::Source(_) => NodesError::Invalid {
             message: error.to_string(),
         },
+        BuildError::Full => NodesError::DiskFull {
+            message: error.to_string(),
+        },
         BuildError::Store(error) => store_error(error),
         other => NodesError::Failed {
             message: chain(other),
