@@ -55,6 +55,21 @@ impl FromRequestParts<Shared> for Caller {
     }
 }
 
+/// Finishes a call that changes something even when its caller leaves: what it has committed must
+/// be followed by what the commit promises.
+pub(super) async fn finish(request: Request, next: Next) -> Response {
+    if request.method().is_safe() {
+        return next.run(request).await;
+    }
+    match tokio::spawn(next.run(request)).await {
+        Ok(response) => response,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_cancelled) => {
+            Fault::new(ErrorCode::Stopping, "the daemon is stopping").into_response()
+        }
+    }
+}
+
 /// Gives the call an id, and a failure its body.
 pub(super) async fn name(State(api): State<Shared>, request: Request, next: Next) -> Response {
     let request_id = next_id(&*api.converge.inner.chance);

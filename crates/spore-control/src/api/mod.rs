@@ -70,6 +70,7 @@ impl Api {
                 let message = "the route does not take this method";
                 Fault::new(ErrorCode::MethodNotAllowed, message)
             })
+            .layer(from_fn(guard::finish))
             .layer(from_fn_with_state(Arc::clone(&api), guard::caller))
             .layer(from_fn_with_state(Arc::clone(&api), guard::place))
             .layer(from_fn_with_state(Arc::clone(&api), guard::name))

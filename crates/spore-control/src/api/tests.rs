@@ -195,6 +195,25 @@ fn with(mut request: Request<Body>, name: &'static str, value: &str) -> Request<
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_deploy_goes_on_when_its_caller_leaves() {
+    let bench = Bench::new().await;
+    let deploy = bench.call("POST", "/api/v1/apps/notes/releases", Some(spec()));
+    let left = tokio::time::timeout(Duration::ZERO, deploy).await;
+    assert!(
+        left.is_err(),
+        "the call was over before anybody could leave"
+    );
+    for _wait in 0..600 {
+        let answer = bench.call("GET", "/api/v1/apps/notes", None).await;
+        if answer.status.is_success() && answer.json()["release"] == 1 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("the release was never tried");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_app_lives_and_dies_through_the_api() {
     let bench = Bench::new().await;
     let done = bench.deploy("notes", |_| {}).await;

@@ -219,10 +219,12 @@ impl Converge {
                 };
             }
         }
-        self.refresh(app).await?;
+        // The commit promised that the release is tried, whatever else fails now.
+        let refreshed = self.refresh(app).await;
         let target = super::app::target_of(release);
         let operation = id.clone();
         self.event(app, Event::Deploy { operation, target });
+        refreshed?;
         Ok(Some(id))
     }
 
