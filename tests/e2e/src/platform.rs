@@ -455,7 +455,9 @@ impl Platform {
     /// Stops and removes what a killed story left in this slot; gives what the platform itself did
     /// not remove when it was stopped.
     fn sweep(&mut self) -> Result<Vec<String>> {
-        if self.home().join("etc/spore.toml").exists() && self.home().join("bin/spore").exists() {
+        if self.home().join("etc/spore.toml").exists() && self.home().join("bin").is_dir() {
+            // By the program of now: the one that was left may be what failed.
+            self.install()?;
             self.down()?;
         }
         unmount(&self.home().join("data"))?;
@@ -465,6 +467,17 @@ impl Platform {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
             _gone => Ok(left),
         }
+    }
+
+    /// Puts the program into the platform's folder, in place of what is there.
+    fn install(&self) -> Result<()> {
+        // Copied by another process: were the file open for writing here while a story beside this
+        // one starts a process, that would inherit it, and nobody could run the program.
+        let mut copy = Command::new("cp");
+        copy.arg("--remove-destination").arg(program());
+        let status = copy.arg(self.home().join("bin/spore")).status()?;
+        ensure!(status.success(), "cp ended with {status}");
+        Ok(())
     }
 
     fn lay_out(&self, disk: Disk) -> Result<()> {
@@ -484,11 +497,7 @@ impl Platform {
             let status = mount.arg(home.join("data")).status()?;
             ensure!(status.success(), "mount ended with {status}");
         }
-        // Copied by another process: were the file open for writing here while a story beside this
-        // one starts a process, that would inherit it, and nobody could run the program.
-        let mut copy = Command::new("cp");
-        let status = copy.arg(program()).arg(home.join("bin/spore")).status()?;
-        ensure!(status.success(), "cp ended with {status}");
+        self.install()?;
         let config = format!(
             "data_dir = \"{home}/data\"\nruntime_dir = \"{home}/run\"\nlog_dir = \"{home}/log\"\n\
              config_dir = \"{home}/etc\"\nkernel = \"{deps}/guest/vmlinux\"\n\
