@@ -286,8 +286,6 @@ impl Actor {
             }
             // In this order, so that a seed decides the same in every run; what a guest tells comes
             // last, and its session slows a flood down.
-            // In this order, so that a seed decides the same in every run; what a guest tells comes
-            // last, and its session slows a flood down.
             tokio::select! {
                 biased;
                 outcome = of(self.asking.as_mut().map(|asking| &mut asking.future)) => {
