@@ -64,9 +64,10 @@ pub(crate) fn down() -> Result<()> {
     spore(&["down"])
 }
 
-/// Removes what `up` and `deps` put on the machine. Debian packages stay: others may use them.
+/// Removes what `up` and `deps` put on the machine.
 pub(crate) fn clean(dir: &Path) -> Result<()> {
     down()?;
+    deps::packages::remove(dir)?;
     let mut folders: Vec<PathBuf> = DAEMON_FOLDERS.iter().map(PathBuf::from).collect();
     folders.extend([PathBuf::from(INSTALLED), dir.to_path_buf()]);
     for folder in folders.iter().filter(|folder| folder.exists()) {
@@ -92,7 +93,7 @@ pub(crate) fn clean(dir: &Path) -> Result<()> {
     if fs::symlink_metadata(&link).is_ok() {
         fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
     }
-    say("clean; Debian packages were left, and so was ~/.config/spore");
+    say("clean; a token that was copied to ~/.config/spore was left");
     Ok(())
 }
 

@@ -9,7 +9,11 @@ mod modules;
 pub(crate) mod packages;
 mod vmlinux;
 
-use anyhow::Result;
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use rustix::fs::FlockOperation;
 
 use crate::DepsOptions;
 use crate::progress::{say, step};
@@ -18,8 +22,9 @@ use crate::{command, place};
 /// Fetches what is missing.
 pub(crate) fn run(options: &DepsOptions) -> Result<()> {
     let dir = &options.folder.dir;
-    packages::install(options.bench)?;
     place::make(dir)?;
+    let _alone = lock(dir)?;
+    packages::install(options.bench, dir)?;
     let kernel = kernel::fetch(dir, options.refresh)?;
     say(format!("guest kernel: {kernel}"));
     step("fetch crates", || {
@@ -37,4 +42,16 @@ pub(crate) fn run(options: &DepsOptions) -> Result<()> {
     }
     say(format!("everything is in {}", dir.display()));
     Ok(())
+}
+
+/// Waits until no other run fetches into `dir`; the lock ends with the file.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join("lock");
+    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        step("wait for another run that fetches", || {
+            Ok(rustix::fs::flock(&file, FlockOperation::LockExclusive)?)
+        })?;
+    }
+    Ok(file)
 }

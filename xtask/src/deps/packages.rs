@@ -1,7 +1,11 @@
 //! Debian packages that building, running and testing Spore need, and the user that builds images.
-//! Called by `deps` only; never removes or upgrades a package.
+//! Called by `deps`, and by `clean-host` to remove what was installed; never upgrades a package, and
+//! never removes one that was there before or that another needs.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -40,8 +44,11 @@ const BENCH_PACKAGES: &[(&str, &str)] = &[("nginx-light", "the gateway's peer"),
 /// The user that mmdebstrap runs as; it owns nothing and has a range of uids for its namespace.
 pub(crate) const BUILD_USER: &str = "spore-build";
 
-/// Installs what is missing and makes the build user.
-pub(crate) fn install(bench: bool) -> Result<()> {
+/// In the folder of what was fetched: names of the packages that `install` brought, a line each.
+const RECORD: &str = "packages";
+
+/// Installs what is missing and makes the build user; `dir` keeps what was installed.
+pub(crate) fn install(bench: bool, dir: &Path) -> Result<()> {
     let mut wanted: Vec<&str> = PACKAGES.iter().map(|(name, _)| *name).collect();
     if bench {
         wanted.extend(BENCH_PACKAGES.iter().map(|(name, _)| *name));
@@ -52,22 +59,81 @@ pub(crate) fn install(bench: bool) -> Result<()> {
             wanted.join(", ")
         );
     }
-    let missing = missing(&wanted, &installed()?);
+    let before = installed()?;
+    let missing = missing(&wanted, &before);
     if missing.is_empty() {
         say("Debian packages: all here");
     } else {
         let what = format!("install {}", missing.join(" "));
         step(&what, || {
             command::run(command::as_root("apt-get").args(["-qq", "update"]))?;
-            command::run(
-                command::as_root("env")
-                    .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-y"])
+            let outcome = command::run(
+                apt()
                     .args(["--no-install-recommends", "install"])
                     .args(&missing),
-            )
+            );
+            // Also what a failed run left installed is to be removed one day.
+            record(dir, installed()?.difference(&before))?;
+            outcome
         })?;
     }
     make_build_user()
+}
+
+/// apt-get that asks nothing.
+fn apt() -> Command {
+    let mut apt = command::as_root("env");
+    apt.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-y"]);
+    apt
+}
+
+/// Adds names to the record, durably.
+fn record<'a>(dir: &Path, names: impl Iterator<Item = &'a String>) -> Result<()> {
+    let path = dir.join(RECORD);
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    for name in names {
+        writeln!(file, "{name}")?;
+    }
+    Ok(file.sync_all()?)
+}
+
+/// Removes the packages that `install` brought and nothing else needs by now: apt says which these
+/// are once they count as installed for others' sake only.
+pub(crate) fn remove(dir: &Path) -> Result<()> {
+    let recorded = fs::read_to_string(dir.join(RECORD)).unwrap_or_default();
+    let installed = installed()?;
+    let ours: BTreeSet<&str> = recorded
+        .lines()
+        .filter(|name| installed.contains(*name))
+        .collect();
+    if ours.is_empty() {
+        return Ok(());
+    }
+    command::run(
+        command::as_root("apt-mark")
+            .args(["-qq", "auto"])
+            .args(&ours),
+    )?;
+    let plan = command::output(apt().args(["--simulate", "autoremove"]))?;
+    let going = removed(&plan, &ours);
+    if going.is_empty() {
+        return Ok(());
+    }
+    step(&format!("remove {}", going.join(" ")), || {
+        command::run(apt().args(["--purge", "remove"]).args(&going))
+    })
+}
+
+/// What of `ours` a plan that `apt-get --simulate` printed would remove.
+fn removed<'a>(plan: &'a str, ours: &BTreeSet<&str>) -> Vec<&'a str> {
+    plan.lines()
+        .filter_map(|line| line.strip_prefix("Remv ")?.split_whitespace().next())
+        .filter(|name| ours.contains(name))
+        .collect()
 }
 
 /// Names of installed packages, without their architecture.
@@ -95,7 +161,7 @@ fn missing<'a>(wanted: &[&'a str], installed: &BTreeSet<String>) -> Vec<&'a str>
 
 /// Makes the build user with a range of subordinate uids.
 fn make_build_user() -> Result<()> {
-    let ranges = std::fs::read_to_string("/etc/subuid").unwrap_or_default();
+    let ranges = fs::read_to_string("/etc/subuid").unwrap_or_default();
     let has_range = ranges
         .lines()
         .any(|line| line.starts_with(&format!("{BUILD_USER}:")));
@@ -129,12 +195,19 @@ fn make_build_user() -> Result<()> {
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::{PACKAGES, missing};
+    use super::{PACKAGES, missing, removed};
 
     #[test]
     fn only_what_is_not_installed_is_missing() {
         let installed = BTreeSet::from(["kmod".to_owned()]);
         assert_eq!(missing(&["kmod", "zstd"], &installed), ["zstd"]);
+    }
+
+    #[test]
+    fn only_what_was_installed_here_and_nobody_needs_is_removed() {
+        let plan = "Remv uidmap [1:4.13]\nRemv others [1]\nRemv zstd [1.5.4]\n";
+        let ours = BTreeSet::from(["kmod", "uidmap", "zstd"]);
+        assert_eq!(removed(plan, &ours), ["uidmap", "zstd"]);
     }
 
     #[test]
