@@ -18,6 +18,8 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
+use crate::app::App;
+
 /// One gateway.
 pub(crate) struct Rig {
     pub(crate) address: SocketAddr,
@@ -61,6 +63,15 @@ pub(crate) fn route(name: &str) -> Route {
             wake_deadline_ms: 30_000,
         },
     }
+}
+
+/// A gateway with these limits, its daemon, and an app that incarnation 1 of a first wake leads to.
+pub(crate) async fn serving(limits: Limits) -> (Rig, Daemon, App) {
+    let rig = Rig::with_limits(limits);
+    let daemon = rig.daemon(vec![route("app")]).await;
+    let app = App::start("app").await;
+    daemon.on_wake("app", vm(1), app.address);
+    (rig, daemon, app)
 }
 
 impl Rig {

@@ -1,16 +1,9 @@
 //! Stories of heads: hosts, hop-by-hop headers, versions, shapes that smuggle.
 
-use crate::app::App;
-use crate::client::{Answer, Client};
-use crate::daemon::{Daemon, Rig, route, vm};
+use spore_gateway::Limits;
 
-async fn warm() -> (Rig, Daemon, App) {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
-    (rig, daemon, app)
-}
+use crate::client::{Answer, Client};
+use crate::daemon::{Rig, serving};
 
 async fn exchange(rig: &Rig, bytes: &str) -> Answer {
     let mut client = Client::connect(rig.address).await;
@@ -20,7 +13,7 @@ async fn exchange(rig: &Rig, bytes: &str) -> Answer {
 
 #[tokio::test]
 async fn a_host_is_found_in_every_shape_it_may_have() {
-    let (rig, _daemon, app) = warm().await;
+    let (rig, _daemon, app) = serving(Limits::default()).await;
     for head in [
         "GET /tag HTTP/1.1\r\nHost: app.localhost\r\n\r\n",
         "GET /tag HTTP/1.1\r\nHost: APP.localhost:8080\r\n\r\n",
@@ -36,7 +29,7 @@ async fn a_host_is_found_in_every_shape_it_may_have() {
 
 #[tokio::test]
 async fn a_host_that_is_missing_repeated_or_invalid_is_a_400() {
-    let (rig, _daemon, app) = warm().await;
+    let (rig, _daemon, app) = serving(Limits::default()).await;
     for (lines, code) in [
         ("", "host_missing"),
         (
@@ -66,7 +59,7 @@ async fn a_host_that_is_missing_repeated_or_invalid_is_a_400() {
 
 #[tokio::test]
 async fn shapes_that_smuggle_are_refused_or_cannot_be_misread() {
-    let (rig, _daemon, app) = warm().await;
+    let (rig, _daemon, app) = serving(Limits::default()).await;
     for lines in [
         "Content-Length: 5\r\nContent-Length: 6\r\n",
         "Content-Length: 5, 6\r\n",
@@ -113,7 +106,7 @@ async fn shapes_that_smuggle_are_refused_or_cannot_be_misread() {
 
 #[tokio::test]
 async fn hop_by_hop_headers_stay_and_claims_about_the_client_are_replaced() {
-    let (rig, _daemon, _app) = warm().await;
+    let (rig, _daemon, _app) = serving(Limits::default()).await;
     let answer = exchange(
         &rig,
         "GET /head HTTP/1.1\r\nHost: app.localhost:8080\r\nConnection: keep-alive, X-Mine, Host\r\n\
@@ -159,7 +152,7 @@ async fn hop_by_hop_headers_stay_and_claims_about_the_client_are_replaced() {
 
 #[tokio::test]
 async fn a_cookie_reaches_no_further_than_its_app() {
-    let (rig, _daemon, _app) = warm().await;
+    let (rig, _daemon, _app) = serving(Limits::default()).await;
     let answer = exchange(&rig, "GET /cookie HTTP/1.1\r\nHost: app.localhost\r\n\r\n").await;
     let cookies = answer.header("set-cookie").unwrap();
     assert_eq!(cookies, "a=1; Path=/\nb=2; Domain=app.localhost");
@@ -168,7 +161,7 @@ async fn a_cookie_reaches_no_further_than_its_app() {
 
 #[tokio::test]
 async fn http_1_0_clients_get_answers_they_can_read() {
-    let (rig, _daemon, app) = warm().await;
+    let (rig, _daemon, app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     let kept = "GET /tag HTTP/1.0\r\nHost: app.localhost\r\nConnection: keep-alive\r\n\r\n";
     for _ in 0..2 {
@@ -203,7 +196,7 @@ async fn http_1_0_clients_get_answers_they_can_read() {
 
 #[tokio::test]
 async fn answers_without_a_body_leave_the_connection_in_step() {
-    let (rig, _daemon, app) = warm().await;
+    let (rig, _daemon, app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     for (method, path, status) in [
         ("HEAD", "/tag", 200),
@@ -227,7 +220,7 @@ async fn answers_without_a_body_leave_the_connection_in_step() {
 
 #[tokio::test]
 async fn heads_beyond_the_limits_are_refused() {
-    let (rig, _daemon, app) = warm().await;
+    let (rig, _daemon, app) = serving(Limits::default()).await;
     let many = "X: 1\r\n".repeat(200);
     let large = format!("X: {}\r\n", "x".repeat(100_000));
     for lines in [many, large] {

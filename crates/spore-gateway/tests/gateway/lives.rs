@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 
 use crate::app::App;
 use crate::client::{Client, request};
-use crate::daemon::{Reap, Rig, awake, key, route, vm};
+use crate::daemon::{Reap, Rig, awake, key, route, serving, vm};
 
 #[tokio::test]
 async fn a_recycled_vm_never_answers_for_another_app() {
@@ -59,10 +59,7 @@ async fn a_recycled_vm_never_answers_for_another_app() {
 
 #[tokio::test]
 async fn reap_is_busy_while_an_answer_flows_and_force_waits_for_it() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, daemon, app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client.send(request("GET", "app", "/slow")).await;
     app.asked("/slow").await;
@@ -93,10 +90,7 @@ async fn reap_is_busy_while_an_answer_flows_and_force_waits_for_it() {
 
 #[tokio::test]
 async fn activity_is_reported_when_an_app_becomes_busy_and_idle() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, daemon, app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client.send(request("GET", "app", "/slow")).await;
     daemon
@@ -118,10 +112,7 @@ async fn activity_is_reported_when_an_app_becomes_busy_and_idle() {
 
 #[tokio::test]
 async fn a_vm_that_dies_under_a_request_is_a_502_and_was_asked_once() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, daemon, app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client.send(request("GET", "app", "/hang")).await;
     app.asked("/hang").await;
@@ -141,12 +132,46 @@ async fn a_vm_that_dies_under_a_request_is_a_502_and_was_asked_once() {
     assert_eq!(client.get("app", "/tag").await.text(), "next");
 }
 
+/// A body that is on its way must not hide the end of its VM: the client could pause for as long as
+/// it likes.
+#[tokio::test]
+async fn a_vm_that_dies_under_a_streaming_body_is_a_502_at_once() {
+    for head in [
+        "Content-Length: 1000\r\n\r\nhalf",
+        "Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        "Content-Length: 1000\r\nConnection: close\r\n\r\nhalf",
+    ] {
+        for end in ["gone", "closed"] {
+            let (rig, daemon, app) = serving(Limits::default()).await;
+            let mut client = Client::connect(rig.address).await;
+            client
+                .send(format!(
+                    "POST /hang HTTP/1.1\r\nHost: app.localhost\r\n{head}"
+                ))
+                .await;
+            app.asked("/hang").await;
+            let code = if end == "gone" {
+                daemon.gone("app", vm(1));
+                "vm_died"
+            } else {
+                drop(app);
+                "app_closed_connection"
+            };
+            let ended = async {
+                let answer = client.answer().await;
+                assert_eq!(answer.status, 502, "{head}");
+                assert!(answer.text().contains(code), "{head}: {}", answer.text());
+                assert_eq!(client.rest().await, b"");
+            };
+            let ended = tokio::time::timeout(Duration::from_secs(5), ended).await;
+            assert!(ended.is_ok(), "{end} under {head}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_answer_that_has_begun_is_cut_when_its_vm_dies() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, daemon, _app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client.send(request("GET", "app", "/sse")).await;
     client.head().await;
@@ -289,10 +314,7 @@ async fn the_newest_daemon_has_the_session_and_its_table_is_the_table() {
 
 #[tokio::test]
 async fn quit_ends_the_gateway_after_what_is_in_flight() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, daemon, app) = serving(Limits::default()).await;
     let mut idle = Client::connect(rig.address).await;
     idle.get("app", "/tag").await;
     let mut busy = Client::connect(rig.address).await;
@@ -308,17 +330,15 @@ async fn quit_ends_the_gateway_after_what_is_in_flight() {
 #[tokio::test]
 async fn slow_and_silent_clients_are_cut() {
     let short = Duration::from_millis(200);
-    let rig = Rig::with_limits(Limits {
+    let (rig, _daemon, app) = serving(Limits {
         head_timeout: short,
         keep_alive_timeout: short,
         body_stall_timeout: short,
         answer_stall_timeout: short,
         connections_per_client_max: 6,
         ..Limits::default()
-    });
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    })
+    .await;
     let mut silent = Client::connect(rig.address).await;
     let mut slow_head = Client::connect(rig.address).await;
     slow_head.send("GET / HTT").await;

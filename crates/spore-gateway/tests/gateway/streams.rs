@@ -2,21 +2,18 @@
 
 use std::time::Duration;
 
+use spore_gateway::Limits;
 use spore_wire::gateway::FromGateway;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::app::App;
 use crate::client::{Client, request};
-use crate::daemon::{Reap, Rig, key, route, vm};
+use crate::daemon::{Reap, key, serving, vm};
 
 const LARGE: usize = 100 * 1024 * 1024;
 
 #[tokio::test]
 async fn a_websocket_echoes_through_a_wake_and_keeps_its_app_awake() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, daemon, _app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client
         .send(
@@ -49,10 +46,7 @@ async fn a_websocket_echoes_through_a_wake_and_keeps_its_app_awake() {
 
 #[tokio::test]
 async fn an_upgraded_connection_ends_with_its_vm() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, daemon, _app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client
         .send(
@@ -68,10 +62,7 @@ async fn an_upgraded_connection_ends_with_its_vm() {
 
 #[tokio::test]
 async fn events_arrive_when_they_are_sent() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, _daemon, app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client.send(request("GET", "app", "/sse")).await;
     assert!(client.head().await.contains("text/event-stream"));
@@ -92,10 +83,7 @@ fn resident_kib() -> usize {
 
 #[tokio::test]
 async fn a_hundred_megabytes_go_both_ways_past_a_slow_reader_in_little_memory() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, _daemon, _app) = serving(Limits::default()).await;
     let client = Client::connect(rig.address).await;
     let before = resident_kib();
     let (mut read, mut write) = client.stream.into_split();
@@ -132,10 +120,7 @@ async fn a_hundred_megabytes_go_both_ways_past_a_slow_reader_in_little_memory() 
 
 #[tokio::test]
 async fn an_answer_before_the_end_of_the_request_does_not_stop_the_request() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, _daemon, _app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client
         .send("POST /echo HTTP/1.1\r\nHost: app.localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -152,10 +137,7 @@ async fn an_answer_before_the_end_of_the_request_does_not_stop_the_request() {
 
 #[tokio::test]
 async fn a_chunked_get_keeps_its_body_and_trailers_pass_both_ways() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, _daemon, _app) = serving(Limits::default()).await;
     let mut client = Client::connect(rig.address).await;
     client
         .send(
@@ -178,10 +160,7 @@ async fn a_chunked_get_keeps_its_body_and_trailers_pass_both_ways() {
 
 #[tokio::test]
 async fn a_client_that_leaves_frees_its_app() {
-    let rig = Rig::start();
-    let daemon = rig.daemon(vec![route("app")]).await;
-    let app = App::start("app").await;
-    daemon.on_wake("app", vm(1), app.address);
+    let (rig, daemon, app) = serving(Limits::default()).await;
     let mut hanging = Client::connect(rig.address).await;
     hanging.send(request("GET", "app", "/hang")).await;
     let mut flooded = Client::connect(rig.address).await;
