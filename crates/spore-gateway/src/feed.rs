@@ -23,13 +23,14 @@ use spore_wire::id::VmId;
 use tokio::net::{TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant};
 
 use crate::Gateway;
 use crate::counts::Counters;
 use crate::limits::{ACCEPT_PAUSE, ACTIVITY_PACE, COUNTS_PACE, FEED_QUEUE_MAX, FEED_STALL_TIMEOUT};
 use crate::lock;
 use crate::packet::{PacketError, PacketSocket};
+use crate::socket::tune;
 use crate::wake::{App, ReapMode};
 
 /// What is to be said to the daemon, and what is waited for from it.
@@ -147,13 +148,13 @@ impl Feed {
         result
     }
 
-    fn connected(&self, id: u64, fd: Option<OwnedFd>) {
+    fn connected(&self, id: u64, fd: Option<OwnedFd>, dead_peer_timeout: Duration) {
         let Some(pending) = lock(&self.inner).connects.remove(&id) else {
             return;
         };
         let stream = fd
             .ok_or_else(|| std::io::Error::other("no descriptor came with it"))
-            .and_then(stream_of);
+            .and_then(|fd| stream_of(fd, dead_peer_timeout));
         // Whoever asked may have left; the socket closes then.
         drop(pending.sender.send(stream.map_err(ConnectError::Unusable)));
     }
@@ -265,14 +266,14 @@ impl Drop for Pending<'_> {
     }
 }
 
-fn stream_of(fd: OwnedFd) -> std::io::Result<TcpStream> {
+fn stream_of(fd: OwnedFd, dead_peer_timeout: Duration) -> std::io::Result<TcpStream> {
     if rustix::net::sockopt::socket_type(&fd)? != rustix::net::SocketType::STREAM {
         return Err(std::io::Error::other("not a stream socket"));
     }
     let stream = std::net::TcpStream::from(fd);
     stream.set_nonblocking(true)?;
     let stream = TcpStream::from_std(stream)?;
-    stream.set_nodelay(true)?;
+    tune(&stream, dead_peer_timeout)?;
     Ok(stream)
 }
 
@@ -433,7 +434,10 @@ fn obey(gateway: &Arc<Gateway>, message: ToGateway, fd: Option<OwnedFd>) {
                 app.wake_failed(failure);
             }
         }
-        ToGateway::Connected { id } => gateway.feed.connected(id, fd),
+        ToGateway::Connected { id } => {
+            let timeout = gateway.limits.dead_peer_timeout;
+            gateway.feed.connected(id, fd, timeout);
+        }
         ToGateway::ConnectFailed { id, gone: true, .. } => gateway.feed.connect_gone(id),
         ToGateway::ConnectFailed { id, reason, .. } => gateway.feed.connect_failed(id, reason),
         ToGateway::Reap { app, vm, force } => {

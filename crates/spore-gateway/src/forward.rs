@@ -19,7 +19,6 @@ use http::request::Parts;
 use http::{Request, Response, StatusCode, Version};
 use hyper::body::{Body as _, Incoming};
 use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
 use spore_wire::gateway::{Admission, Phase};
 use tokio::time::{Duration, Instant};
 
@@ -28,10 +27,11 @@ use crate::activity::InFlight;
 use crate::body::{AnswerBody, AppBody, BodyProgress, Hold, RequestBody, Transport};
 use crate::feed::ConnectError;
 use crate::header::{self, Framing};
-use crate::limits::{CLIENT_CHECK_PACE, UPGRADE_BUFFER_BYTES};
+use crate::limits::CLIENT_CHECK_PACE;
 use crate::listen::{Client, Turn};
 use crate::page::{self, Form, Trouble};
 use crate::pool::{ExchangeError, Upstream};
+use crate::relay::Relay;
 use crate::route::Target;
 use crate::wake::{Entry, Refused, Verdict, Waiter};
 
@@ -357,8 +357,12 @@ fn answer(gateway: &Gateway, mut exchange: Exchange) -> Result<Response<AnswerBo
             return Err(Trouble::AppBroke);
         };
         let app_side = hyper::upgrade::on(&mut exchange.response);
-        let relayed = relay(client_side, app_side, exchange.upstream, exchange.in_flight);
-        drop(tokio::spawn(relayed));
+        exchange.turn.client().upgrade(Relay {
+            client_side,
+            app_side,
+            upstream: exchange.upstream,
+            in_flight: exchange.in_flight,
+        });
         return Ok(exchange.response.map(|_| AnswerBody::Page(None)));
     }
     let sent = exchange.progress.is_none_or(|progress| progress.is_ended());
@@ -376,33 +380,6 @@ fn answer(gateway: &Gateway, mut exchange: Exchange) -> Result<Response<AnswerBo
     Ok(exchange
         .response
         .map(|incoming| AnswerBody::App(AppBody::new(incoming, hold))))
-}
-
-/// Carries the bytes of an upgraded connection, which is in flight until both ends have closed.
-async fn relay(
-    client_side: OnUpgrade,
-    app_side: OnUpgrade,
-    upstream: Upstream,
-    in_flight: InFlight,
-) {
-    let driver = upstream.detach();
-    let (Ok(client), Ok(app)) = tokio::join!(client_side, app_side) else {
-        return;
-    };
-    drop(driver);
-    let mut client = TokioIo::new(client);
-    let mut app = TokioIo::new(app);
-    let copied = tokio::io::copy_bidirectional_with_sizes(
-        &mut client,
-        &mut app,
-        UPGRADE_BUFFER_BYTES,
-        UPGRADE_BUFFER_BYTES,
-    );
-    tokio::select! {
-        // An end that breaks off is an end: there is nobody left to tell.
-        copied = copied => drop(copied),
-        () = in_flight.incarnation().gone() => in_flight.count_death(),
-    }
 }
 
 impl From<Refused> for Trouble {

@@ -14,6 +14,7 @@
 //!                          │ ─────▶ feed      a new one: Connect ──▶ daemon ──▶ Connected + fd
 //!                          ▼
 //!                       exchange ──▶ body ──▶ client; the last byte ends `activity`
+//!                          │ ─────▶ relay     after 101: bytes both ways, in the client's task
 //!                          │
 //!                          └─────▶ page      when there is no answer of the app
 //! ```
@@ -40,6 +41,7 @@ mod listen;
 pub mod packet;
 mod page;
 mod pool;
+mod relay;
 mod request_id;
 mod route;
 mod socket;

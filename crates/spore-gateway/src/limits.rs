@@ -27,6 +27,13 @@ pub struct Limits {
     pub body_stall_timeout: Duration,
     /// How long a client may take nothing of an answer that waits for it.
     pub answer_stall_timeout: Duration,
+    /// How long either end of an upgraded connection may take nothing of what waits for it.
+    pub relay_stall_timeout: Duration,
+    /// How long upgraded connections go on once the gateway quits: they have no end of their own
+    /// to wait for, only bytes that are on their way.
+    pub relay_grace: Duration,
+    /// How long a client's or an app's kernel may give no sign of life.
+    pub dead_peer_timeout: Duration,
     /// Requests and upgrades in flight at once for one incarnation; beyond it the answer is 503.
     pub in_flight_max: u32,
     /// Idle connections kept for one incarnation.
@@ -50,6 +57,9 @@ impl Default for Limits {
             keep_alive_timeout: Duration::from_secs(75),
             body_stall_timeout: Duration::from_secs(60),
             answer_stall_timeout: Duration::from_secs(60),
+            relay_stall_timeout: Duration::from_secs(60),
+            relay_grace: Duration::from_secs(1),
+            dead_peer_timeout: Duration::from_secs(120),
             in_flight_max: 2_048,
             idle_connections_max: 128,
             idle_connection_age_max: Duration::from_secs(4),

@@ -9,7 +9,8 @@
 //!     │ keep_alive_timeout   │ head_timeout      │ body_stall, answer_stall
 //!     └──────────────────────┴───────────────────┴──▶ closed
 //! ```
-//! A slow clock looks at counters, so that a fast request sets no timer at all.
+//! A slow clock looks at counters, so that a fast request sets no timer at all. A connection that
+//! leaves HTTP behind keeps its task and its places; `relay.rs` watches it from then on.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -32,7 +33,8 @@ use tokio_util::task::TaskTracker;
 use crate::body::BodyProgress;
 use crate::header::ClientHeaders;
 use crate::limits::{ACCEPT_PAUSE, BUFFER_BYTES_MAX, Limits};
-use crate::socket::{Socket, SocketHandle};
+use crate::relay::Relay;
+use crate::socket::{Socket, SocketHandle, tune};
 use crate::{Gateway, forward, lock};
 
 /// One client's connection, as its requests know it.
@@ -44,6 +46,8 @@ pub(crate) struct Client {
     turns: AtomicU64,
     body: Mutex<Option<Arc<BodyProgress>>>,
     has_body: AtomicBool,
+    /// What the connection goes on as once the answer that says so is written.
+    relay: Mutex<Option<Relay>>,
 }
 
 impl Client {
@@ -59,6 +63,7 @@ impl Client {
             turns: AtomicU64::new(0),
             body: Mutex::new(None),
             has_body: AtomicBool::new(false),
+            relay: Mutex::new(None),
         }
     }
 
@@ -74,6 +79,11 @@ impl Client {
     /// Whether the client has closed its side.
     pub(crate) async fn is_gone(&self) -> bool {
         self.socket.is_peer_gone().await
+    }
+
+    /// Lets the connection go on as something else than HTTP behind the answer being given.
+    pub(crate) fn upgrade(&self, relay: Relay) {
+        *lock(&self.relay) = Some(relay);
     }
 
     /// Closes the connection.
@@ -140,7 +150,7 @@ struct Connection {
 
 impl Connection {
     async fn serve(self, stream: TcpStream, address: SocketAddr) {
-        if let Err(error) = tune(&stream) {
+        if let Err(error) = tune(&stream, self.gateway.limits.dead_peer_timeout) {
             tracing::debug!(%error, "a client's connection ended at once");
             return;
         }
@@ -169,8 +179,9 @@ impl Connection {
                 result = connection.as_mut() => {
                     if let Err(error) = result {
                         tracing::debug!(%error, "a client's connection broke off");
+                        return;
                     }
-                    return;
+                    break;
                 }
                 _ = clock.tick() => {
                     if let Some(stall) = watch.look(Instant::now()) {
@@ -184,15 +195,11 @@ impl Connection {
                 }
             }
         }
+        let relay = lock(&client.relay).take();
+        if let Some(relay) = relay {
+            Box::pin(relay.run(&client.socket, limits, &self.quit)).await;
+        }
     }
-}
-
-/// A client may be silent for long behind a router that forgets it: the kernel finds out.
-fn tune(stream: &TcpStream) -> std::io::Result<()> {
-    stream.set_nodelay(true)?;
-    rustix::net::sockopt::set_socket_keepalive(stream, true)?;
-    rustix::net::sockopt::set_tcp_keepidle(stream, Duration::from_secs(60))?;
-    Ok(())
 }
 
 /// Marks that a request is being answered, until the last byte of the answer is on its way.

@@ -50,6 +50,7 @@ pub(crate) struct Upstream {
     driver: Option<Driver>,
     incarnation: Weak<Incarnation>,
     socket: u64,
+    handle: SocketHandle,
     idle_since: Option<Instant>,
 }
 
@@ -166,7 +167,8 @@ impl Incarnation {
     ) -> Option<Result<Upstream, hyper::Error>> {
         let socket = Socket::new(stream);
         let id = self.next_socket.fetch_add(1, Ordering::Relaxed);
-        lock(&self.sockets).insert(id, socket.handle());
+        let handle = socket.handle();
+        lock(&self.sockets).insert(id, handle.clone());
         let registration = Registration {
             incarnation: Arc::downgrade(self),
             socket: id,
@@ -188,6 +190,7 @@ impl Incarnation {
             driver: Some(Box::pin(driver.with_upgrades())),
             incarnation: Arc::downgrade(self),
             socket: id,
+            handle,
             idle_since: None,
         }))
     }
@@ -218,6 +221,11 @@ impl Upstream {
             return false;
         }
         true
+    }
+
+    /// The socket below, to be watched.
+    pub(crate) fn socket(&self) -> SocketHandle {
+        self.handle.clone()
     }
 
     /// Whether the app has not closed it and the last exchange is over.

@@ -9,9 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::Duration;
 
 /// The stream itself, for the one task that reads and writes.
 #[derive(Debug)]
@@ -50,6 +52,20 @@ impl Socket {
     pub(crate) fn handle(&self) -> SocketHandle {
         self.handle.clone()
     }
+}
+
+/// Prepares a stream on either side. A peer may vanish without a word, behind a router that
+/// forgets it or with a host that dies: the kernel asks after half of `dead_peer_timeout`, and ends
+/// the stream when nothing was heard for all of it, whether bytes wait for the peer or not.
+pub(crate) fn tune(stream: &TcpStream, dead_peer_timeout: Duration) -> io::Result<()> {
+    let timeout_ms = u32::try_from(dead_peer_timeout.as_millis()).unwrap_or(u32::MAX);
+    let second = Duration::from_secs(1);
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, (dead_peer_timeout / 2).max(second))?;
+    sockopt::set_tcp_keepintvl(stream, (dead_peer_timeout / 8).max(second))?;
+    sockopt::set_tcp_user_timeout(stream, timeout_ms)?;
+    Ok(())
 }
 
 impl SocketHandle {

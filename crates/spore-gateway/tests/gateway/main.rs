@@ -14,4 +14,6 @@ mod lives;
 #[cfg(test)]
 mod streams;
 #[cfg(test)]
+mod upgrades;
+#[cfg(test)]
 mod wakes;

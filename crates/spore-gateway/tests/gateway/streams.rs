@@ -1,4 +1,4 @@
-//! Stories of bodies, events and upgraded connections.
+//! Stories of bodies and events.
 
 use std::time::Duration;
 
@@ -10,55 +10,6 @@ use crate::client::{Client, request};
 use crate::daemon::{Reap, key, serving, vm};
 
 const LARGE: usize = 100 * 1024 * 1024;
-
-#[tokio::test]
-async fn a_websocket_echoes_through_a_wake_and_keeps_its_app_awake() {
-    let (rig, daemon, _app) = serving(Limits::default()).await;
-    let mut client = Client::connect(rig.address).await;
-    client
-        .send(
-            "GET /upgrade HTTP/1.1\r\nHost: app.localhost\r\nConnection: Upgrade\r\n\
-             Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
-             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-        )
-        .await;
-    let answer = client.answer().await;
-    assert_eq!(answer.status, 101);
-    assert_eq!(answer.header("upgrade").unwrap(), "websocket");
-    assert!(answer.header("server-timing").is_some());
-    // Masked text frames, as a browser sends them; the app gives the bytes back.
-    for frame in [
-        &b"\x81\x85\x01\x02\x03\x04igoph"[..],
-        b"\x89\x80\x01\x02\x03\x04",
-    ] {
-        client.send(frame).await;
-        assert_eq!(client.bytes(frame.len()).await, frame);
-    }
-    assert_eq!(daemon.reap("app", vm(1), false).await, Reap::Busy);
-    client.stream.shutdown().await.unwrap();
-    assert_eq!(client.rest().await, b"");
-    loop {
-        if daemon.reap("app", vm(1), false).await == Reap::Reaped {
-            break;
-        }
-    }
-}
-
-#[tokio::test]
-async fn an_upgraded_connection_ends_with_its_vm() {
-    let (rig, daemon, _app) = serving(Limits::default()).await;
-    let mut client = Client::connect(rig.address).await;
-    client
-        .send(
-            "GET /upgrade HTTP/1.1\r\nHost: app.localhost\r\nConnection: upgrade\r\n\
-             Upgrade: anything/1\r\n\r\nearly",
-        )
-        .await;
-    assert_eq!(client.answer().await.status, 101);
-    assert_eq!(client.bytes(5).await, b"early");
-    daemon.gone("app", vm(1));
-    assert_eq!(client.rest().await, b"");
-}
 
 #[tokio::test]
 async fn events_arrive_when_they_are_sent() {
