@@ -59,6 +59,9 @@ pub struct AppVm {
     pub id: String,
     /// `kvm`, `kvm-nested` or `none`.
     pub boundary: String,
+    /// The boundary for people: `none (qemu-tcg)`.
+    #[serde(default)]
+    pub boundary_text: String,
     /// The guest's boot id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_id: Option<String>,

@@ -177,6 +177,7 @@ impl Nodes for FakeNodes {
             app: AppStatus::Absent,
             phases: Vec::new(),
             boundary: Boundary::None,
+            hypervisor: "sim".to_owned(),
             boot_id: None,
             awake_for_ms: 0,
         };
@@ -398,7 +399,10 @@ impl FakeDoor {
             }
             state.answers.entry(key.clone()).or_default().clear();
         }
-        let ask = FromGateway::Wake { app: key.clone() };
+        let ask = FromGateway::Wake {
+            app: key.clone(),
+            trace: None,
+        };
         self.control.get().unwrap().door_event(ask);
         loop {
             news.as_mut().await;

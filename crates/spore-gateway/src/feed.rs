@@ -231,7 +231,7 @@ impl Inner {
         if self.session.is_none() {
             return;
         }
-        if let FromGateway::Wake { app } = &message
+        if let FromGateway::Wake { app, .. } = &message
             && !self.asked.insert(app.clone())
         {
             return;

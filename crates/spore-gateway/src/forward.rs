@@ -21,6 +21,7 @@ use hyper::body::{Body as _, Incoming};
 use hyper::upgrade::OnUpgrade;
 use spore_wire::gateway::{Admission, Phase};
 use tokio::time::{Duration, Instant};
+use tracing::Instrument as _;
 
 use crate::Gateway;
 use crate::activity::InFlight;
@@ -112,7 +113,9 @@ async fn forward(
     }
     let outgoing = prepare(turn.client(), parts, body, framing, request_id);
     // From here the request is large or waits long: off the stack of the connection.
-    let mut response = Box::pin(deliver(gateway, turn, &target, outgoing)).await?;
+    let span = tracing::debug_span!("request", app = %target.app.key(), trace = ?request_id);
+    let delivery = deliver(gateway, turn, &target, outgoing, request_id).instrument(span);
+    let mut response = Box::pin(delivery).await?;
     header_of_answer(&mut response, &target.host, request_id, framing);
     Ok(response)
 }
@@ -187,19 +190,22 @@ async fn deliver(
     turn: Turn,
     target: &Target,
     mut outgoing: Outgoing,
+    request_id: &HeaderValue,
 ) -> Result<Response<AnswerBody>, Trouble> {
     let mut deadline = Deadline::new(target.policy.wake_deadline_ms);
     let mut waited = None;
     loop {
         let in_flight_max = gateway.limits.in_flight_max;
-        let in_flight = match target.app.enter(&target.policy, in_flight_max) {
+        let in_flight = match target.app.enter(&target.policy, in_flight_max, request_id) {
             Entry::Now(in_flight) => in_flight,
             Entry::Refused(why) => return Err(why.into()),
             Entry::Wait(waiter) => {
                 if waited.is_none() {
                     gateway.feed.counters().count_waited();
                 }
-                let (in_flight, phases) = wait(waiter, turn.client(), deadline.at()).await?;
+                let (in_flight, phases) = wait(waiter, turn.client(), deadline.at())
+                    .instrument(tracing::debug_span!("wait"))
+                    .await?;
                 let wait = deadline.since();
                 waited = Some(Waited { phases, wait });
                 in_flight
@@ -207,13 +213,19 @@ async fn deliver(
         };
         let (mut upstream, kept) = match in_flight.incarnation().take() {
             Some(upstream) => (upstream, Kept::Before),
-            None => match open(gateway, &in_flight, deadline.at()).await? {
+            None => match open(gateway, &in_flight, deadline.at())
+                .instrument(tracing::debug_span!("connect"))
+                .await?
+            {
                 Some(upstream) => (upstream, Kept::Now),
                 // It ended meanwhile; nothing was sent, so the next one may be woken.
                 None => continue,
             },
         };
-        match upstream.exchange(outgoing.request).await {
+        let exchange = upstream
+            .exchange(outgoing.request)
+            .instrument(tracing::debug_span!("exchange", vm = %in_flight.incarnation().vm()));
+        match exchange.await {
             Ok(response) => {
                 let mut answer = answer(
                     gateway,

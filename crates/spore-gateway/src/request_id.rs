@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use http::header::HeaderValue;
+use spore_wire::id::TraceId;
 
 /// Makes ids of 32 hexadecimal digits: 16 of this process, 16 of the request.
 #[derive(Debug)]
@@ -41,6 +42,11 @@ impl RequestIds {
     }
 }
 
+/// The trace that a request's id names.
+pub(crate) fn trace_of(id: &HeaderValue) -> Option<TraceId> {
+    id.to_str().ok()?.parse().ok()
+}
+
 /// A bijection, so that no two requests share an id (the finaliser of SplitMix64).
 const fn scramble(value: u64) -> u64 {
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -57,7 +63,7 @@ fn write_hex(value: u64, out: &mut [u8]) {
 
 #[cfg(test)]
 mod tests {
-    use super::RequestIds;
+    use super::{RequestIds, trace_of};
     use std::collections::HashSet;
 
     #[test]
@@ -68,5 +74,7 @@ mod tests {
             .collect();
         assert_eq!(names.len(), 10_000);
         assert!(names.iter().all(|name| name.len() == 32));
+        let id = ids.next();
+        assert_eq!(trace_of(&id).unwrap().to_string(), id.to_str().unwrap());
     }
 }

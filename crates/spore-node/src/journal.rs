@@ -330,6 +330,7 @@ mod tests {
                 stop_grace_ms: 1000,
             },
             egress: Vec::new(),
+            trace: None,
         }
     }
 

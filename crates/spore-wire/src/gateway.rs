@@ -28,7 +28,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::VmId;
+use crate::id::{TraceId, VmId};
 
 /// The most bytes of one packet.
 pub const PACKET_BYTES_MAX: usize = 64 * 1024;
@@ -146,6 +146,9 @@ pub enum FromGateway {
     Wake {
         /// Whose.
         app: AppKey,
+        /// The first request that waits.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        trace: Option<TraceId>,
     },
     /// A connection to an incarnation's port is wanted.
     Connect {

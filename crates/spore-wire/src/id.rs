@@ -1,11 +1,11 @@
-//! Names that travel between processes: VM incarnations and image contents.
+//! Names that travel between processes: VM incarnations, image contents, and traces.
 //!
-//! Both are validated when decoded, since they become parts of paths.
+//! All are validated when decoded, since they become parts of paths and of log lines.
 
 use core::fmt;
 use core::str::FromStr;
 
-use data_encoding::{BASE32_NOPAD, HEXLOWER_PERMISSIVE};
+use data_encoding::{BASE32_NOPAD, HEXLOWER};
 use serde::{Deserialize, Serialize};
 
 /// One incarnation of an app or sandbox: 128 random bits, shown as 26 characters of lower-case
@@ -19,6 +19,12 @@ pub struct VmId([u8; 16]);
 #[serde(try_from = "String", into = "String")]
 pub struct ImageId([u8; 32]);
 
+/// One request on its way through the processes: 128 bits, shown as 32 hexadecimal digits, as the
+/// trace-id of W3C Trace Context is. For logs only: nothing is decided by it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TraceId([u8; 16]);
+
 /// Why a text is not an id.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum IdError {
@@ -28,6 +34,9 @@ pub enum IdError {
     /// Not 64 hexadecimal digits.
     #[error("`{0}` is not an image id: 64 digits 0-9 and a-f are expected")]
     Image(String),
+    /// Not 32 hexadecimal digits.
+    #[error("`{0}` is not a trace id: 32 digits 0-9 and a-f are expected")]
+    Trace(String),
 }
 
 impl VmId {
@@ -100,7 +109,7 @@ impl From<VmId> for String {
 
 impl fmt::Display for ImageId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&data_encoding::HEXLOWER.encode(&self.0))
+        f.write_str(&HEXLOWER.encode(&self.0))
     }
 }
 
@@ -115,14 +124,48 @@ impl FromStr for ImageId {
 
     fn from_str(text: &str) -> Result<Self, IdError> {
         let wrong = || IdError::Image(text.chars().take(80).collect());
-        if text.bytes().any(|b| b.is_ascii_uppercase()) {
-            return Err(wrong());
-        }
-        let bytes = HEXLOWER_PERMISSIVE
-            .decode(text.as_bytes())
-            .map_err(|_e| wrong())?;
-        let hash = <[u8; 32]>::try_from(bytes).map_err(|_e| wrong())?;
-        Ok(Self(hash))
+        digits(text).map(Self).ok_or_else(wrong)
+    }
+}
+
+/// The bytes that lower-case hexadecimal digits stand for.
+fn digits<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let bytes = HEXLOWER.decode(text.as_bytes()).ok()?;
+    bytes.try_into().ok()
+}
+
+impl fmt::Display for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&HEXLOWER.encode(&self.0))
+    }
+}
+
+impl fmt::Debug for TraceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TraceId({self})")
+    }
+}
+
+impl FromStr for TraceId {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let wrong = || IdError::Trace(text.chars().take(64).collect());
+        digits(text).map(Self).ok_or_else(wrong)
+    }
+}
+
+impl TryFrom<String> for TraceId {
+    type Error = IdError;
+
+    fn try_from(text: String) -> Result<Self, IdError> {
+        text.parse()
+    }
+}
+
+impl From<TraceId> for String {
+    fn from(id: TraceId) -> Self {
+        id.to_string()
     }
 }
 
@@ -142,7 +185,7 @@ impl From<ImageId> for String {
 
 #[cfg(test)]
 mod tests {
-    use super::{ImageId, VmId};
+    use super::{ImageId, TraceId, VmId};
 
     #[test]
     fn a_random_id_reads_back() {
@@ -160,7 +203,17 @@ mod tests {
         ] {
             assert!(text.parse::<VmId>().is_err(), "{text}");
             assert!(text.parse::<ImageId>().is_err(), "{text}");
+            assert!(text.parse::<TraceId>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn hexadecimal_ids_are_lower_case_and_whole() {
+        let text = "0123456789abcdef0123456789abcdef";
+        assert_eq!(text.parse::<TraceId>().unwrap().to_string(), text);
+        assert!(text.to_uppercase().parse::<TraceId>().is_err());
+        assert!(text[1..].parse::<TraceId>().is_err());
+        assert!(text.repeat(2).to_uppercase().parse::<ImageId>().is_err());
     }
 
     #[test]

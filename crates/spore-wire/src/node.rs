@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::egress::Grant;
 use crate::gateway::Phase;
 use crate::guest::{AppStatus, Readiness};
-use crate::id::{ImageId, VmId};
+use crate::id::{ImageId, TraceId, VmId};
 use crate::secret::SecretBytes;
 
 /// Whose VM it is: labels for journals, logs and metrics.
@@ -39,6 +39,9 @@ pub struct StartVm {
     pub process: Process,
     /// Where it may connect to; empty means nowhere.
     pub egress: Vec<Grant>,
+    /// The request that it is started for, if one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<TraceId>,
 }
 
 /// What a VM gets of the host. Each is a hard cap.
@@ -132,6 +135,8 @@ pub struct VmStatus {
     pub phases: Vec<Phase>,
     /// What stands between it and the host.
     pub boundary: Boundary,
+    /// `qemu`, `kvm` or `sim`.
+    pub hypervisor: String,
     /// The guest's boot id, once the agent said it.
     pub boot_id: Option<String>,
     /// When the keep-awake lease ends, in milliseconds from now; 0 is no lease.

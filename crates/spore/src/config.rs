@@ -13,6 +13,7 @@ use spore_api::client::{Endpoint, EndpointError};
 use thiserror::Error;
 
 use crate::document::{Document, DocumentError, Entry, Table};
+use crate::log::{self, LogConfig};
 
 /// Where the daemon's configuration is.
 pub(crate) const SERVER_FILE: &str = "/etc/spore/spore.toml";
@@ -98,6 +99,8 @@ pub(crate) struct ServerConfig {
     pub(crate) base_images: PathBuf,
     /// The cgroup below which VMs get theirs.
     pub(crate) cgroup_parent: String,
+    /// What the daemon and the gateway log.
+    pub(crate) log: LogConfig,
 }
 
 /// Why the configuration cannot be used.
@@ -261,11 +264,12 @@ impl Default for ServerConfig {
             initramfs: "/usr/local/lib/spore/guest/initramfs.cpio".into(),
             base_images: "/usr/local/lib/spore/images".into(),
             cgroup_parent: "spore".to_owned(),
+            log: LogConfig::default(),
         }
     }
 }
 
-const SERVER_KEYS: [&str; 15] = [
+const SERVER_KEYS: [&str; 17] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
@@ -281,6 +285,8 @@ const SERVER_KEYS: [&str; 15] = [
     "initramfs",
     "base_images",
     "cgroup_parent",
+    "log",
+    "log_format",
 ];
 
 impl ServerConfig {
@@ -339,6 +345,17 @@ impl ServerConfig {
         }
         if let Some(entry) = table.get("cgroup_parent") {
             config.cgroup_parent = cgroup(&entry)?;
+        }
+        if let Some(entry) = table.get("log") {
+            let filter = entry.text()?;
+            if let Some(why) = log::refused_filter(filter) {
+                return Err(entry.refused(why));
+            }
+            filter.clone_into(&mut config.log.filter);
+        }
+        if let Some(entry) = table.get("log_format") {
+            let format = entry.text()?.parse();
+            config.log.format = format.map_err(|why| entry.refused(why))?;
         }
         Ok(config)
     }
@@ -419,6 +436,7 @@ mod tests {
     use std::ffi::OsString;
 
     use super::{CliConfig, Colour, Desktop, Screen, ServerConfig};
+    use crate::log::{LogConfig, LogFormat};
 
     fn with(pairs: &[(&str, &str)]) -> impl Fn(&str) -> Option<OsString> + use<> {
         let pairs: Vec<(String, OsString)> = pairs
@@ -472,6 +490,8 @@ mod tests {
             initramfs = "/i"
             base_images = "/b"
             cgroup_parent = "spore.slice/vms"
+            log = "warn,spore_node=debug"
+            log_format = "json"
         "#;
         let config = ServerConfig::parse("s", text).unwrap();
         let expected = ServerConfig {
@@ -490,6 +510,10 @@ mod tests {
             initramfs: "/i".into(),
             base_images: "/b".into(),
             cgroup_parent: "spore.slice/vms".into(),
+            log: LogConfig {
+                filter: "warn,spore_node=debug".into(),
+                format: LogFormat::Json,
+            },
         };
         assert_eq!(config, expected);
     }
@@ -515,6 +539,11 @@ mod tests {
             ("api = \"127.0.0.1:8080\"", "use another port"),
             ("uid_first = 0", "from 100000 to"),
             ("gateway_uid = 200000", "use a lower one"),
+            (
+                "log = \"loud=verbose\"",
+                "such as `info,spore_gateway=debug`",
+            ),
+            ("log_format = \"xml\"", "must be `text` or `json`"),
             ("memory_reserve = 512", "a size such as"),
             ("memory_reserve = \"512MB\"", "`MB` is not a unit"),
             ("base = \"Local_Host\"", "lower case"),

@@ -8,6 +8,7 @@
 mod cli;
 mod config;
 mod document;
+mod log;
 mod manifest;
 mod pack;
 mod server;

@@ -424,6 +424,17 @@ impl Platform {
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
+    /// What the daemon logged so far, and what the gateway did.
+    ///
+    /// # Errors
+    /// When a log cannot be read.
+    pub fn logs(&self) -> Result<(String, String)> {
+        let daemon = std::fs::read(self.daemon_log())?;
+        let gateway = std::fs::read(self.home().join("log/gateway.log"))?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok((text(daemon), text(gateway)))
+    }
+
     /// The daemon's configuration file.
     #[must_use]
     pub fn config(&self) -> String {
@@ -505,7 +516,8 @@ impl Platform {
              base_images = \"{deps}/images\"\nbase = \"localhost\"\n\
              gateway = \"{gateway}\"\napi = \"{api}\"\nuid_first = {uid}\nuid_count = {count}\n\
              gateway_uid = {gateway_uid}\n\
-             cgroup_parent = \"{cgroup}\"\n",
+             cgroup_parent = \"{cgroup}\"\n\
+             log = \"info,spore_gateway=debug,spore_control=debug,spore_node=debug\"\n",
             home = home.display(),
             deps = deps().display(),
             gateway = self.slot.gateway(),

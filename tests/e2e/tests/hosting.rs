@@ -47,6 +47,10 @@ async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
     until(20, || Ok(platform.vm_processes()?.is_empty()))
         .await
         .context("reaped when idle")?;
+    let trace = woken.header("x-request-id").context("a request's id")?;
+    until(20, || followed(&platform, trace))
+        .await
+        .context("the request's trace is in every hop's log")?;
     ensure!(visitor.get(host, "/").await?.status == 200);
     platform.end()
 }
@@ -85,6 +89,22 @@ async fn the_same_vm_answers_after_the_daemon_was_killed() -> Result<()> {
 }
 
 /// Forty requests one after another; gives those that were not answered with 200.
+/// Whether both logs have told what every hop did for a request that woke its app.
+fn followed(platform: &Platform, trace: &str) -> Result<bool> {
+    let (daemon, gateway) = platform.logs()?;
+    let tells = |log: &str, hop: &str| {
+        let mut lines = log.lines();
+        lines.any(|line| line.contains(trace) && line.contains(hop) && line.contains("close"))
+    };
+    let hops = ["}: ", "}:wait: ", "}:connect: ", "}:exchange{"];
+    let effects = ["Prepare", "Boot", "ConnectAgent", "Thaw", "StartApp"];
+    let effect = |name: &&str| tells(&daemon, &format!("}}:effect{{name={name}}}: "));
+    Ok(hops.iter().all(|hop| tells(&gateway, hop))
+        && tells(&daemon, " start{")
+        && tells(&daemon, " vm{")
+        && effects.iter().all(effect))
+}
+
 async fn load(visitor: spore_e2e::Visitor, host: &'static str) -> Vec<String> {
     let mut failed = Vec::new();
     for _request in 0..40 {

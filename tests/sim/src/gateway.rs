@@ -283,7 +283,10 @@ impl Gateway {
     ) {
         let key = || app.clone();
         match effect {
-            AppEffect::Wake => inner.say(FromGateway::Wake { app: key() }),
+            AppEffect::Wake => inner.say(FromGateway::Wake {
+                app: key(),
+                trace: None,
+            }),
             AppEffect::Admit { waiter, vm } => {
                 let in_flight = InFlight {
                     gateway: self.clone(),
@@ -353,7 +356,7 @@ impl Inner {
         if self.session.is_none() {
             return;
         }
-        if let FromGateway::Wake { app } = &message
+        if let FromGateway::Wake { app, .. } = &message
             && !self.asked.insert(app.clone())
         {
             return;

@@ -1,5 +1,5 @@
-//! Debian packages that building, running and testing Spore need, and the user that builds images.
-//! Called by `deps`, and by `clean-host` to remove what was installed; never upgrades a package, and
+//! Debian packages that Spore is built, run and tested with, and the user that builds images.
+//! Called by `deps`, and by `clean-host` to remove what was installed. Never upgrades a package, and
 //! never removes one that was there before or that another needs.
 
 use std::collections::BTreeSet;

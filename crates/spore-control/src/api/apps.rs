@@ -10,6 +10,7 @@ use spore_api::span::Ms;
 use super::body::{InPath, Query};
 use super::error::Fault;
 use super::files::exists;
+use super::status::{boundary_name, boundary_text};
 use super::{Caller, Shared};
 use crate::clock::rfc3339;
 use crate::converge::life::{Moment, Standing, View};
@@ -235,7 +236,8 @@ fn vm_of(view: &View<'_>, now: Moment) -> Option<AppVm> {
     });
     Some(AppVm {
         id: status.vm.to_string(),
-        boundary: super::status::boundary_name(status.boundary).to_owned(),
+        boundary: boundary_name(status.boundary).to_owned(),
+        boundary_text: boundary_text(status.boundary, &status.hypervisor),
         boot_id: status.boot_id.clone(),
         phases: phases.collect(),
         awake_for_ms: view.lease_until.0.saturating_sub(now.0),

@@ -95,7 +95,7 @@ pub(super) const fn boundary_name(boundary: Boundary) -> &'static str {
 }
 
 /// A boundary, for people: where there is none, what stands in its place.
-fn boundary_text(boundary: Boundary, hypervisor: &str) -> String {
+pub(super) fn boundary_text(boundary: Boundary, hypervisor: &str) -> String {
     match boundary {
         Boundary::Kvm | Boundary::KvmNested => boundary_name(boundary).to_owned(),
         Boundary::None if hypervisor == "qemu" => "none (qemu-tcg)".to_owned(),

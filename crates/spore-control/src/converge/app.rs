@@ -9,6 +9,7 @@ use spore_api::error::ErrorCode;
 use spore_wire::gateway::{ToGateway, WakeFailure};
 use spore_wire::id::VmId;
 use spore_wire::node::{StopMode, VmStatus};
+use tracing::{Instrument as _, Span};
 
 use super::life::{Admission, Effect, Event, Failure, Intent, Target};
 use super::{AppRef, Converge, Looking, Signal};
@@ -132,6 +133,9 @@ impl Converge {
                 self.inner.door.send(ToGateway::Reap { app, vm, force });
             }
             Effect::Awake { vm, phases } => {
+                if let Some(slot) = self.slots().get_mut(app) {
+                    slot.trace.awake(vm, &phases);
+                }
                 let key = app.key();
                 self.inner.door.send(ToGateway::Awake {
                     app: key,
@@ -160,7 +164,9 @@ impl Converge {
 
     fn wake_failed(&self, app: &AppRef, failure: Failure) {
         let code = code_name(failure.code);
-        tracing::info!(%app, code, message = failure.message, "not woken");
+        if let Some(slot) = self.slots().get_mut(app) {
+            slot.trace.failed(&code, &failure.message);
+        }
         self.inner.metrics.failed(&code);
         self.inner.door.send(ToGateway::WakeFailed {
             app: app.key(),
@@ -182,16 +188,21 @@ impl Converge {
 
     fn spawn_start(&self, app: &AppRef, vm: VmId, release: u64) {
         let (converge, app) = (self.clone(), app.clone());
-        tokio::spawn(async move {
-            let event = match converge.start(&app, vm, release).await {
+        let (trace, span) = match self.slots().get_mut(&app) {
+            Some(slot) => slot.trace.begin(&app, vm, release),
+            None => (None, Span::none()),
+        };
+        let start = async move {
+            let event = match converge.start(&app, vm, release, trace).await {
                 Ok(()) => Event::Accepted(vm),
                 Err(failure) => {
-                    tracing::warn!(%app, %vm, message = failure.message, "a start was refused");
+                    tracing::warn!(message = failure.message, "a start was refused");
                     Event::Refused(vm, failure)
                 }
             };
             converge.event(&app, event);
-        });
+        };
+        tokio::spawn(start.instrument(span));
     }
 
     /// The node knows the VM, so this starts nothing: it only hears the secrets again.

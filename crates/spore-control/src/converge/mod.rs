@@ -43,9 +43,11 @@ mod route;
 mod start;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 pub(crate) use app::{chain, code_name_of};
 use life::{Event, Failure, Life, Moment};
+use trace::StartTrace;
 
 /// An app's key in the store and towards the gateway: `account/app`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -114,6 +116,7 @@ struct Slot {
     activity: Looking,
     /// When the driver looks again by itself.
     timer: Option<Moment>,
+    trace: StartTrace,
 }
 
 /// Whether somebody looks at the app: keeps one app from being looked at twice at once.
@@ -192,8 +195,14 @@ impl Converge {
     pub fn door_event(&self, message: FromGateway) {
         match message {
             FromGateway::Hello { warm, .. } => self.tell(Signal::DoorBack(warm)),
-            FromGateway::Wake { app } => match AppRef::from_key(&app) {
-                Some(app) => self.event(&app, Event::Wake),
+            FromGateway::Wake { app, trace } => match AppRef::from_key(&app) {
+                Some(app) => {
+                    let mut slots = self.slots();
+                    let slot = slots.entry(app.clone()).or_default();
+                    slot.trace.asked_by(trace);
+                    drop(slots);
+                    self.event(&app, Event::Wake);
+                }
                 None => tracing::warn!(%app, "the gateway named an app that cannot be"),
             },
             FromGateway::Activity(activity) => {

@@ -3,7 +3,7 @@
 use spore_api::error::ErrorCode;
 use spore_api::name::SecretName;
 use spore_wire::guest::Readiness;
-use spore_wire::id::VmId;
+use spore_wire::id::{TraceId, VmId};
 use spore_wire::node::{Owner, Process, Resources, StartVm, StopMode};
 use spore_wire::secret::SecretBytes;
 
@@ -31,9 +31,16 @@ enum StartError {
 
 impl Converge {
     /// Asks the node for a VM of this release.
-    pub(super) async fn start(&self, app: &AppRef, vm: VmId, release: u64) -> Result<(), Failure> {
+    pub(super) async fn start(
+        &self,
+        app: &AppRef,
+        vm: VmId,
+        release: u64,
+        trace: Option<TraceId>,
+    ) -> Result<(), Failure> {
         let start = self.start_vm(app, vm, release).await;
-        let start = start.map_err(|error| unasked(&error))?;
+        let mut start = start.map_err(|error| unasked(&error))?;
+        start.trace = trace;
         let Err(error) = self.inner.nodes.start(start).await else {
             return Ok(());
         };
@@ -92,6 +99,7 @@ impl Converge {
             },
             process,
             egress: rules.egress,
+            trace: None,
         })
     }
 

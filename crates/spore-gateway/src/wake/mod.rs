@@ -15,8 +15,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
+use http::header::HeaderValue;
 use spore_wire::gateway::{Activity, AppKey, FromGateway, Phase, RoutePolicy, WakeFailure};
-use spore_wire::id::VmId;
+use spore_wire::id::{TraceId, VmId};
 use tokio::sync::oneshot;
 
 pub use machine::{
@@ -27,6 +28,7 @@ use crate::activity::InFlight;
 use crate::feed::Feed;
 use crate::lock;
 use crate::pool::Incarnation;
+use crate::request_id;
 
 /// One app.
 #[derive(Debug)]
@@ -48,6 +50,8 @@ struct Cell {
     listed: bool,
     /// Whether the last report said busy.
     reported_busy: bool,
+    /// The first of the requests that wait.
+    trace: Option<TraceId>,
 }
 
 /// What a request that waited gets.
@@ -118,7 +122,12 @@ impl App {
     }
 
     /// A request comes in.
-    pub(crate) fn enter(self: &Arc<Self>, policy: &RoutePolicy, in_flight_max: u32) -> Entry {
+    pub(crate) fn enter(
+        self: &Arc<Self>,
+        policy: &RoutePolicy,
+        in_flight_max: u32,
+        request_id: &HeaderValue,
+    ) -> Entry {
         let mut cell = lock(&self.cell);
         if let Some((vm, edge)) = cell.machine.admit(in_flight_max) {
             let incarnation = cell.incarnation(vm);
@@ -131,6 +140,9 @@ impl App {
         }
         let waiter = self.next_waiter.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
+        if cell.waiting.is_empty() {
+            cell.trace = request_id::trace_of(request_id);
+        }
         cell.waiting.insert(waiter, sender);
         let event = AppEvent::Request {
             waiter,
@@ -262,6 +274,7 @@ impl App {
             match effect {
                 AppEffect::Wake => outcome.say.push(FromGateway::Wake {
                     app: self.key.clone(),
+                    trace: cell.trace,
                 }),
                 AppEffect::Admit { waiter, vm } => {
                     let incarnation = cell.incarnation(vm);

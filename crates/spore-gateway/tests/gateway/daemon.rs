@@ -174,7 +174,7 @@ impl Daemon {
     }
 
     pub(crate) fn wakes(&self, name: &str) -> usize {
-        self.count(|heard| matches!(heard, FromGateway::Wake { app } if *app == key(name)))
+        self.count(|heard| matches!(heard, FromGateway::Wake { app, .. } if *app == key(name)))
     }
 
     /// Ends when something was heard at least so often.
@@ -252,7 +252,7 @@ async fn play(
         world.heard.lock().unwrap().push(heard.clone());
         world.news.notify_waiters();
         match heard {
-            FromGateway::Wake { app } => {
+            FromGateway::Wake { app, .. } => {
                 let vm = world.wakes.lock().unwrap().get(&app).copied();
                 if let Some(vm) = vm {
                     socket.send(&awake(app, vm), None).await.unwrap();

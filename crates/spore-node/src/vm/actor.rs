@@ -23,10 +23,12 @@ use futures_util::future::BoxFuture;
 use spore_wire::gateway::Phase;
 use spore_wire::guest::{AgentHello, AppStatus, Event};
 use spore_wire::id::VmId;
-use spore_wire::node::{StopMode, VmFailure, VmFailureKind, VmStatus};
+use spore_wire::node::{StartVm, StopMode, VmFailure, VmFailureKind, VmStatus};
 use spore_wire::secret::SecretBytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
+use tracing::field::display;
+use tracing::{Instrument as _, Span};
 
 use super::board::Board;
 use super::collect::{Collector, LastLines};
@@ -190,8 +192,18 @@ pub(crate) fn spawn(
     actor.report();
     let register = || host.actors.lock().unwrap_or_else(PoisonError::into_inner);
     register().insert(vm, handle.clone());
-    host.tasks.spawn(supervise(Arc::clone(host), actor));
+    let span = span_of(&actor.record.start);
+    host.tasks
+        .spawn(supervise(Arc::clone(host), actor).instrument(span));
     handle
+}
+
+/// What every line about this VM stands in. It has no parent: a VM outlives the request it was
+/// started for.
+fn span_of(start: &StartVm) -> Span {
+    let (vm, owner) = (start.vm, &start.owner);
+    let trace = start.trace.as_ref().map(display);
+    tracing::info_span!(parent: None, "vm", %vm, account = owner.account, app = owner.app, trace)
 }
 
 /// Runs an actor to its end, and cleans up after one that panics.
@@ -250,6 +262,7 @@ fn status_of(host: &Host, record: &Record) -> VmStatus {
         app: AppStatus::Absent,
         phases: record.phases.clone(),
         boundary: host.hypervisor.caps().boundary,
+        hypervisor: host.hypervisor.caps().name.to_owned(),
         boot_id: None,
         awake_for_ms: 0,
     }
@@ -385,10 +398,11 @@ impl Actor {
             VmEffect::Shutdown => self.collect(),
             _ => {}
         }
+        let span = tracing::debug_span!("effect", name = ?effect);
         self.asking = Some(Asking {
             effect,
             begun: Instant::now(),
-            future: effect::begin(self, effect),
+            future: effect::begin(self, effect).instrument(span).boxed(),
         });
     }
 

@@ -144,6 +144,7 @@ mod tests {
             app: AppStatus::Absent,
             phases: Vec::new(),
             boundary: Boundary::None,
+            hypervisor: "sim".to_owned(),
             boot_id: None,
             awake_for_ms: 0,
         }

@@ -291,5 +291,6 @@ fn start(vm: VmId) -> StartVm {
             stop_grace_ms: 2000,
         },
         egress: Vec::new(),
+        trace: None,
     }
 }

@@ -154,6 +154,7 @@ pub(crate) fn start(vm: VmId, app: &str) -> StartVm {
             stop_grace_ms: 1000,
         },
         egress: Vec::new(),
+        trace: None,
     }
 }
 

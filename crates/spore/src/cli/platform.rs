@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::output::{Format, Output};
 use crate::config::{ServerConfig, environment, invoker};
+use crate::log::{LogConfig, LogFormat};
 use crate::server;
 
 /// Start Spore on this host, unless it runs
@@ -44,6 +45,12 @@ pub(crate) struct Gateway {
     /// The uid it runs as
     #[arg(long)]
     uid: u32,
+    /// What it logs
+    #[arg(long)]
+    log: String,
+    /// How its log looks
+    #[arg(long)]
+    log_format: LogFormat,
 }
 
 /// A VM's egress proxy (started by the daemon)
@@ -127,8 +134,12 @@ impl Server {
 }
 
 impl Gateway {
-    pub(crate) fn run(&self) -> Result<ExitCode> {
-        server::gateway(self.uid)
+    pub(crate) fn run(self) -> Result<ExitCode> {
+        let log = LogConfig {
+            filter: self.log,
+            format: self.log_format,
+        };
+        server::gateway(self.uid, &log)
     }
 }
 

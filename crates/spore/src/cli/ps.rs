@@ -46,7 +46,7 @@ fn row(app: &App) -> Vec<Cell> {
             app.release
                 .map_or_else(|| "-".to_owned(), |number| number.to_string()),
         ),
-        Cell::new(app.vm.as_ref().map_or("-", |vm| vm.boundary.as_str())),
+        Cell::new(app.vm.as_ref().map_or("-", |vm| vm.boundary_text.as_str())),
         Cell::new(&app.url),
     ]
 }

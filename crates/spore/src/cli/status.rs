@@ -111,7 +111,7 @@ fn facts(app: &App) -> Vec<(&'static str, Cell)> {
     }
     if let Some(vm) = &app.vm {
         facts.push(("vm", Cell::new(&vm.id)));
-        facts.push(("boundary", boundary(&vm.boundary, &vm.boundary)));
+        facts.push(("boundary", boundary(&vm.boundary, &vm.boundary_text)));
         if !vm.phases.is_empty() {
             facts.push(("wake", Cell::new(super::power::phases(vm))));
         }

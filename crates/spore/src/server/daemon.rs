@@ -31,6 +31,7 @@ use super::lock::DaemonLock;
 use super::parts::{self, Parts};
 use super::{door, listen, token, up};
 use crate::config::ServerConfig;
+use crate::log;
 
 /// The user that builds images from packages.
 const BUILD_USER: &str = "spore-build";
@@ -56,7 +57,7 @@ pub(crate) struct ServerOptions {
 /// # Errors
 /// When it cannot start; the message says what is missing and what to do.
 pub(crate) fn serve(config: &ServerConfig, options: &ServerOptions) -> Result<()> {
-    log_to_stderr();
+    log::to_stderr(&config.log);
     harden()?;
     parts::folders(config)?;
     let program = up::trusted_program()?;
@@ -99,19 +100,6 @@ pub(crate) fn harden() -> Result<()> {
 fn not_dumpable() -> Result<()> {
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
         .context("keep this process's memory out of core files")
-}
-
-/// Logs go to standard error; whoever starts the process says where that goes.
-pub(crate) fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::new("info");
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .try_init();
-    if let Err(error) = subscriber {
-        tracing::debug!(%error, "a log subscriber is there already");
-    }
 }
 
 fn give_token(token: &Zeroizing<String>, uid: u32) {

@@ -20,6 +20,8 @@ use rustix::net::{
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::log::LogConfig;
+
 /// The descriptor of the gateway's HTTP listener.
 pub(crate) const HTTP_FD: i32 = 3;
 
@@ -35,6 +37,8 @@ pub(crate) struct GatewayProcess {
     pub(crate) runtime: PathBuf,
     /// Where its log goes.
     pub(crate) log: PathBuf,
+    /// What is in it.
+    pub(crate) lines: LogConfig,
     /// Where it listens.
     pub(crate) address: SocketAddr,
     /// The uid it runs as.
@@ -83,6 +87,8 @@ impl GatewayProcess {
         let mut command = Command::new(&self.program);
         command
             .args(["gateway", "--uid", &self.uid.to_string()])
+            .args(["--log", &self.lines.filter])
+            .args(["--log-format", &self.lines.format.to_string()])
             .env_clear()
             .current_dir("/")
             .process_group(0)

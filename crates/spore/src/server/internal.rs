@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use spore_node::confine::{Confinement, Network, confine, take_inherited};
 
 use super::gateway_process::{FEED_FD, HTTP_FD};
+use crate::log::{self, LogConfig};
 
 /// The most descriptors of a gateway: a visitor's connection takes two.
 const GATEWAY_FILES_MAX: u64 = 65_536;
@@ -19,7 +20,7 @@ const GATEWAY_FILES_MAX: u64 = 65_536;
 ///
 /// # Errors
 /// When it was not started by a daemon, or cannot be confined.
-pub(crate) fn gateway(uid: u32) -> Result<ExitCode> {
+pub(crate) fn gateway(uid: u32, log: &LogConfig) -> Result<ExitCode> {
     let http = take_inherited(HTTP_FD).context("the visitors' socket")?;
     let feed = take_inherited(FEED_FD).context("the daemon's socket")?;
     confine(&Confinement {
@@ -29,7 +30,7 @@ pub(crate) fn gateway(uid: u32) -> Result<ExitCode> {
         files_max: GATEWAY_FILES_MAX,
         file_bytes_max: None,
     })?;
-    super::daemon::log_to_stderr();
+    log::to_stderr(log);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -61,6 +61,7 @@ pub(crate) fn gateway(config: &ServerConfig, program: &Path) -> GatewayProcess {
         program: program.to_owned(),
         runtime: config.runtime_dir.clone(),
         log: config.log_dir.join("gateway.log"),
+        lines: config.log.clone(),
         address: config.gateway,
         uid: config.gateway_uid,
     }

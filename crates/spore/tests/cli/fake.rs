@@ -137,7 +137,8 @@ fn json(status: u16, text: &str) -> Response {
 
 pub(crate) const NOTES: &str = r#"{"name":"notes","account":"me",
   "url":"http://notes.localhost:8080/","state":"awake","enabled":true,"release":2,
-  "vm":{"id":"abcdefghijklmnopqrstuvwxyz","boundary":"none","phases":[
+  "vm":{"id":"abcdefghijklmnopqrstuvwxyz","boundary":"none",
+  "boundary_text":"none (qemu-tcg)","phases":[
     {"name":"prepare","ms":12.5},{"name":"boot","ms":1800.0},{"name":"app","ms":700.25}],
     "awake_for_ms":600000},
   "created_at":"2026-01-02T03:04:05.678Z"}"#;

@@ -128,6 +128,7 @@ impl World {
             app: AppStatus::Absent,
             phases: Vec::new(),
             boundary: Boundary::None,
+            hypervisor: "sim".to_owned(),
             boot_id: None,
             awake_for_ms: 0,
         }
