@@ -1,6 +1,7 @@
 //! Debian packages that Spore is built, run and tested with, and the user that builds images.
-//! Called by `deps`, and by `clean-host` to remove what was installed. Never upgrades a package, and
-//! never removes one that was there before or that another needs.
+//!
+//! Called by `deps`, and by `clean-host` to remove what was installed. Never upgrades a package,
+//! and never removes one that was there before or that another needs.
 
 use std::collections::BTreeSet;
 use std::fs;
