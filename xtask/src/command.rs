@@ -41,6 +41,17 @@ pub(crate) fn as_root(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
+/// Whether [`as_root`] asks no question now.
+pub(crate) fn root_is_free() -> bool {
+    if rustix::process::geteuid().is_root() {
+        return true;
+    }
+    let mut sudo = Command::new("sudo");
+    sudo.args(["--non-interactive", "--validate"]);
+    sudo.stdin(Stdio::null()).stderr(Stdio::null());
+    sudo.status().is_ok_and(|status| status.success())
+}
+
 /// Whether a program is found on the path.
 pub(crate) fn exists(program: &str) -> bool {
     std::env::var_os("PATH").is_some_and(|path| {

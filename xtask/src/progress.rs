@@ -7,7 +7,10 @@
 
 use std::time::Duration;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use rustix::time::{ClockId, clock_gettime};
+
+use crate::command;
 
 /// Says one line.
 pub(crate) fn say(line: impl AsRef<str>) {
@@ -19,16 +22,36 @@ pub(crate) fn failed(error: &anyhow::Error) {
     eprintln!("error: {error:#}");
 }
 
-/// Says what is about to take time, does it, and says how long it took.
+/// Says what is about to take time, does it, and says how long it took. On a terminal, the time so
+/// far is shown meanwhile.
 pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     println!("==> {what}");
     let start = now();
-    let outcome = work()?;
+    // A question of sudo's must not be written over.
+    let ticker = if command::root_is_free() {
+        ticker(what)
+    } else {
+        ProgressBar::hidden()
+    };
+    let outcome = work();
+    ticker.finish_and_clear();
+    let outcome = outcome?;
     let took = now().saturating_sub(start);
     if took >= Duration::from_secs(1) {
         println!("    {what}: {:.1} s", took.as_secs_f64());
     }
     Ok(outcome)
+}
+
+/// A line that shows the time a step takes; indicatif hides it where there is no terminal.
+fn ticker(what: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("    {spinner} {msg}: {elapsed}");
+    let ticker = ProgressBar::new_spinner().with_message(what.to_owned());
+    if let Ok(style) = style {
+        ticker.set_style(style);
+    }
+    ticker.enable_steady_tick(Duration::from_millis(250));
+    ticker
 }
 
 /// The monotonic clock, for durations shown to people.
