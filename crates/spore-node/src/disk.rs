@@ -1,8 +1,9 @@
 //! Scratch disks: sparse raw files with an empty ext4, made by the host before any guest saw them.
 //!
 //! Used by `hypervisor/room.rs`. One empty file per size is made by `mkfs.ext4` (as an unprivileged
-//! user, on a file that no guest ever wrote) and copied, holes and all, for each VM. Never opens,
-//! checks or resizes a file that a guest could have written: those are only unlinked.
+//! user, on a file that no guest ever wrote) and copied, holes and all, for each VM; a few of them
+//! are kept. Never opens, checks or resizes a file that a guest could have written: those are only
+//! unlinked.
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -10,18 +11,26 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
 use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek, statvfs};
 use rustix::io::Errno;
 use spore_wire::id::VmId;
 
 use crate::hypervisor::PrepareError;
+use crate::tool::{self, ToolError};
 
 /// Changes when the empty file system is made in another way, so that old ones are not used.
 const RECIPE: u32 = 1;
 
 const MIB: u64 = 1024 * 1024;
+
+/// How long `mkfs.ext4` may take; it writes some hundred kilobytes.
+const MKFS_LIMIT: Duration = Duration::from_secs(50);
+
+/// Empty file systems that are kept, one per size; the oldest goes first.
+const EMPTY_MAX: usize = 8;
 
 /// The scratch disks of all VMs of this daemon.
 #[derive(Clone, Debug)]
@@ -41,7 +50,9 @@ impl Disks {
         // The uid of mkfs passes through, others of the host do not get here: the folder above is
         // root's alone.
         fs::set_permissions(&folder, Permissions::from_mode(0o700))?;
-        Ok(Self { folder, uid })
+        let this = Self { folder, uid };
+        this.trim_empty(None)?;
+        Ok(this)
     }
 
     fn path(&self, vm: VmId) -> PathBuf {
@@ -75,10 +86,42 @@ impl Disks {
             return Err(Errno::NOSPC.into());
         }
         let empty = self.empty(mib);
-        if !empty.exists() {
+        loop {
+            match File::open(&empty) {
+                Ok(empty) => return copy_sparse(&empty, &self.path(vm)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
             self.make_empty(vm, &empty, mib)?;
+            self.trim_empty(Some(&empty))?;
         }
-        copy_sparse(&empty, &self.path(vm))
+    }
+
+    /// Removes empty file systems of other recipes, and the oldest beyond [`EMPTY_MAX`] but `new`.
+    fn trim_empty(&self, new: Option<&Path>) -> io::Result<()> {
+        let ours = format!("empty-{RECIPE}-");
+        let mut kept = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !name.starts_with("empty-") || new.is_some_and(|new| entry.path() == new) {
+                continue;
+            }
+            match entry.metadata() {
+                Ok(meta) if name.starts_with(&ours) => kept.push((meta.modified()?, entry.path())),
+                Ok(_other_recipe) => remove_if_there(&entry.path())?,
+                // Another VM's trim was here first.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        kept.sort();
+        let most = EMPTY_MAX - usize::from(new.is_some());
+        let surplus = kept.len().saturating_sub(most);
+        for (_made, path) in &kept[..surplus] {
+            remove_if_there(path)?;
+        }
+        Ok(())
     }
 
     /// Two VMs may make the same one at once: each has a name of its own until it is whole.
@@ -91,9 +134,9 @@ impl Disks {
             .open(&draft)?;
         file.set_len(u64::from(mib) * MIB)?;
         chown(&draft, Some(self.uid), Some(self.uid))?;
-        let output = Command::new("mkfs.ext4")
-            // No journal: the disk is gone with its VM, so nothing is ever replayed.
-            .args(["-q", "-F", "-m", "0", "-O", "^has_journal"])
+        let mut mkfs = Command::new("mkfs.ext4");
+        // No journal: the disk is gone with its VM, so nothing is ever replayed.
+        mkfs.args(["-q", "-F", "-m", "0", "-O", "^has_journal"])
             .args([
                 "-E",
                 "lazy_itable_init=1,nodiscard,root_owner=0:0",
@@ -104,16 +147,15 @@ impl Disks {
             .current_dir("/")
             .uid(self.uid)
             .gid(self.uid)
-            .stdin(file)
-            .stdout(Stdio::null())
-            .output()?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
+            .stdin(file);
+        if let Err(error) = tool::run(mkfs, MKFS_LIMIT, "install the package e2fsprogs") {
             fs::remove_file(&draft)?;
-            if said.contains("No space left") {
-                return Err(Errno::NOSPC.into());
-            }
-            return Err(io::Error::other(format!("mkfs.ext4: {}", said.trim())));
+            return match error {
+                ToolError::Failed { said, .. } if said.contains("No space left") => {
+                    Err(Errno::NOSPC.into())
+                }
+                other => Err(other.into()),
+            };
         }
         chown(&draft, Some(0), Some(0))?;
         fs::set_permissions(&draft, Permissions::from_mode(0o600))?;
@@ -138,10 +180,7 @@ impl Disks {
     /// What the kernel says.
     pub fn remove(&self, vm: VmId) -> io::Result<()> {
         for path in [self.path(vm), self.folder.join(format!("{vm}.draft"))] {
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            remove_if_there(&path)?;
         }
         Ok(())
     }
@@ -163,12 +202,18 @@ impl Disks {
     }
 }
 
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Copies a file and its holes; shares its blocks where the file system can.
-fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
-    let from = File::open(from)?;
+fn copy_sparse(from: &File, to: &Path) -> io::Result<()> {
     let to = File::options().write(true).create_new(true).open(to)?;
     to.set_permissions(Permissions::from_mode(0o600))?;
-    match ioctl_ficlone(&to, &from) {
+    match ioctl_ficlone(&to, from) {
         Ok(()) => return Ok(()),
         Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL) => {}
         Err(error) => return Err(error.into()),
@@ -177,14 +222,14 @@ fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
     to.set_len(size)?;
     let mut at = 0;
     while at < size {
-        let start = match seek(&from, SeekFrom::Data(at)) {
+        let start = match seek(from, SeekFrom::Data(at)) {
             Ok(start) => start,
             // Only a hole is left.
             Err(Errno::NXIO) => break,
             Err(error) => return Err(error.into()),
         };
-        let end = seek(&from, SeekFrom::Hole(start))?;
-        copy_range(&from, &to, start, end)?;
+        let end = seek(from, SeekFrom::Hole(start))?;
+        copy_range(from, &to, start, end)?;
         at = end;
     }
     Ok(())
@@ -208,7 +253,7 @@ mod tests {
 
     use spore_wire::id::VmId;
 
-    use super::Disks;
+    use super::{Disks, EMPTY_MAX, RECIPE};
     use crate::hypervisor::PrepareError;
 
     #[test]
@@ -236,6 +281,44 @@ mod tests {
             disks.remove(vm).unwrap();
         }
         assert_eq!(disks.list().unwrap(), []);
+    }
+
+    #[test]
+    fn a_few_empty_file_systems_are_kept_and_those_of_another_recipe_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let scratch = folder.path().join("scratch");
+        std::fs::create_dir(&scratch).unwrap();
+        let name = |recipe: u32, mib: u32| format!("empty-{recipe}-{mib}.ext4");
+        for mib in 0..20 {
+            for recipe in [RECIPE, RECIPE + 1] {
+                std::fs::write(scratch.join(name(recipe, mib)), b"").unwrap();
+            }
+        }
+        let vm = VmId::from_bytes([1; 16]);
+        std::fs::write(scratch.join(format!("{vm}.raw")), b"").unwrap();
+        let disks = Disks::open(scratch.clone(), 290_000).unwrap();
+        let files = || {
+            let entries = std::fs::read_dir(&scratch).unwrap();
+            let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            names.collect::<Vec<_>>()
+        };
+        let ours = format!("empty-{RECIPE}-");
+        assert_eq!(files().len(), EMPTY_MAX + 1, "{:?}", files());
+        assert!(
+            files()
+                .iter()
+                .filter(|name| name.starts_with(&ours))
+                .count()
+                == EMPTY_MAX
+        );
+        let new = disks.empty(99);
+        std::fs::write(&new, b"").unwrap();
+        disks.trim_empty(Some(&new)).unwrap();
+        assert!(
+            new.exists() && files().len() == EMPTY_MAX + 1,
+            "{:?}",
+            files()
+        );
     }
 
     #[test]

@@ -18,4 +18,5 @@ pub mod log;
 pub mod net;
 pub mod node;
 mod sys;
+mod tool;
 pub mod vm;

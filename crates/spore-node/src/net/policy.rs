@@ -12,9 +12,10 @@
 //! proxy's port, which asks the kernel for the address that was meant. Never knows which
 //! addresses are granted: that is the proxy's.
 
-use std::io::{self, Write};
+use std::io;
 use std::net::Ipv4Addr;
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use spore_wire::egress::PROXY_PORT;
@@ -22,6 +23,7 @@ use spore_wire::guest::GUEST_ADDRESS;
 
 use super::tap::TAP;
 use crate::hypervisor::PolicyError;
+use crate::tool;
 
 /// The table's name; a namespace holds no other.
 const TABLE: &str = "spore";
@@ -138,34 +140,22 @@ fn redirect(port: u16) -> Value {
     json!({"redirect": {"port": port}})
 }
 
+/// How long `nft` may take; it takes some milliseconds, unless the kernel is busy with its rules.
+const NFT_LIMIT: Duration = Duration::from_secs(10);
+
 /// Runs `nft` in the calling thread's namespace.
 fn nft(arguments: &[&str], input: &[u8]) -> io::Result<Vec<u8>> {
-    let mut child = Command::new("nft")
+    let mut command = Command::new("nft");
+    command
         .args(arguments)
         .env_clear()
         .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|error| {
-            io::Error::new(
-                error.kind(),
-                format!("nft: {error}; install the package nftables"),
-            )
-        })?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(input)?;
-    }
-    let output = child.wait_with_output()?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(io::Error::other(format!(
-            "nft {arguments:?}: {}",
-            said.trim()
-        )));
-    }
-    Ok(output.stdout)
+        .stdin(tool::input(input)?);
+    Ok(tool::run(
+        command,
+        NFT_LIMIT,
+        "install the package nftables",
+    )?)
 }
 
 /// Writes `policy` in the calling thread's namespace, in place of whatever is there.

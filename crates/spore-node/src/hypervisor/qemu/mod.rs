@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,7 +42,7 @@ use super::{
 use crate::cgroup::Limits;
 use crate::egress::launch::EgressLauncher;
 use crate::jail::{self, Jail, JailLimits, Launch};
-use crate::sys;
+use crate::{sys, tool};
 
 /// Memory of a VMM beyond its guest's: QEMU itself and its translated code.
 const OVERHEAD_MIB: u32 = 128;
@@ -63,6 +64,9 @@ const FILE_BYTES_MIN: u64 = LOG_BYTES;
 
 /// How long QEMU may take until its monitor answers; usually 30 ms.
 const QMP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long `qemu --version` may take; it loads some hundred libraries.
+const VERSION_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a VMM whose monitor hung up is given to end.
 const ENDING: Duration = Duration::from_secs(5);
@@ -215,15 +219,15 @@ impl Qemu {
 
 /// The first line of `qemu --version`.
 fn version(program: &Path) -> io::Result<String> {
-    let output = std::process::Command::new(program)
-        .arg("--version")
-        .env_clear()
-        .output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
+    let mut command = std::process::Command::new(program);
+    command.arg("--version").env_clear().stdin(Stdio::null());
+    let hint = "install the package qemu-system-x86";
+    let said = tool::run(command, VERSION_LIMIT, hint)?;
+    let text = String::from_utf8_lossy(&said);
     text.lines()
         .next()
         .map(str::to_owned)
-        .ok_or_else(|| io::Error::other(format!("it said no version, {}", output.status)))
+        .ok_or_else(|| io::Error::other("it said no version"))
 }
 
 #[async_trait]
