@@ -33,6 +33,17 @@ pub(super) struct Qmp {
     lines: FramedRead<OwnedReadHalf, LinesCodec>,
     write: OwnedWriteHalf,
     events: VecDeque<String>,
+    /// How the last exchange left the stream.
+    step: Step,
+}
+
+/// Whether the stream can still be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// Every command has its answer.
+    In,
+    /// A command was given up half way: what comes next belongs to it, if it was sent whole.
+    Out,
 }
 
 impl Qmp {
@@ -45,6 +56,7 @@ impl Qmp {
                 lines,
                 write,
                 events: VecDeque::new(),
+                step: Step::In,
             };
             let greeting = this.read().await?;
             if greeting.get("QMP").is_none() {
@@ -58,8 +70,19 @@ impl Qmp {
             .map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?
     }
 
-    /// One command and what it returns. Must not be cancelled, or answers come to the wrong one.
+    /// Whether commands may be given; after one that was given up only a new connection helps.
+    pub(super) fn is_in_step(&self) -> bool {
+        self.step == Step::In
+    }
+
+    /// One command and what it returns. One that takes too long, or is cancelled, is the last one.
     pub(super) async fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
+        if !self.is_in_step() {
+            return Err(io::Error::other(format!(
+                "QMP {command}: an earlier command was given up, and its answer may still come"
+            )));
+        }
+        self.step = Step::Out;
         let mut line = json!({"execute": command, "arguments": arguments}).to_string();
         line.push('\n');
         let exchange = async {
@@ -67,17 +90,23 @@ impl Qmp {
             loop {
                 let mut answer = self.read().await?;
                 if let Some(value) = answer.get_mut("return") {
-                    return Ok(value.take());
+                    return Ok(Ok(value.take()));
                 }
                 if let Some(error) = answer.get("error") {
-                    return Err(io::Error::other(format!("QMP {command}: {error}")));
+                    return Ok(Err(format!("QMP {command}: {error}")));
                 }
                 self.remember(&answer);
             }
         };
-        timeout(COMMAND_TIMEOUT, exchange)
+        let answer: io::Result<Result<Value, String>> = timeout(COMMAND_TIMEOUT, exchange)
             .await
-            .map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?
+            .map_err(|_elapsed| {
+                let text = format!("QMP {command}: no answer within {COMMAND_TIMEOUT:?}");
+                io::Error::new(io::ErrorKind::TimedOut, text)
+            })?;
+        let answer = answer?;
+        self.step = Step::In;
+        answer.map_err(io::Error::other)
     }
 
     /// The next event's name. May be cancelled.
@@ -124,6 +153,7 @@ mod tests {
     use serde_json::json;
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     use tokio::net::UnixListener;
+    use tokio::time::timeout;
 
     use super::Qmp;
 
@@ -137,6 +167,49 @@ mod tests {
             lines.next_line().await.unwrap().unwrap();
             write.write_all(answer.as_bytes()).await.unwrap();
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_comes_too_late_is_nobodys() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (read, mut write) = stream.into_split();
+            let mut lines = BufReader::new(read).lines();
+            write.write_all(b"{\"QMP\": {}}\r\n").await.unwrap();
+            lines.next_line().await.unwrap().unwrap();
+            write.write_all(b"{\"return\": {}}\r\n").await.unwrap();
+            // The first command is answered only when there is a second one, or nobody.
+            lines.next_line().await.unwrap().unwrap();
+            drop(lines.next_line().await);
+            drop(write.write_all(b"{\"return\": \"of the first\"}\r\n").await);
+        });
+        let mut qmp = Qmp::connect(&path, Duration::from_secs(60)).await.unwrap();
+        let late = qmp.execute("query-status", json!({})).await.unwrap_err();
+        assert!(late.to_string().contains("no answer within"), "{late}");
+        assert!(!qmp.is_in_step());
+        let refused = qmp.execute("quit", json!({})).await.unwrap_err();
+        assert!(refused.to_string().contains("given up"), "{refused}");
+        drop(qmp);
+        server.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cancelled_command_is_the_last_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let nothing = String::new();
+        let answers = vec!["{\"return\": {}}\r\n".to_owned(), nothing.clone(), nothing];
+        let server = tokio::spawn(monitor(listener, answers));
+        let mut qmp = Qmp::connect(&path, Duration::from_secs(60)).await.unwrap();
+        let cut = timeout(Duration::from_secs(1), qmp.execute("stop", json!({})));
+        assert!(cut.await.is_err());
+        let refused = qmp.execute("quit", json!({})).await.unwrap_err();
+        assert!(refused.to_string().contains("given up"), "{refused}");
+        server.abort();
     }
 
     #[tokio::test]

@@ -9,6 +9,9 @@
 //!       └──process gone──▶ Over (exit published)
 //! ```
 //!
+//! A command that QEMU does not answer in time leaves a connection on which answers would be taken
+//! for those of other commands, so it is closed and the next command has a new one.
+//!
 //! When the last holder lets go the task ends and its connection closes, so that the next daemon
 //! or `attach` can connect; the VM goes on. Never restarts anything.
 
@@ -282,21 +285,31 @@ impl Watcher {
         }
     }
 
+    /// The monitor, connected anew where the last command on it was given up.
+    async fn monitor(&mut self) -> io::Result<&mut Qmp> {
+        if self.monitor.as_ref().is_some_and(|qmp| !qmp.is_in_step()) {
+            // QEMU greets the next client once this one is gone.
+            self.monitor = None;
+            let socket = self.rooms.folder(self.vm).join(QMP_SOCKET);
+            self.monitor = Some(Qmp::connect(&socket, GREETING_TIMEOUT).await?);
+        }
+        let hung_up = || io::Error::from(io::ErrorKind::NotConnected);
+        self.monitor.as_mut().ok_or_else(hung_up)
+    }
+
+    async fn execute(&mut self, command: &str) -> io::Result<Value> {
+        self.monitor().await?.execute(command, json!({})).await
+    }
+
     async fn is_shut_down(&mut self) -> bool {
-        let Some(monitor) = &mut self.monitor else {
-            return false;
-        };
-        let status = monitor.execute("query-status", json!({})).await;
+        let status = self.execute("query-status").await;
         status.is_ok_and(|status| status.get("status").and_then(Value::as_str) == Some("shutdown"))
     }
 
     /// The guest has ended: keeps what it last said and lets QEMU go.
     async fn quit(&mut self) {
         self.read_console().await;
-        let asked = match &mut self.monitor {
-            Some(monitor) => monitor.execute("quit", json!({})).await,
-            None => Err(io::ErrorKind::NotConnected.into()),
-        };
+        let asked = self.execute("quit").await;
         // It answers and ends, or ends before its answer is read, or does not listen.
         let ended = timeout(ENDING, self.pidfd.readable()).await.is_ok();
         if !ended && let Err(failed) = kill_process(self.pidfd.get_ref()) {
@@ -305,10 +318,11 @@ impl Watcher {
     }
 
     async fn read_console(&mut self) {
-        let Some(monitor) = &mut self.monitor else {
-            return;
+        let read = match self.monitor().await {
+            Ok(monitor) => monitor.read_ring(CONSOLE, CONSOLE_BYTES).await,
+            Err(error) => Err(error),
         };
-        match monitor.read_ring(CONSOLE, CONSOLE_BYTES).await {
+        match read {
             Ok(bytes) => {
                 self.tail.extend(last_lines(&bytes));
                 let surplus = self.tail.len().saturating_sub(TAIL_LINES);
