@@ -21,7 +21,9 @@ const WAKE_BUCKETS: [f64; 14] = [
 ];
 
 /// Phases that have a histogram of their own; others count as `other`.
-const PHASES: [&str; 7] = ["prepare", "boot", "fork", "agent", "thaw", "app", "total"];
+const PHASES: [&str; 8] = [
+    "queue", "prepare", "boot", "fork", "agent", "thaw", "app", "total",
+];
 
 /// All metrics.
 #[derive(Debug)]

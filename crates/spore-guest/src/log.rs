@@ -8,10 +8,29 @@ use std::collections::VecDeque;
 use spore_wire::guest::{LOG_LINE_BYTES_MAX, LOG_RING_BYTES, LogBatch, LogRecord, OutputKind};
 
 /// What one record costs beside its text.
-const RECORD_OVERHEAD_BYTES: usize = 96;
+const RECORD_OVERHEAD_BYTES: usize = 120;
 
 /// The most bytes of one encoded batch: it must fit a frame beside its envelope.
 const BATCH_BYTES_MAX: usize = 60 * 1024;
+
+/// A line, or a part of one that was too long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Without its end.
+    pub text: String,
+    /// Whether the next part follows.
+    pub continues: bool,
+}
+
+impl From<String> for Line {
+    /// A whole line.
+    fn from(text: String) -> Self {
+        Self {
+            text,
+            continues: false,
+        }
+    }
+}
 
 /// The last lines of the app, oldest first.
 #[derive(Debug, Default)]
@@ -23,7 +42,8 @@ pub struct LogRing {
 
 impl LogRing {
     /// Adds one line and drops the oldest ones for which there is no more room.
-    pub fn push(&mut self, at_us: u64, from: OutputKind, text: String) {
+    pub fn push(&mut self, at_us: u64, from: OutputKind, line: Line) {
+        let Line { text, continues } = line;
         self.last += 1;
         self.bytes += text.len() + RECORD_OVERHEAD_BYTES;
         self.records.push_back(LogRecord {
@@ -31,6 +51,7 @@ impl LogRing {
             at_us,
             from,
             text,
+            continues,
         });
         while self.bytes > LOG_RING_BYTES
             && let Some(oldest) = self.records.pop_front()
@@ -90,7 +111,7 @@ pub struct LineCutter {
 
 impl LineCutter {
     /// Takes bytes of the output and gives every line that is whole to `line`.
-    pub fn feed(&mut self, mut bytes: &[u8], mut line: impl FnMut(String)) {
+    pub fn feed(&mut self, mut bytes: &[u8], mut line: impl FnMut(Line)) {
         while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
             self.extend(&bytes[..end], &mut line);
             self.flush_line(&mut line);
@@ -100,29 +121,29 @@ impl LineCutter {
     }
 
     /// Gives what is left when the output has ended.
-    pub fn finish(&mut self, mut line: impl FnMut(String)) {
+    pub fn finish(&mut self, mut line: impl FnMut(Line)) {
         if !self.partial.is_empty() {
             self.flush_line(&mut line);
         }
     }
 
-    fn extend(&mut self, bytes: &[u8], line: &mut impl FnMut(String)) {
+    fn extend(&mut self, bytes: &[u8], line: &mut impl FnMut(Line)) {
         for part in bytes.chunks(LOG_LINE_BYTES_MAX) {
             self.partial.extend_from_slice(part);
             while self.partial.len() > LOG_LINE_BYTES_MAX {
                 let at = cut_at(&self.partial);
                 let rest = self.partial.split_off(at);
-                emit(&self.partial, line);
+                emit(&self.partial, true, line);
                 self.partial = rest;
             }
         }
     }
 
-    fn flush_line(&mut self, line: &mut impl FnMut(String)) {
+    fn flush_line(&mut self, line: &mut impl FnMut(Line)) {
         if self.partial.last() == Some(&b'\r') {
             self.partial.pop();
         }
-        emit(&self.partial, line);
+        emit(&self.partial, false, line);
         self.partial.clear();
     }
 }
@@ -137,15 +158,21 @@ fn cut_at(bytes: &[u8]) -> usize {
 }
 
 /// Gives the text of `bytes`, in several parts when replacing bad bytes has made it too long.
-fn emit(bytes: &[u8], line: &mut impl FnMut(String)) {
+fn emit(bytes: &[u8], continues: bool, line: &mut impl FnMut(Line)) {
     let text = String::from_utf8_lossy(bytes);
     let mut rest = text.as_ref();
     while rest.len() > LOG_LINE_BYTES_MAX {
         let at = rest.floor_char_boundary(LOG_LINE_BYTES_MAX);
-        line(rest[..at].to_owned());
+        line(Line {
+            text: rest[..at].to_owned(),
+            continues: true,
+        });
         rest = &rest[at..];
     }
-    line(rest.to_owned());
+    line(Line {
+        text: rest.to_owned(),
+        continues,
+    });
 }
 
 #[cfg(test)]
@@ -156,7 +183,7 @@ mod tests {
         AgentMessage, LOG_LINE_BYTES_MAX, LOG_RING_BYTES, LogBatch, OutputKind,
     };
 
-    use super::{LineCutter, LogRing};
+    use super::{Line, LineCutter, LogRing};
 
     fn lines(parts: &[&[u8]]) -> Vec<String> {
         let mut cutter = LineCutter::default();
@@ -165,7 +192,9 @@ mod tests {
             cutter.feed(part, |line| out.push(line));
         }
         cutter.finish(|line| out.push(line));
-        out
+        let goes_on = out.last().is_some_and(|line| line.continues);
+        assert!(!goes_on, "the last part says that another follows");
+        out.into_iter().map(|line| line.text).collect()
     }
 
     #[test]
@@ -185,10 +214,23 @@ mod tests {
     }
 
     #[test]
+    fn every_part_of_a_cut_line_but_the_last_says_that_it_goes_on() {
+        let mut cutter = LineCutter::default();
+        let mut out = Vec::new();
+        cutter.feed(&vec![0xff; LOG_LINE_BYTES_MAX + 10], |line| out.push(line));
+        cutter.feed(b"\nwhole\n", |line| out.push(line));
+        let goes_on: Vec<bool> = out.iter().map(|line| line.continues).collect();
+        let (ends, parts) = goes_on.split_last().unwrap();
+        let (last, parts) = parts.split_last().unwrap();
+        assert!(!ends && !last, "{goes_on:?}");
+        assert!(parts.len() > 1 && parts.iter().all(|goes_on| *goes_on));
+    }
+
+    #[test]
     fn a_flood_costs_no_more_than_the_ring() {
         let mut ring = LogRing::default();
         for _line in 0..20_000 {
-            ring.push(1, OutputKind::Stdout, "x".repeat(500));
+            ring.push(1, OutputKind::Stdout, "x".repeat(500).into());
         }
         assert!(ring.bytes <= LOG_RING_BYTES);
         let mut cursor = 0;
@@ -201,7 +243,9 @@ mod tests {
     fn the_worst_line_still_fits_a_frame() {
         let mut ring = LogRing::default();
         for _line in 0..30 {
-            ring.push(1, OutputKind::Stderr, "\u{1}".repeat(LOG_LINE_BYTES_MAX));
+            let text = "\u{1}".repeat(LOG_LINE_BYTES_MAX);
+            let continues = true;
+            ring.push(1, OutputKind::Stderr, Line { text, continues });
         }
         let mut cursor = 0;
         while let Some(batch) = ring.batch(&mut cursor) {
@@ -223,7 +267,7 @@ mod tests {
                 seen += batch.records.len() as u64;
             };
             for (len, read) in &pushes {
-                ring.push(1, OutputKind::Stdout, "y".repeat(*len));
+                ring.push(1, OutputKind::Stdout, "y".repeat(*len).into());
                 if *read && let Some(batch) = ring.batch(&mut cursor) {
                     take(batch);
                 }

@@ -280,7 +280,7 @@ impl Runner {
                 error.message
             );
             self.log
-                .push(clock::realtime_us(), OutputKind::Stderr, text);
+                .push(clock::realtime_us(), OutputKind::Stderr, text.into());
             self.step(guest, now_ms, AppEvent::SpawnFailed);
         }
     }
@@ -344,7 +344,7 @@ impl Runner {
         {
             let text = format!("spore: the kernel refused to kill the app: {error}");
             self.log
-                .push(clock::realtime_us(), OutputKind::Stderr, text);
+                .push(clock::realtime_us(), OutputKind::Stderr, text.into());
         }
     }
 

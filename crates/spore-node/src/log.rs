@@ -2,20 +2,22 @@
 //!
 //! Fed by the log collector of each VM (`vm/collect.rs`) with masked lines only; read by the node
 //! for `logs`. `<logs>/ACCOUNT/APP/app.log` and two older files of at most [`LOG_FILE_BYTES`] each;
-//! one line is one JSON object. Never holds up an app: what cannot be written is dropped, counted.
+//! one line is one JSON object. Reads and writes block, so callers are on a thread that may. Never
+//! holds up an app for a reader: what cannot be written or followed is dropped, and counted.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io::{self, Write as _};
+use std::ops::ControlFlow;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
 use spore_wire::guest::OutputKind;
 use spore_wire::id::VmId;
 use thiserror::Error;
-use tokio::sync::broadcast;
+use tokio::sync::Notify;
 
 /// The most bytes of one file.
 pub const LOG_FILE_BYTES: u64 = 10 * 1024 * 1024;
@@ -26,8 +28,17 @@ pub const LOG_FILES: usize = 3;
 /// The most lines that a tail gives.
 pub const LOG_TAIL_LINES_MAX: usize = 10_000;
 
-/// Lines that may wait for one follower; then it is told how many it missed.
-const FOLLOW_LINES_MAX: usize = 4096;
+/// The most bytes of their text; a tail of long lines has fewer of them.
+pub const LOG_TAIL_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Bytes of lines that may wait for one follower; then it is told how many it missed.
+pub const FOLLOW_BYTES_MAX: usize = 512 * 1024;
+
+/// Bytes that are written at once.
+const PAGE_BYTES_MAX: usize = 64 * 1024;
+
+/// Bytes that are read at once.
+const BLOCK_BYTES: u64 = 64 * 1024;
 
 /// One line of an app.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +110,6 @@ pub struct AppLog {
     folder: PathBuf,
     file_bytes: u64,
     writer: Mutex<Writer>,
-    followers: broadcast::Sender<LogLine>,
 }
 
 #[derive(Debug, Default)]
@@ -107,6 +117,114 @@ struct Writer {
     file: Option<File>,
     bytes: u64,
     dropped: u64,
+    /// A write was cut off: the next line begins on its own.
+    torn: bool,
+    followers: Vec<Weak<Queue>>,
+}
+
+/// Lines on their way to the file.
+#[derive(Debug, Default)]
+struct Page {
+    bytes: Vec<u8>,
+    /// Those in it, and those that they say were dropped.
+    lines: u64,
+}
+
+/// Every line of an app from some point on.
+#[derive(Debug)]
+pub struct Follow {
+    queue: Arc<Queue>,
+}
+
+/// What a follower is given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Followed {
+    /// The next line.
+    Line(Arc<LogLine>),
+    /// So many lines were not waited for: the follower is too slow. They are in the file.
+    Missed(u64),
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    lines: VecDeque<Arc<LogLine>>,
+    bytes: usize,
+    missed: u64,
+    is_over: bool,
+}
+
+impl Follow {
+    /// What comes next; `None` when the log was removed. Dropping the future loses nothing.
+    pub async fn next(&mut self) -> Option<Followed> {
+        loop {
+            if let Some(next) = lock(&self.queue.waiting).take() {
+                return next;
+            }
+            // One permit is kept when nobody waits, so no line falls between.
+            self.queue.changed.notified().await;
+        }
+    }
+}
+
+impl Waiting {
+    /// `None` when there is nothing yet.
+    fn take(&mut self) -> Option<Option<Followed>> {
+        if self.missed > 0 {
+            return Some(Some(Followed::Missed(core::mem::take(&mut self.missed))));
+        }
+        match self.lines.pop_front() {
+            Some(line) => {
+                self.bytes -= line.weight();
+                Some(Some(Followed::Line(line)))
+            }
+            None => self.is_over.then_some(None),
+        }
+    }
+
+    fn add(&mut self, line: Arc<LogLine>) {
+        self.bytes += line.weight();
+        self.lines.push_back(line);
+        while self.bytes > FOLLOW_BYTES_MAX
+            && let Some(oldest) = self.lines.pop_front()
+        {
+            self.bytes -= oldest.weight();
+            self.missed += 1;
+        }
+    }
+}
+
+impl LogLine {
+    /// What it takes of memory.
+    const fn weight(&self) -> usize {
+        self.text.len() + size_of::<Self>()
+    }
+}
+
+impl Writer {
+    fn tell(&mut self, line: LogLine) {
+        if self.followers.is_empty() {
+            return;
+        }
+        let line = Arc::new(line);
+        self.each_follower(|waiting| waiting.add(Arc::clone(&line)));
+    }
+
+    fn each_follower(&mut self, mut act: impl FnMut(&mut Waiting)) {
+        self.followers.retain(|follower| {
+            let Some(queue) = follower.upgrade() else {
+                return false;
+            };
+            act(&mut lock(&queue.waiting));
+            queue.changed.notify_one();
+            true
+        });
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -154,7 +272,6 @@ impl LogStore {
             folder: folder.clone(),
             file_bytes: self.file_bytes,
             writer: Mutex::new(Writer::default()),
-            followers: broadcast::channel(FOLLOW_LINES_MAX).0,
         });
         apps.insert(folder, Arc::clone(&log));
         Ok(log)
@@ -169,6 +286,7 @@ impl LogStore {
         let mut writer = lock(&log.writer);
         lock(&self.apps).remove(&log.folder);
         writer.file = None;
+        writer.each_follower(|waiting| waiting.is_over = true);
         match fs::remove_dir_all(&log.folder) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -183,51 +301,80 @@ impl LogStore {
 impl AppLog {
     /// Appends lines. What cannot be written is counted, and the count goes with the next line
     /// that can.
-    pub fn append(&self, lines: &[LogLine]) {
+    pub fn append(&self, lines: Vec<LogLine>) {
         let mut writer = lock(&self.writer);
-        for line in lines {
-            let mut line = line.clone();
-            line.dropped = line.dropped.saturating_add(writer.dropped);
-            match self.write(&mut writer, &line) {
-                Ok(()) => writer.dropped = 0,
-                Err(error) => {
-                    writer.file = None;
-                    if writer.dropped == 0 {
-                        let folder = self.folder.display();
-                        tracing::warn!(%folder, %error, "an app's log cannot be written");
-                    }
-                    writer.dropped = writer.dropped.saturating_add(1);
-                }
-            }
-            // Nobody follows: then nobody misses it.
-            drop(self.followers.send(line));
+        let mut page = Page::default();
+        for mut line in lines {
+            let dropped = core::mem::take(&mut writer.dropped);
+            line.dropped = line.dropped.saturating_add(dropped);
+            self.add(&mut writer, &mut page, &line);
+            writer.tell(line);
         }
+        self.flush(&mut writer, &mut page);
     }
 
-    fn write(&self, writer: &mut Writer, line: &LogLine) -> io::Result<()> {
-        let mut bytes = serde_json::to_vec(line)?;
+    fn add(&self, writer: &mut Writer, page: &mut Page, line: &LogLine) {
+        let mut bytes = match serde_json::to_vec(line) {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                tracing::error!(%error, "a line of an app's log cannot be encoded");
+                return;
+            }
+        };
         bytes.push(b'\n');
-        let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        if writer.file.is_none() {
-            let file = fs::OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(self.path(0))?;
-            writer.bytes = file.metadata()?.len();
-            writer.file = Some(file);
+        let most = PAGE_BYTES_MAX.min(usize::try_from(self.file_bytes).unwrap_or(usize::MAX));
+        if page.bytes.len() + bytes.len() > most {
+            self.flush(writer, page);
         }
+        page.bytes.extend_from_slice(&bytes);
+        page.lines = page.lines.saturating_add(line.dropped).saturating_add(1);
+    }
+
+    fn flush(&self, writer: &mut Writer, page: &mut Page) {
+        let page = core::mem::take(page);
+        if page.bytes.is_empty() {
+            return;
+        }
+        let Err(error) = self.write(writer, &page.bytes) else {
+            return;
+        };
+        writer.file = None;
+        writer.torn = true;
+        if writer.dropped == 0 {
+            let folder = self.folder.display();
+            tracing::warn!(%folder, %error, "an app's log cannot be written");
+        }
+        writer.dropped = writer.dropped.saturating_add(page.lines);
+    }
+
+    fn write(&self, writer: &mut Writer, page: &[u8]) -> io::Result<()> {
+        let length = u64::try_from(page.len()).unwrap_or(u64::MAX);
+        let mut file = match writer.file.take() {
+            Some(file) => file,
+            None => self.open(writer)?,
+        };
         if writer.bytes > 0 && writer.bytes.saturating_add(length) > self.file_bytes {
             self.rotate()?;
-            writer.file = None;
-            writer.bytes = 0;
-            return self.write(writer, line);
+            file = self.open(writer)?;
         }
-        if let Some(file) = &mut writer.file {
-            file.write_all(&bytes)?;
-            writer.bytes += length;
+        if core::mem::take(&mut writer.torn) && writer.bytes > 0 {
+            file.write_all(b"\n")?;
+            writer.bytes += 1;
         }
+        file.write_all(page)?;
+        writer.bytes += length;
+        writer.file = Some(file);
         Ok(())
+    }
+
+    fn open(&self, writer: &mut Writer) -> io::Result<File> {
+        let file = fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(self.path(0))?;
+        writer.bytes = file.metadata()?.len();
+        Ok(file)
     }
 
     fn rotate(&self) -> io::Result<()> {
@@ -260,31 +407,28 @@ impl AppLog {
     ///
     /// # Errors
     /// [`LogError::File`].
-    pub fn follow(
-        &self,
-        lines: usize,
-    ) -> Result<(Vec<LogLine>, broadcast::Receiver<LogLine>), LogError> {
-        let _writer = lock(&self.writer);
-        let receiver = self.followers.subscribe();
-        Ok((self.tail_locked(lines)?, receiver))
+    pub fn follow(&self, lines: usize) -> Result<(Vec<LogLine>, Follow), LogError> {
+        let mut writer = lock(&self.writer);
+        let tail = self.tail_locked(lines)?;
+        let queue = Arc::new(Queue::default());
+        writer.followers.push(Arc::downgrade(&queue));
+        Ok((tail, Follow { queue }))
     }
 
     fn tail_locked(&self, lines: usize) -> Result<Vec<LogLine>, LogError> {
         let lines = lines.min(LOG_TAIL_LINES_MAX);
         let mut tail = VecDeque::new();
-        for number in 0..LOG_FILES {
-            if tail.len() >= lines {
-                break;
-            }
-            let path = self.path(number);
-            let older = match read_last(&path, lines - tail.len()) {
-                Ok(older) => older,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-                Err(source) => return Err(LogError::File { path, source }),
-            };
-            for line in older.into_iter().rev() {
+        let mut bytes = 0;
+        if lines > 0 {
+            self.read_back(|line| {
+                bytes += line.weight();
                 tail.push_front(line);
-            }
+                if tail.len() >= lines || bytes >= LOG_TAIL_BYTES_MAX {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
+            })?;
         }
         Ok(tail.into())
     }
@@ -292,25 +436,70 @@ impl AppLog {
     /// The number of the last line kept of this incarnation; 0 when there is none.
     #[must_use]
     pub fn last_sequence(&self, vm: VmId) -> u64 {
-        let lines = self.tail(LOG_TAIL_LINES_MAX).unwrap_or_default();
-        let last = lines.iter().rev().find(|line| line.vm == vm);
-        last.map_or(0, |line| line.sequence)
+        let _writer = lock(&self.writer);
+        let mut last = 0;
+        let read = self.read_back(|line| {
+            if line.vm == vm {
+                last = line.sequence;
+                return ControlFlow::Break(());
+            }
+            ControlFlow::Continue(())
+        });
+        if let Err(error) = read {
+            let folder = self.folder.display();
+            tracing::warn!(%folder, %error, "an app's log cannot be read");
+        }
+        last
+    }
+
+    /// Gives every line to `visit`, the last one first, until it has enough.
+    fn read_back(&self, mut visit: impl FnMut(LogLine) -> ControlFlow<()>) -> Result<(), LogError> {
+        for number in 0..LOG_FILES {
+            let path = self.path(number);
+            match read_file_back(&path, &mut visit) {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(source) => return Err(LogError::File { path, source }),
+            }
+        }
+        Ok(())
     }
 }
 
-/// The last whole lines of one file; a line that does not read (the daemon died in its middle) is
-/// left out.
-fn read_last(path: &Path, lines: usize) -> io::Result<VecDeque<LogLine>> {
-    let mut last = VecDeque::new();
-    for line in BufReader::new(File::open(path)?).split(b'\n') {
-        if let Ok(line) = serde_json::from_slice(&line?) {
-            if last.len() == lines {
-                last.pop_front();
+/// The lines of one file from its end on, a block at a time; a line that does not read (the daemon
+/// died in its middle) is left out.
+fn read_file_back(
+    path: &Path,
+    visit: &mut impl FnMut(LogLine) -> ControlFlow<()>,
+) -> io::Result<ControlFlow<()>> {
+    let file = File::open(path)?;
+    let mut at = file.metadata()?.len();
+    // The line that the blocks so far begin in the middle of.
+    let mut begun = Vec::new();
+    while at > 0 {
+        let from = at.saturating_sub(BLOCK_BYTES);
+        let mut block = vec![0; usize::try_from(at - from).map_err(io::Error::other)?];
+        file.read_exact_at(&mut block, from)?;
+        at = from;
+        block.append(&mut begun);
+        let whole = if from == 0 {
+            0
+        } else {
+            let first_end = block.iter().position(|byte| *byte == b'\n');
+            first_end.map_or(block.len(), |end| end + 1)
+        };
+        for line in block[whole..].rsplit(|byte| *byte == b'\n') {
+            if let Ok(line) = serde_json::from_slice(line)
+                && visit(line).is_break()
+            {
+                return Ok(ControlFlow::Break(()));
             }
-            last.push_back(line);
         }
+        block.truncate(whole);
+        begun = block;
     }
-    Ok(last)
+    Ok(ControlFlow::Continue(()))
 }
 
 #[cfg(test)]
@@ -320,7 +509,7 @@ mod tests {
     use spore_wire::guest::OutputKind;
     use spore_wire::id::VmId;
 
-    use super::{LogLine, LogStore, is_name};
+    use super::{FOLLOW_BYTES_MAX, Followed, LOG_TAIL_BYTES_MAX, LogLine, LogStore, is_name};
 
     fn line(sequence: u64) -> LogLine {
         LogLine {
@@ -345,7 +534,7 @@ mod tests {
         store.file_bytes = 1000;
         let log = store.app("me", "notes").unwrap();
         for number in 1..=100 {
-            log.append(&[line(number)]);
+            log.append(vec![line(number)]);
         }
         let files = fs::read_dir(folder.path().join("me/notes")).unwrap();
         let sizes: Vec<u64> = files
@@ -361,17 +550,79 @@ mod tests {
         assert_eq!(log.last_sequence(VmId::from_bytes([1; 16])), 100);
     }
 
-    #[test]
-    fn a_follower_misses_nothing_between_tail_and_stream() {
+    #[tokio::test]
+    async fn a_follower_misses_nothing_between_tail_and_stream() {
         let folder = tempfile::tempdir().unwrap();
-        let log = LogStore::new(folder.path().to_owned())
-            .app("me", "notes")
-            .unwrap();
-        log.append(&[line(1), line(2)]);
+        let store = LogStore::new(folder.path().to_owned());
+        let log = store.app("me", "notes").unwrap();
+        log.append(vec![line(1), line(2)]);
         let (tail, mut follow) = log.follow(1).unwrap();
-        log.append(&[line(3)]);
+        log.append(vec![line(3)]);
         assert_eq!(texts(&tail), ["line 2"]);
-        assert_eq!(follow.try_recv().unwrap().text, "line 3");
+        assert_eq!(follow.next().await, Some(Followed::Line(line(3).into())));
+        store.remove("me", "notes").unwrap();
+        assert_eq!(follow.next().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_slow_follower_holds_bounded_memory_and_is_told_its_gap() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = LogStore::new(folder.path().to_owned());
+        let log = store.app("me", "notes").unwrap();
+        let (_tail, mut follow) = log.follow(0).unwrap();
+        let long = |sequence| LogLine {
+            text: "x".repeat(8192),
+            ..line(sequence)
+        };
+        for sequence in 1..=1000 {
+            log.append(vec![long(sequence)]);
+        }
+        let held = super::lock(&follow.queue.waiting).bytes;
+        assert!(held <= FOLLOW_BYTES_MAX, "{held} bytes wait");
+        let Some(Followed::Missed(missed)) = follow.next().await else {
+            panic!("a gap comes first");
+        };
+        assert!(missed > 900, "{missed}");
+        assert_eq!(
+            follow.next().await,
+            Some(Followed::Line(long(missed + 1).into()))
+        );
+    }
+
+    #[test]
+    fn a_tail_of_long_lines_is_bounded_in_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = LogStore::new(folder.path().to_owned());
+        let log = store.app("me", "notes").unwrap();
+        for sequence in 1..=1000 {
+            let text = format!("{sequence}{}", "x".repeat(8000));
+            log.append(vec![LogLine {
+                text,
+                ..line(sequence)
+            }]);
+        }
+        let tail = log.tail(usize::MAX).unwrap();
+        let bytes: usize = tail.iter().map(|line| line.text.len()).sum();
+        assert!(bytes <= LOG_TAIL_BYTES_MAX + 10_000, "{bytes}");
+        let numbers: Vec<u64> = tail.iter().map(|line| line.sequence).collect();
+        let first = 1001 - u64::try_from(numbers.len()).unwrap();
+        assert_eq!(numbers, (first..=1000).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_tail_reads_lines_of_every_length_across_blocks() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = LogStore::new(folder.path().to_owned());
+        let log = store.app("me", "notes").unwrap();
+        let lines: Vec<LogLine> = (1..=300)
+            .map(|sequence| LogLine {
+                text: "y".repeat(usize::try_from(sequence * 7919 % 5003).unwrap()),
+                ..line(sequence)
+            })
+            .collect();
+        log.append(lines.clone());
+        assert_eq!(log.tail(1000).unwrap(), lines);
+        assert_eq!(log.tail(7).unwrap(), lines[293..]);
     }
 
     #[test]
@@ -382,10 +633,21 @@ mod tests {
             .unwrap();
         let path = folder.path().join("me/notes/app.log");
         fs::create_dir(&path).unwrap();
-        log.append(&[line(1), line(2)]);
+        log.append(vec![line(1), line(2)]);
         fs::remove_dir(&path).unwrap();
-        log.append(&[line(3)]);
+        log.append(vec![line(3)]);
         assert_eq!(log.tail(10).unwrap()[0].dropped, 2);
+    }
+
+    #[test]
+    fn a_line_after_a_torn_one_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = LogStore::new(folder.path().to_owned());
+        let log = store.app("me", "notes").unwrap();
+        fs::write(folder.path().join("me/notes/app.log"), b"{\"vm\":\"aaa").unwrap();
+        super::lock(&log.writer).torn = true;
+        log.append(vec![line(1)]);
+        assert_eq!(texts(&log.tail(10).unwrap()), ["line 1"]);
     }
 
     #[test]
@@ -395,7 +657,7 @@ mod tests {
             .app("me", "notes")
             .unwrap();
         fs::write(folder.path().join("me/notes/app.log"), b"{\"vm\":\"aaa\n").unwrap();
-        log.append(&[line(1)]);
+        log.append(vec![line(1)]);
         assert_eq!(texts(&log.tail(10).unwrap()), ["line 1"]);
     }
 
@@ -413,7 +675,7 @@ mod tests {
     fn a_removed_log_is_gone_and_may_be_removed_again() {
         let folder = tempfile::tempdir().unwrap();
         let store = LogStore::new(folder.path().to_owned());
-        store.app("me", "notes").unwrap().append(&[line(1)]);
+        store.app("me", "notes").unwrap().append(vec![line(1)]);
         store.remove("me", "notes").unwrap();
         store.remove("me", "notes").unwrap();
         assert!(!folder.path().join("me/notes").exists());

@@ -16,13 +16,13 @@ use spore_wire::node::{
 };
 use thiserror::Error;
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::Semaphore;
 
 use crate::capacity::{Capacity, CapacityLimits, NoRoom};
 use crate::config::{Config, Images};
 use crate::hypervisor::{Hypervisor, Machine, ReleaseError, Swept, VmStats};
-use crate::journal::{Journal, JournalError, Record};
-use crate::log::{LogError, LogLine, LogStore, is_name};
+use crate::journal::{Journal, JournalError, Record, RecordError};
+use crate::log::{Follow, LogError, LogLine, LogStore, is_name};
 use crate::vm::actor::{self, Access, ActorHandle, Adopted, Host, Secrets, VmRequest};
 use crate::vm::board::{Board, Watch};
 use crate::vm::guest::{ExecStream, FileReader, FileWriter, GuestError, chain};
@@ -39,13 +39,19 @@ pub struct Node {
     images: Arc<dyn Images>,
 }
 
+/// How often what could not be removed at the start is tried again.
+const QUARANTINE_PAUSE: Duration = Duration::from_secs(30);
+
 /// What a node found when it was opened.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Adoption {
     /// VMs of the earlier daemon that live on.
     pub adopted: Vec<VmId>,
     /// VMs of which something was left, and why it was removed; some may still be under way.
     pub released: Vec<(VmId, String)>,
+    /// VMs that could be neither adopted nor removed, and why. Their names and uids stay taken;
+    /// removing them is tried again and again.
+    pub quarantined: Vec<(VmId, String)>,
     /// What belonged to no VM.
     pub swept: Swept,
 }
@@ -57,8 +63,8 @@ pub enum OpenError {
     /// The journals.
     #[error("cannot open the journal")]
     Journal(#[from] JournalError),
-    /// What an earlier daemon left.
-    #[error("cannot remove what an earlier daemon left: stop it by hand, then start again")]
+    /// What an earlier daemon left cannot even be listed.
+    #[error("cannot list what an earlier daemon left: check the runtime folder and the cgroups")]
     Sweep(#[from] ReleaseError),
 }
 
@@ -134,6 +140,36 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Removes a VM whose journal tells nothing, or says that it is to be quarantined.
+async fn discard(host: &Host, vm: VmId, error: &RecordError, adoption: &mut Adoption) {
+    let reason = format!("its journal cannot be used: {}", chain(error));
+    tracing::warn!(%vm, %reason, "a VM of an earlier daemon is removed");
+    match remove(host, vm).await {
+        Ok(()) => adoption.released.push((vm, reason)),
+        Err(left) => adoption.quarantined.push((vm, format!("{reason}; {left}"))),
+    }
+}
+
+async fn remove(host: &Host, vm: VmId) -> Result<(), String> {
+    let released = host.hypervisor.release(vm).await;
+    released.map_err(|error| chain(&error))?;
+    host.journal.remove(vm).map_err(|error| chain(&error))
+}
+
+/// Tries until nothing is left of a VM that nobody lives.
+async fn remove_in_the_end(host: Arc<Host>, vm: VmId) {
+    loop {
+        tokio::time::sleep(QUARANTINE_PAUSE).await;
+        match remove(&host, vm).await {
+            Ok(()) => {
+                tracing::info!(%vm, "a VM that could not be removed is gone");
+                return;
+            }
+            Err(reason) => tracing::debug!(%vm, %reason, "a VM still cannot be removed"),
+        }
+    }
+}
+
 impl Node {
     /// Opens the node: adopts what lives of an earlier daemon's VMs and removes the rest.
     ///
@@ -167,20 +203,28 @@ impl Node {
         for (vm, record) in records {
             match record {
                 Ok(record) => usable.push(record),
-                Err(error) => {
-                    let reason = format!("its journal cannot be used: {}", chain(&error));
-                    tracing::warn!(%vm, %reason, "a VM of an earlier daemon is removed");
-                    host.hypervisor.release(vm).await?;
-                    host.journal.remove(vm)?;
-                    adoption.released.push((vm, reason));
-                }
+                Err(error) => discard(&host, vm, &error, &mut adoption).await,
             }
         }
         // The broom goes before the first new start could be taken for rubbish.
-        let keep: BTreeSet<VmId> = usable.iter().map(|record| record.start.vm).collect();
+        let quarantined = adoption.quarantined.iter().map(|(vm, _reason)| *vm);
+        let keep = usable.iter().map(|record| record.start.vm);
+        let keep: BTreeSet<VmId> = keep.chain(quarantined).collect();
         adoption.swept = host.hypervisor.sweep(&keep).await?;
+        for left in &adoption.swept.left {
+            let reason = chain(&left.error);
+            match left.vm {
+                Some(vm) => adoption.quarantined.push((vm, reason)),
+                None => tracing::error!(%reason, "something is left; the next start tries again"),
+            }
+        }
         // An opening that is given up leaves no actor behind.
         let unless_given_up = host.tasks.end_on_drop();
+        for (vm, reason) in &adoption.quarantined {
+            tracing::error!(%vm, %reason, "a VM of an earlier daemon cannot be removed");
+            let removing = remove_in_the_end(Arc::clone(&host), *vm);
+            host.tasks.spawn(removing);
+        }
         let node = Self { host, images };
         node.adopt(usable, &mut adoption).await;
         drop(unless_given_up.disarm());
@@ -413,7 +457,7 @@ impl Node {
         stats.map_err(|source| VmError::Stats { vm, source })
     }
 
-    /// The last lines of an app, over all its incarnations.
+    /// The last lines of an app, over all its incarnations. Blocks, as everything about logs.
     ///
     /// # Errors
     /// [`LogError`].
@@ -426,8 +470,8 @@ impl Node {
         self.host.logs.app(account, app)?.tail(lines)
     }
 
-    /// The last lines of an app and every line after them. A follower that is too slow is told by
-    /// the channel how many it missed.
+    /// The last lines of an app and every line after them. A follower that is too slow is told how
+    /// many it missed.
     ///
     /// # Errors
     /// [`LogError`].
@@ -436,7 +480,7 @@ impl Node {
         account: &str,
         app: &str,
         lines: usize,
-    ) -> Result<(Vec<LogLine>, broadcast::Receiver<LogLine>), LogError> {
+    ) -> Result<(Vec<LogLine>, Follow), LogError> {
         self.host.logs.app(account, app)?.follow(lines)
     }
 

@@ -413,6 +413,9 @@ pub struct LogRecord {
     pub from: OutputKind,
     /// Without the line's end; bytes that are not UTF-8 are replaced by U+FFFD.
     pub text: String,
+    /// Whether the line was cut and goes on in the next record of the same output.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub continues: bool,
 }
 
 /// Why a request failed.

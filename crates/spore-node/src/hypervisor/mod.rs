@@ -84,10 +84,11 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// [`ReleaseError`] names what could not be removed; calling again may help.
     async fn release(&self, vm: VmId) -> Result<(), ReleaseError>;
 
-    /// Removes everything of VMs not in `keep`: the start-up's broom.
+    /// Removes everything of VMs not in `keep`: the start-up's broom. What cannot be removed is
+    /// told, and keeps nothing else from being.
     ///
     /// # Errors
-    /// [`ReleaseError`].
+    /// [`ReleaseError`] when what there is cannot be listed.
     async fn sweep(&self, keep: &BTreeSet<VmId>) -> Result<Swept, ReleaseError>;
 }
 
@@ -214,10 +215,21 @@ pub struct VmExit {
 }
 
 /// What a sweep removed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Swept {
     /// Names of processes, namespaces, cgroups, mounts and files, for the log.
     pub removed: Vec<String>,
+    /// What could not be removed, which kept nothing else from being.
+    pub left: Vec<Left>,
+}
+
+/// Something that a sweep had to leave.
+#[derive(Debug)]
+pub struct Left {
+    /// Whose it is; `None` is nobody's.
+    pub vm: Option<VmId>,
+    /// What and why.
+    pub error: ReleaseError,
 }
 
 /// Why nothing could be prepared.

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use spore_wire::id::VmId;
 use tokio::sync::OwnedMutexGuard;
 
-use super::{Machine, PrepareError, Prepared, ReleaseError, Swept};
+use super::{Left, Machine, PrepareError, Prepared, ReleaseError, Swept};
 use crate::cgroup::{CgroupError, Cgroups, Limits};
 use crate::disk::Disks;
 use crate::net::namespace::Namespaces;
@@ -297,25 +297,31 @@ impl Rooms {
     /// Removes the rooms of VMs that are not in `keep`, and whatever is nobody's.
     ///
     /// # Errors
-    /// [`ReleaseError`].
+    /// [`ReleaseError`] when what there is cannot be listed.
     pub async fn sweep(self: &Arc<Self>, keep: &BTreeSet<VmId>) -> Result<Swept, ReleaseError> {
-        let mut removed = Vec::new();
+        let mut swept = Swept::default();
         for vm in self
             .known()
             .map_err(|source| unreadable("the rooms", source))?
         {
             if !keep.contains(&vm) {
                 let _guard = self.lock(vm).await;
-                self.release(vm).await?;
-                removed.push(format!("VM {vm}"));
+                match self.release(vm).await {
+                    Ok(()) => swept.removed.push(format!("VM {vm}")),
+                    Err(error) => swept.left.push(Left {
+                        vm: Some(vm),
+                        error,
+                    }),
+                }
             }
         }
         let this = Arc::clone(self);
         let strays = blocking(move || this.sweep_strays())
             .await
             .map_err(|source| unreadable("strays", source))??;
-        removed.extend(strays);
-        Ok(Swept { removed })
+        swept.removed.extend(strays.removed);
+        swept.left.extend(strays.left);
+        Ok(swept)
     }
 
     /// Every VM that anything bears the id of.
@@ -343,22 +349,22 @@ impl Rooms {
     }
 
     /// What is left once the rooms that are not kept are gone.
-    fn sweep_strays(&self) -> Result<Vec<String>, ReleaseError> {
-        let mut removed = Vec::new();
+    fn sweep_strays(&self) -> Result<Swept, ReleaseError> {
+        let mut swept = Swept::default();
         let failed = |what: &str| {
             let what = what.to_owned();
             move |source| ReleaseError { what, source }
         };
         for name in self.cgroups.list().map_err(failed("cgroups"))? {
             if name.parse::<VmId>().is_err() {
-                self.cgroups.remove(&name).map_err(failed(&name))?;
-                removed.push(format!("cgroup {name}"));
+                let removed = self.cgroups.remove(&name);
+                swept.note(format!("cgroup {name}"), removed);
             }
         }
         for (path, of) in self.claimed_uids().map_err(failed("uids"))? {
             if of.is_none() {
-                remove_if_there(fs::remove_file(&path)).map_err(failed("a uid"))?;
-                removed.push(path.display().to_string());
+                let removed = remove_if_there(fs::remove_file(&path));
+                swept.note(path.display().to_string(), removed);
             }
         }
         // Names are listed before claims are read: one that is made or claimed meanwhile is seen
@@ -370,11 +376,11 @@ impl Rooms {
         }
         for name in names {
             if !kept.contains(&name) {
-                self.namespaces.remove(&name).map_err(failed(&name))?;
-                removed.push(format!("namespace {name}"));
+                let removed = self.namespaces.remove(&name);
+                swept.note(format!("namespace {name}"), removed);
             }
         }
-        Ok(removed)
+        Ok(swept)
     }
 
     /// Stops the pool and removes the namespaces that wait in it.
@@ -383,6 +389,19 @@ impl Rooms {
     /// What could not be removed.
     pub fn close(&self) -> io::Result<()> {
         self.pool.close()
+    }
+}
+
+impl Swept {
+    /// Something of nobody's was removed, or not.
+    fn note(&mut self, what: String, removed: io::Result<()>) {
+        match removed {
+            Ok(()) => self.removed.push(what),
+            Err(source) => self.left.push(Left {
+                vm: None,
+                error: ReleaseError { what, source },
+            }),
+        }
     }
 }
 

@@ -31,10 +31,10 @@ use tracing::field::display;
 use tracing::{Instrument as _, Span};
 
 use super::board::Board;
-use super::collect::{Collector, LastLines};
+use super::collect::{Collector, History, LastLines};
 use super::effect::{self, AppView, Gain, Outcome};
 use super::guest::{AgentLink, LinkEvent, Patience, SessionTimes, chain, clean};
-use super::mask::Masker;
+use super::mask::Masking;
 use super::state::{BootStep, Ending, Failure, Milestone, ThawStep, VmEffect, VmEvent, VmState};
 use super::tasks::{Scope, Tasks};
 use crate::capacity::Capacity;
@@ -133,7 +133,9 @@ pub(crate) struct Actor {
     pub(super) hello: watch::Sender<Option<AgentHello>>,
     pub(super) app: watch::Sender<AppView>,
     pub(super) secrets: watch::Sender<Option<Arc<Secrets>>>,
+    pub(super) masking: Masking,
     pub(super) releases: u32,
+    history: History,
     state: VmState,
     events: VecDeque<VmEvent>,
     asking: Option<Asking>,
@@ -167,7 +169,12 @@ pub(crate) fn spawn(
         hello: watch::Sender::new(None),
         app: watch::Sender::new(AppView::default()),
         secrets: watch::Sender::new(secrets.map(Arc::new)),
+        masking: Masking::default(),
         releases: 0,
+        history: match first {
+            VmEvent::Start => History::None,
+            _ => History::Some,
+        },
         state: VmState::Absent,
         events: VecDeque::from([first]),
         asking: None,
@@ -442,7 +449,10 @@ impl Actor {
     /// Adds what an effect took to the phases of the start.
     fn time(&mut self, effect: VmEffect, took: Duration) {
         let name = match effect {
-            VmEffect::TakeTurn | VmEffect::Prepare => "prepare",
+            // Others boot: that is no fault of this start, and is not counted as its work.
+            VmEffect::TakeTurn if took < Duration::from_millis(1) => return,
+            VmEffect::TakeTurn => "queue",
+            VmEffect::Prepare => "prepare",
             VmEffect::Boot | VmEffect::Attach => "boot",
             VmEffect::ConnectAgent => "agent",
             VmEffect::Thaw | VmEffect::OpenNetwork => "thaw",
@@ -526,14 +536,15 @@ impl Actor {
                 return;
             }
         };
-        let values = secrets.environment.iter().chain(&secrets.files);
         let collector = Collector {
             vm: self.record.start.vm,
             owner,
             link,
             log,
-            masker: Arc::new(Masker::new(values.map(|(_name, value)| value))),
+            masking: self.masking.clone(),
+            secrets,
             last_lines: self.last_lines.clone(),
+            history: self.history,
         };
         let scope = self.host.tasks.scope();
         scope.tasks().spawn(collector.run());
@@ -596,7 +607,7 @@ impl Actor {
         };
         let lines = tokio::time::timeout(Duration::from_secs(2), vm.console_tail()).await;
         for line in lines.unwrap_or_default() {
-            self.last_lines.push(&clean(&line));
+            self.last_lines.push(&self.masking.mask(&clean(&line)));
         }
     }
 
@@ -658,7 +669,8 @@ impl Actor {
         let failure = match &self.state {
             VmState::Failed(failure) => Some(VmFailure {
                 kind: failure.kind,
-                message: self.mask(&failure.message),
+                // It may quote the guest.
+                message: self.masking.mask(&failure.message),
                 last_lines: self.last_lines.get(),
             }),
             _ => None,
@@ -676,17 +688,10 @@ impl Actor {
         };
         self.host.board.publish(status, self.awake_until);
         if let VmState::Releasing(Ending::Failed(failure)) = &self.state {
-            let message = self.mask(&failure.message);
+            let message = self.masking.mask(&failure.message);
             let vm = self.record.start.vm;
             // Quoted: a guest's lines must not look like the daemon's own.
             tracing::warn!(%vm, kind = ?failure.kind, ?message, "a VM fails");
         }
-    }
-
-    /// A failure may quote the guest.
-    fn mask(&self, text: &str) -> String {
-        let secrets = self.secrets.borrow().clone().unwrap_or_default();
-        let values = secrets.environment.iter().chain(&secrets.files);
-        Masker::new(values.map(|(_name, value)| value)).mask(text)
     }
 }

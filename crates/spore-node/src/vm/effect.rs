@@ -16,6 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::actor::{Actor, Host, Secrets};
 use super::guest::{AgentLink, GuestError, chain};
+use super::mask::Masking;
 use super::state::{AgentSeen, AppSeen, Failure, VmEffect, VmEvent};
 use crate::config::VmLimits;
 use crate::hypervisor::{AttachError, Identity, Prepared, Vm, VmExit};
@@ -77,7 +78,8 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
                 VmEffect::Thaw => thaw(host, record, link).boxed(),
                 VmEffect::OpenNetwork => open_network(vm, limits).boxed(),
                 VmEffect::StartApp => {
-                    start_app(record, link, actor.secrets.subscribe(), limits).boxed()
+                    let masking = actor.masking.clone();
+                    start_app(record, link, actor.secrets.subscribe(), masking, limits).boxed()
                 }
                 _ => shutdown(record, vm, link, limits).boxed(),
             }
@@ -262,6 +264,7 @@ async fn start_app(
     record: Record,
     link: AgentLink,
     mut secrets: watch::Receiver<Option<Arc<Secrets>>>,
+    masking: Masking,
     limits: VmLimits,
 ) -> Outcome {
     let secrets = if record.secrets == SecretsKept::None {
@@ -280,6 +283,10 @@ async fn start_app(
             }
         }
     };
+    // An app that knows its secrets may print them.
+    if let Err(error) = masking.made(Arc::clone(&secrets)).await {
+        return failed(VmFailureKind::Thaw, chain(&error));
+    }
     let mut last = None;
     for _attempt in 0..3 {
         let start = start_of(&record, &secrets);

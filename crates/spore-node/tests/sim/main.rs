@@ -16,7 +16,7 @@ use spore_node::node::{Node, StartError};
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::{Exit, OutputKind, WriteFile};
 use spore_wire::id::ImageId;
-use spore_wire::node::{StopMode, VmFailureKind, VmPhase};
+use spore_wire::node::{StopMode, VmFailureKind, VmPhase, VmStatus};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use bench::{
@@ -364,6 +364,65 @@ fn an_actor_with_a_bug_has_its_vm_released_and_reported() {
             bench.node.start(start(vm(2), "hello")).unwrap();
             until_phase(&bench.node, vm(2), VmPhase::Ready).await;
         }
+    });
+}
+
+#[test]
+fn a_broken_journal_and_a_vm_that_cannot_be_removed_keep_no_other_from_being_adopted() {
+    on_virtual_time(async {
+        let mut bench = Bench::new(14).await;
+        for number in 1..=3 {
+            bench.node.start(start(vm(number), "hello")).unwrap();
+            until_phase(&bench.node, vm(number), VmPhase::Ready).await;
+        }
+        let folder = bench.folder.path().join("run/vms");
+        // One says nothing, one is not there at all; neither can be removed for now.
+        std::fs::write(folder.join(vm(1).to_string()).join("journal.json"), b"{").unwrap();
+        std::fs::remove_dir_all(folder.join(vm(2).to_string())).unwrap();
+        bench.host.set_plan(FaultPlan {
+            release: 1000,
+            ..FaultPlan::default()
+        });
+        let adoption = bench.restart().await;
+        assert_eq!(adoption.adopted, [vm(3)]);
+        let quarantined: Vec<_> = adoption.quarantined.iter().map(|(vm, _)| *vm).collect();
+        assert_eq!(quarantined, [vm(1), vm(2)]);
+        assert!(adoption.quarantined[0].1.contains("not a journal record"));
+        let status = until_phase(&bench.node, vm(3), VmPhase::Ready).await;
+        assert_eq!(status.phase, VmPhase::Ready);
+        bench.host.set_plan(FaultPlan::default());
+        bench.node.stop(vm(3), StopMode::Graceful).await.unwrap();
+        bench.node.stopped(vm(3)).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn waiting_for_a_turn_to_boot_is_told_apart_from_the_boot() {
+    on_virtual_time(async {
+        let bench = Bench::new(15).await;
+        // One more than may boot at once.
+        for number in 1..=5 {
+            bench.node.start(start(vm(number), "hello")).unwrap();
+        }
+        let phases = |status: &VmStatus| -> Vec<(String, u64)> {
+            let phases = status.phases.iter();
+            phases.map(|phase| (phase.name.clone(), phase.us)).collect()
+        };
+        let mut queued = 0;
+        for number in 1..=5 {
+            let status = until_phase(&bench.node, vm(number), VmPhase::Ready).await;
+            let phases = phases(&status);
+            let (waited, rest) = match phases.split_first() {
+                Some(((first, us), rest)) if first == "queue" => (*us, rest.to_vec()),
+                _ => (0, phases.clone()),
+            };
+            queued += usize::from(waited > 0);
+            let names: Vec<&str> = rest.iter().map(|(name, _us)| name.as_str()).collect();
+            assert_eq!(names, ["prepare", "boot", "agent", "thaw", "app"]);
+        }
+        assert_eq!(queued, 1, "the fifth waited for its turn");
     });
 }
 

@@ -161,11 +161,11 @@ async fn stop_vms(parts: Parts) -> Result<usize> {
         }
     }
     parts.node.detach().await;
-    parts
-        .qemu
-        .sweep(&std::collections::BTreeSet::new())
-        .await
-        .context("remove what is left")?;
+    let swept = parts.qemu.sweep(&std::collections::BTreeSet::new()).await;
+    let mut left = swept.context("list what is left")?.left;
+    if let Some(first) = left.pop() {
+        return Err(first.error).context("remove what is left");
+    }
     parts.qemu.close().context("remove what was made ahead")?;
     parts
         .qemu

@@ -19,7 +19,7 @@ use spore_node::image::debian::{DebianBuilder, DebianError};
 use spore_node::image::pack::PackRequest;
 use spore_node::image::packer::{BuildError, Packer};
 use spore_node::image::store::{GcMode, ImageStore, StoreError};
-use spore_node::log::LogError;
+use spore_node::log::{Follow, Followed, LogError};
 use spore_node::node::{Node, StartError, VmError};
 use spore_node::vm::guest::{ExecStream, FileReader, GuestError};
 use spore_wire::guest::{AgentErrorCode, Exec, OutputKind, WriteFile};
@@ -28,14 +28,14 @@ use spore_wire::node::{
     ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, VmStatus,
 };
 use tokio::io::AsyncReadExt;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
 /// Messages of an exec that may wait on either side before the other is held up.
 const EXEC_QUEUE: usize = 16;
 
 /// Log lines that may wait for a slow reader before it is held up.
-const LOG_QUEUE: usize = 256;
+const LOG_QUEUE: usize = 64;
 
 /// The bytes of one piece of a file on its way to a guest.
 const FILE_PIECE_BYTES: usize = 32 * 1024;
@@ -137,18 +137,19 @@ impl Nodes for Host {
     }
 
     async fn logs(&self, wanted: LogsWanted) -> Result<mpsc::Receiver<LogLine>, NodesError> {
-        let tail = usize::try_from(wanted.tail).unwrap_or(usize::MAX);
-        let (lines, follow) = match wanted.then {
-            AfterTail::End => {
-                let lines = self.node.log_tail(&wanted.account, &wanted.app, tail);
-                (lines.map_err(|error| log_error(&error))?, None)
+        let node = self.node.clone();
+        let read = blocking(move || {
+            let LogsWanted { account, app, .. } = &wanted;
+            let tail = usize::try_from(wanted.tail).unwrap_or(usize::MAX);
+            match wanted.then {
+                AfterTail::End => Ok((node.log_tail(account, app, tail)?, None)),
+                AfterTail::Follow => {
+                    let (lines, follow) = node.log_follow(account, app, tail)?;
+                    Ok((lines, Some(follow)))
+                }
             }
-            AfterTail::Follow => {
-                let followed = self.node.log_follow(&wanted.account, &wanted.app, tail);
-                let (lines, follow) = followed.map_err(|error| log_error(&error))?;
-                (lines, Some(follow))
-            }
-        };
+        });
+        let (lines, follow) = read.await?.map_err(|error| log_error(&error))?;
         let (sender, receiver) = mpsc::channel(LOG_QUEUE);
         tokio::spawn(tell_lines(lines, follow, sender));
         Ok(receiver)
@@ -214,8 +215,9 @@ impl Nodes for Host {
     }
 
     async fn forget_logs(&self, account: String, app: String) -> Result<(), NodesError> {
-        self.node
-            .log_remove(&account, &app)
+        let node = self.node.clone();
+        blocking(move || node.log_remove(&account, &app))
+            .await?
             .map_err(|error| log_error(&error))
     }
 
@@ -296,50 +298,54 @@ async fn next_piece((reader, first): FilePieces) -> Option<(io::Result<Bytes>, F
 
 async fn tell_lines(
     lines: Vec<spore_node::log::LogLine>,
-    follow: Option<broadcast::Receiver<spore_node::log::LogLine>>,
+    follow: Option<Follow>,
     to: mpsc::Sender<LogLine>,
 ) {
     for line in lines {
-        if to.send(api_line(line)).await.is_err() {
+        if to.send(api_line(&line, 0)).await.is_err() {
             return;
         }
     }
     let Some(mut follow) = follow else {
         return;
     };
+    let mut missed = 0;
     loop {
-        let line = tokio::select! {
-            line = follow.recv() => line,
+        let next = tokio::select! {
+            next = follow.next() => next,
             () = to.closed() => return,
         };
-        match line {
-            Ok(line) => {
-                if to.send(api_line(line)).await.is_err() {
+        match next {
+            Some(Followed::Line(line)) => {
+                let line = api_line(&line, std::mem::take(&mut missed));
+                if to.send(line).await.is_err() {
                     return;
                 }
             }
-            Err(broadcast::error::RecvError::Lagged(missed)) => {
-                tracing::debug!(missed, "a follower of a log was too slow");
-            }
-            Err(broadcast::error::RecvError::Closed) => return,
+            Some(Followed::Missed(more)) => missed += more,
+            None => return,
         }
     }
 }
 
-fn api_line(line: spore_node::log::LogLine) -> LogLine {
+/// A line as it is shown, behind `missed` lines that its reader was too slow for.
+fn api_line(line: &spore_node::log::LogLine, missed: u64) -> LogLine {
     let at_ms = i64::try_from(line.at_us / 1000).unwrap_or(i64::MAX);
     let from = match line.from {
         OutputKind::Stdout => LogSource::Stdout,
         OutputKind::Stderr => LogSource::Stderr,
     };
-    let text = if line.dropped > 0 {
-        format!(
-            "({} lines were dropped before this one) {}",
-            line.dropped, line.text
-        )
-    } else {
-        line.text
-    };
+    let mut text = String::new();
+    if missed > 0 {
+        text.push_str(&format!(
+            "({missed} lines were passed over: this reader is slow) "
+        ));
+    }
+    if line.dropped > 0 {
+        let dropped = line.dropped;
+        text.push_str(&format!("({dropped} lines were dropped before this one) "));
+    }
+    text.push_str(&line.text);
     LogLine {
         at: rfc3339(at_ms),
         vm: line.vm.to_string(),

@@ -192,6 +192,7 @@ impl Guest {
             at_us: 0,
             from: OutputKind::Stdout,
             text: text.to_owned(),
+            continues: false,
         });
         drop(state);
         self.printed.notify_waiters();

@@ -27,7 +27,7 @@ use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 
 use super::{
-    AgentStream, AttachError, BootError, Caps, Hypervisor, Identity, Machine, PolicyError,
+    AgentStream, AttachError, BootError, Caps, Hypervisor, Identity, Left, Machine, PolicyError,
     PrepareError, Prepared, ReleaseError, Swept, Vm, VmExit, VmStats,
 };
 use guest::Guest;
@@ -440,12 +440,17 @@ impl Hypervisor for SimHypervisor {
             let all = held.vms.keys();
             all.filter(|vm| !keep.contains(vm)).copied().collect()
         };
-        let mut removed = Vec::new();
+        let mut swept = Swept::default();
         for vm in rubbish {
-            while self.release(vm).await.is_err() {}
-            removed.push(vm.to_string());
+            match self.release(vm).await {
+                Ok(()) => swept.removed.push(vm.to_string()),
+                Err(error) => swept.left.push(Left {
+                    vm: Some(vm),
+                    error,
+                }),
+            }
         }
-        Ok(Swept { removed })
+        Ok(swept)
     }
 }
 

@@ -1,12 +1,13 @@
-//! What a guest made us hold for one stream, and how much news it may tell.
+//! What a guest made us hold for one stream, and how much work it may make us do.
 //!
 //! Used by the session alone. Every field is bounded: bytes by credit, log batches by number, the
-//! rest by nature.
+//! rest by nature. What an agent may rightly say without end (news, log) is taken at a pace; what
+//! no agent says in number ends the session.
 
 use core::time::Duration;
 use std::collections::VecDeque;
 
-use spore_wire::frame::FRAME_BYTES_MAX;
+use spore_wire::frame::{FRAME_BYTES_MAX, HEADER_BYTES};
 use spore_wire::guest::{AgentError, CREDIT_BYTES, LogBatch, OutputKind, Reply};
 use tokio::time::Instant;
 
@@ -18,6 +19,44 @@ const LOG_BATCHES_MAX: usize = 16;
 /// News that a guest may tell in a burst, and how long each one beyond costs it.
 const NEWS_BURST: u32 = 100;
 const NEWS_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Unasked bytes that are taken at once, and how many a second beyond. Bytes that a stream's credit
+/// paid for cost nothing of it.
+const PACE_BURST: u64 = 4 * 1024 * 1024;
+const PACE_A_SECOND: u64 = 4 * 1024 * 1024;
+
+/// The shortest pause of a guest that said too much.
+const PAUSE_MS_MIN: u64 = 5;
+
+/// What a frame costs beside its bytes.
+const FRAME_COST: usize = 64;
+
+/// Bytes without use, frames that carry them included, that a session may begin with: an agent has
+/// none to speak of.
+pub(super) const WASTE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Added for each stream that this side cancelled: what was under way for it is nobody's. More than
+/// fits the agent's outbox and the buffers on the way.
+pub(super) const LATE_BYTES: usize = 4 * 1024 * 1024;
+
+/// What a frame was worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Worth {
+    /// It was paid for by credit.
+    Paid,
+    /// An agent may say it without end.
+    Unasked,
+    /// Nothing came of it.
+    Waste,
+}
+
+/// What a frame with so much payload costs a guest.
+pub(super) const fn cost(worth: Worth, payload: usize) -> usize {
+    match worth {
+        Worth::Paid => FRAME_COST,
+        Worth::Unasked | Worth::Waste => FRAME_COST + HEADER_BYTES + payload,
+    }
+}
 
 /// What came on a stream and was not taken yet. `bytes` holds at most [`CREDIT_BYTES`].
 #[derive(Debug)]
@@ -32,41 +71,78 @@ pub(super) struct Inbox {
     pub(super) owed: usize,
     /// What we may still send.
     pub(super) credit: usize,
+    /// Whether log batches may come.
+    pub(super) asked: Asked,
     pub(super) logs: VecDeque<LogBatch>,
     pub(super) logs_dropped: u64,
+    /// Whether `of` was told and no byte has come since.
+    of_is_news: bool,
     pub(super) ended: bool,
     pub(super) outcome: Option<Result<Reply, AgentError>>,
 }
 
-/// How much news a guest may tell: beyond it each one costs the guest time, since its channel is
-/// not read meanwhile. Another VM's session has its own task and waits for nothing.
+/// How much a guest may say: beyond it everything costs the guest time, since its channel is not
+/// read meanwhile. Another VM's session has its own task and waits for nothing.
 pub(super) struct Budget {
-    left: u32,
-    at: Instant,
+    news: u32,
+    news_at: Instant,
+    bytes: u64,
+    bytes_at: Instant,
 }
 
 impl Budget {
     pub(super) fn new() -> Self {
+        let now = Instant::now();
         Self {
-            left: NEWS_BURST,
-            at: Instant::now(),
+            news: NEWS_BURST,
+            news_at: now,
+            bytes: PACE_BURST,
+            bytes_at: now,
         }
     }
 
-    pub(super) async fn spend(&mut self) {
-        if self.at.elapsed() >= NEWS_INTERVAL * NEWS_BURST {
-            *self = Self::new();
+    pub(super) async fn spend_news(&mut self) {
+        if self.news_at.elapsed() >= NEWS_INTERVAL * NEWS_BURST {
+            self.news = NEWS_BURST;
+            self.news_at = Instant::now();
         }
-        if self.left == 0 {
+        if self.news == 0 {
             tokio::time::sleep(NEWS_INTERVAL).await;
         } else {
-            self.left -= 1;
+            self.news -= 1;
         }
+    }
+
+    pub(super) async fn spend(&mut self, cost: usize) {
+        let cost = u64::try_from(cost).unwrap_or(u64::MAX);
+        if cost > self.bytes {
+            let us = u64::try_from(self.bytes_at.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let earned = us.saturating_mul(PACE_A_SECOND) / 1_000_000;
+            self.bytes = self.bytes.saturating_add(earned).min(PACE_BURST);
+            self.bytes_at = Instant::now();
+        }
+        if let Some(missing) = cost.checked_sub(self.bytes).filter(|missing| *missing > 0) {
+            // A pause too short for a timer would never end a flood of small frames.
+            let ms = (missing.saturating_mul(1000) / PACE_A_SECOND).max(PAUSE_MS_MIN);
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+            self.bytes = self.bytes.saturating_add(ms * PACE_A_SECOND / 1000);
+            self.bytes_at = Instant::now();
+        }
+        self.bytes = self.bytes.saturating_sub(cost);
     }
 }
 
+/// What a stream was opened for, as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// Log records.
+    Logs,
+    /// Anything else.
+    Other,
+}
+
 impl Inbox {
-    pub(super) const fn new() -> Self {
+    pub(super) const fn new(asked: Asked) -> Self {
         Self {
             bytes: VecDeque::new(),
             runs: VecDeque::new(),
@@ -74,14 +150,16 @@ impl Inbox {
             allowed: CREDIT_BYTES as usize,
             owed: 0,
             credit: CREDIT_BYTES as usize,
+            asked,
             logs: VecDeque::new(),
             logs_dropped: 0,
+            of_is_news: false,
             ended: false,
             outcome: None,
         }
     }
 
-    pub(super) fn push(&mut self, payload: &[u8]) -> Result<(), SessionError> {
+    pub(super) fn push(&mut self, payload: &[u8]) -> Result<Worth, SessionError> {
         if payload.len() > self.allowed {
             return Err(SessionError::Protocol("more bytes than were allowed"));
         }
@@ -89,18 +167,55 @@ impl Inbox {
             return Err(SessionError::Protocol("bytes after the end"));
         }
         if payload.is_empty() {
-            return Ok(());
+            return Ok(Worth::Waste);
         }
+        self.of_is_news = false;
         self.allowed -= payload.len();
         self.bytes.extend(payload);
         match self.runs.back_mut() {
             Some((of, length)) if *of == self.of => *length += payload.len(),
             _ => self.runs.push_back((self.of, payload.len())),
         }
-        Ok(())
+        Ok(Worth::Paid)
     }
 
-    pub(super) fn push_logs(&mut self, batch: LogBatch) {
+    pub(super) const fn end(&mut self) -> Worth {
+        if self.ended {
+            return Worth::Waste;
+        }
+        self.ended = true;
+        Worth::Unasked
+    }
+
+    pub(super) const fn switch(&mut self, of: OutputKind) -> Worth {
+        self.of = of;
+        if self.of_is_news {
+            return Worth::Waste;
+        }
+        self.of_is_news = true;
+        Worth::Unasked
+    }
+
+    /// An agent gives back what it was sent and no more.
+    pub(super) fn credit(&mut self, bytes: u32) -> Worth {
+        let most = CREDIT_BYTES as usize;
+        let credit = self.credit.saturating_add(bytes as usize);
+        self.credit = credit.min(most);
+        if bytes == 0 || credit > most {
+            Worth::Waste
+        } else {
+            Worth::Unasked
+        }
+    }
+
+    pub(super) fn push_logs(&mut self, batch: LogBatch) -> Result<Worth, SessionError> {
+        if self.asked != Asked::Logs {
+            return Err(SessionError::Protocol("log records that nobody asked for"));
+        }
+        if batch.records.is_empty() {
+            self.logs_dropped = self.logs_dropped.saturating_add(batch.dropped);
+            return Ok(Worth::Waste);
+        }
         if self.logs.len() < LOG_BATCHES_MAX {
             self.logs.push_back(batch);
         } else {
@@ -110,6 +225,7 @@ impl Inbox {
                 .saturating_add(batch.dropped)
                 .saturating_add(records);
         }
+        Ok(Worth::Unasked)
     }
 
     pub(super) fn pop(&mut self) -> Option<(OutputKind, Vec<u8>)> {

@@ -2,8 +2,8 @@
 //!
 //! Opened by the link (`vm/guest/mod.rs`) over a fresh connection; used by the typed requests in
 //! `vm/guest/request.rs`. Every byte is a stranger's: what the guest can make us hold is bounded by
-//! credits, what it can make us do by a budget of news, and a word out of place ends the session,
-//! never the daemon.
+//! credits, what it can make us do by a budget (see `vm/guest/inbox.rs`), and a word out of place
+//! or too many without use end the session, never the daemon.
 //!
 //! ```text
 //!   connected ──preamble, Hello──▶ scanning ──mark, Hello──▶ open ──▶ over(reason)
@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use data_encoding::HEXLOWER;
 use spore_wire::frame::{
-    Decoder, FRAME_BYTES_MAX, Frame, FrameError, FrameKind, MESSAGE_BYTES_MAX, PREAMBLE_BYTES,
-    encode, encode_message,
+    Decoder, FRAME_BYTES_MAX, Frame, FrameError, FrameKind, HEADER_BYTES, MESSAGE_BYTES_MAX,
+    PREAMBLE_BYTES, encode, encode_message,
 };
 use spore_wire::generation::{GENERATION, is_served};
 use spore_wire::guest::{
@@ -30,12 +30,18 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
-use super::inbox::{Budget, Inbox};
+use super::inbox::{Asked, Budget, Inbox, LATE_BYTES, WASTE_BYTES_MAX, Worth, cost};
 use crate::hypervisor::AgentStream;
 use crate::vm::tasks::Tasks;
 
 /// The most streams that this host opens in one session; the agent allows more.
 pub const STREAMS_OPEN_MAX: usize = 64;
+
+/// Bytes before the mark of a session: more than an agent's outbox and the buffers on the way hold.
+const SCAN_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Bytes that may have come and make no whole frame.
+const UNFRAMED_BYTES_MAX: usize = 4 * (FRAME_BYTES_MAX + HEADER_BYTES);
 
 /// Frames that wait to be written.
 const FRAMES_WAITING_MAX: usize = 16;
@@ -119,6 +125,8 @@ struct Shared {
 struct Streams {
     next: u32,
     open: HashMap<u32, Arc<StreamState>>,
+    /// The cost of frames without use that the guest may still send.
+    waste_left: usize,
 }
 
 #[derive(Debug)]
@@ -155,7 +163,7 @@ fn message_frame(stream: u32, message: &HostMessage) -> Result<Zeroizing<Vec<u8>
     let json = serde_json::to_vec(message).map_err(|_e| StreamError::TooLarge)?;
     let json = Zeroizing::new(json);
     let frames = json.len() / FRAME_BYTES_MAX + 1;
-    let mut frame = Vec::with_capacity(json.len() + frames * spore_wire::frame::HEADER_BYTES);
+    let mut frame = Vec::with_capacity(json.len() + frames * HEADER_BYTES);
     encode_message(stream, &json, &mut frame).map_err(|_e| StreamError::TooLarge)?;
     Ok(Zeroizing::new(frame))
 }
@@ -197,6 +205,7 @@ impl Session {
             streams: Mutex::new(Streams {
                 next: 1,
                 open: HashMap::new(),
+                waste_left: WASTE_BYTES_MAX,
             }),
             frames,
             cancels,
@@ -249,12 +258,16 @@ impl Session {
             return Err(StreamError::TooMany);
         }
         let id = streams.next;
+        let asked = match request {
+            Request::Logs { .. } => Asked::Logs,
+            _ => Asked::Other,
+        };
         let frame = message_frame(id, &HostMessage::Request { request })?;
         let Some(next) = id.checked_add(2) else {
             return Err(StreamError::TooMany);
         };
         streams.next = next;
-        let state = Arc::new(StreamState::new());
+        let state = Arc::new(StreamState::new(asked));
         streams.open.insert(id, Arc::clone(&state));
         permit.send(frame);
         drop(streams);
@@ -303,9 +316,9 @@ impl Shared {
 }
 
 impl StreamState {
-    fn new() -> Self {
+    fn new(asked: Asked) -> Self {
         Self {
-            inbox: Mutex::new(Inbox::new()),
+            inbox: Mutex::new(Inbox::new(asked)),
             changed: Notify::new(),
         }
     }
@@ -316,6 +329,7 @@ async fn read_hello(
     decoder: &mut Decoder,
 ) -> Result<AgentHello, SessionError> {
     let mut buffer = vec![0_u8; 16 * 1024];
+    let mut scanned = 0;
     loop {
         if let Some(frame) = decoder.next_frame().map_err(SessionError::Frame)? {
             let message = decode(&frame)?;
@@ -333,6 +347,10 @@ async fn read_hello(
             .map_err(SessionError::Channel)?;
         if got == 0 {
             return Err(SessionError::Closed);
+        }
+        scanned += got;
+        if scanned > SCAN_BYTES_MAX {
+            return Err(SessionError::Protocol("too much before its first word"));
         }
         decoder.feed(&buffer[..got]);
     }
@@ -417,11 +435,14 @@ impl Run {
     ) -> SessionError {
         let mut buffer = vec![0_u8; 32 * 1024];
         let mut budget = Budget::new();
+        // Between frames a decoder passes over zeros, and it holds a frame's parts.
+        let mut unframed = 0_usize;
         loop {
             loop {
                 match decoder.next_frame() {
                     Ok(None) => break,
                     Ok(Some(frame)) => {
+                        unframed = unframed.saturating_sub(HEADER_BYTES + frame.payload.len());
                         if let Err(error) = self.take(frame, &mut budget).await {
                             return error;
                         }
@@ -429,19 +450,29 @@ impl Run {
                     Err(error) => return SessionError::Frame(error),
                 }
             }
+            if unframed > UNFRAMED_BYTES_MAX {
+                return SessionError::Protocol("bytes that make no frame");
+            }
             match reader.read(&mut buffer).await {
                 Ok(0) => return SessionError::Closed,
-                Ok(got) => decoder.feed(&buffer[..got]),
+                Ok(got) => {
+                    unframed += got;
+                    decoder.feed(&buffer[..got]);
+                }
                 Err(error) => return SessionError::Channel(error),
             }
         }
     }
 
     async fn take(&self, frame: Frame, budget: &mut Budget) -> Result<(), SessionError> {
+        let payload = frame.payload.len();
         if frame.stream != 0 {
-            return self.take_on_stream(frame);
+            let worth = self.take_on_stream(frame)?;
+            budget.spend(cost(worth, payload)).await;
+            return Ok(());
         }
-        budget.spend().await;
+        budget.spend_news().await;
+        budget.spend(cost(Worth::Unasked, payload)).await;
         match decode(&frame)? {
             AgentMessage::Pong { .. } => {
                 *lock(&self.pong) = Instant::now();
@@ -458,38 +489,53 @@ impl Run {
         }
     }
 
-    fn take_on_stream(&self, frame: Frame) -> Result<(), SessionError> {
+    fn take_on_stream(&self, frame: Frame) -> Result<Worth, SessionError> {
         let mut streams = lock(&self.shared.streams);
         if frame.stream.is_multiple_of(2) || frame.stream >= streams.next {
             return Err(SessionError::Protocol("a stream that was never opened"));
         }
-        // What is still under way for a cancelled stream is nobody's.
-        let Some(state) = streams.open.get(&frame.stream).cloned() else {
-            return Ok(());
-        };
-        let mut inbox = lock(&state.inbox);
-        match frame.kind {
-            FrameKind::Data => inbox.push(&frame.payload)?,
-            FrameKind::End => inbox.ended = true,
-            FrameKind::Part => return Err(SessionError::Protocol("a part of a message")),
-            FrameKind::Message => match decode(&frame)? {
-                AgentMessage::Credit { bytes } => {
-                    let most = CREDIT_BYTES as usize;
-                    inbox.credit = inbox.credit.saturating_add(bytes as usize).min(most);
+        let payload = frame.payload.len();
+        let worth = match streams.open.get(&frame.stream).cloned() {
+            Some(state) => {
+                let mut inbox = lock(&state.inbox);
+                let worth = take_in(&mut inbox, &frame)?;
+                if inbox.outcome.is_some() {
+                    streams.open.remove(&frame.stream);
                 }
-                AgentMessage::Output { of } => inbox.of = of,
-                AgentMessage::Logs(batch) => inbox.push_logs(batch),
-                AgentMessage::Reply { reply } => inbox.outcome = Some(Ok(reply)),
-                AgentMessage::Error(error) => inbox.outcome = Some(Err(error)),
-                _ => return Err(SessionError::Protocol("a message out of place")),
-            },
+                drop(inbox);
+                state.changed.notify_waiters();
+                worth
+            }
+            // What is still under way for a cancelled stream is nobody's.
+            None => Worth::Waste,
+        };
+        if worth == Worth::Waste {
+            let left = streams.waste_left.checked_sub(cost(worth, payload));
+            streams.waste_left = left.ok_or(SessionError::Protocol("too much without use"))?;
         }
-        if inbox.outcome.is_some() {
-            streams.open.remove(&frame.stream);
-        }
-        drop(inbox);
-        state.changed.notify_waiters();
-        Ok(())
+        Ok(worth)
+    }
+}
+
+fn take_in(inbox: &mut Inbox, frame: &Frame) -> Result<Worth, SessionError> {
+    match frame.kind {
+        FrameKind::Data => inbox.push(&frame.payload),
+        FrameKind::End => Ok(inbox.end()),
+        FrameKind::Part => Err(SessionError::Protocol("a part of a message")),
+        FrameKind::Message => match decode(frame)? {
+            AgentMessage::Credit { bytes } => Ok(inbox.credit(bytes)),
+            AgentMessage::Output { of } => Ok(inbox.switch(of)),
+            AgentMessage::Logs(batch) => inbox.push_logs(batch),
+            AgentMessage::Reply { reply } => {
+                inbox.outcome = Some(Ok(reply));
+                Ok(Worth::Unasked)
+            }
+            AgentMessage::Error(error) => {
+                inbox.outcome = Some(Err(error));
+                Ok(Worth::Unasked)
+            }
+            _ => Err(SessionError::Protocol("a message out of place")),
+        },
     }
 }
 
@@ -585,7 +631,7 @@ impl Stream {
                 return Ok(());
             }
             let (now, later) = bytes.split_at(may);
-            let mut frame = Vec::with_capacity(may + spore_wire::frame::HEADER_BYTES);
+            let mut frame = Vec::with_capacity(may + HEADER_BYTES);
             encode(self.id, FrameKind::Data, now, &mut frame)
                 .map_err(|_e| StreamError::TooLarge)?;
             self.shared.send(Zeroizing::new(frame)).await?;
@@ -609,7 +655,15 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        let open = lock(&self.shared.streams).open.remove(&self.id).is_some();
+        let open = {
+            let mut streams = lock(&self.shared.streams);
+            let open = streams.open.remove(&self.id).is_some();
+            if open {
+                let most = STREAMS_OPEN_MAX * LATE_BYTES;
+                streams.waste_left = (streams.waste_left + LATE_BYTES).min(most);
+            }
+            open
+        };
         if open && self.shared.cancels.send(self.id).is_err() {
             // The session's task is gone, by its end or the daemon's, and the stream with it.
             tracing::trace!(stream = self.id, "a stream outlived its session");

@@ -286,6 +286,7 @@ async fn log_batches_that_nobody_reads_are_counted() {
             at_us: 0,
             from: OutputKind::Stdout,
             text: "x".to_owned(),
+            continues: false,
         };
         let batch = LogBatch {
             records: vec![record],
@@ -359,6 +360,148 @@ async fn a_flood_of_news_costs_the_guest_time_and_not_the_host() {
         begun.elapsed()
     );
     drop(flood.await.unwrap());
+}
+
+/// Sends `bytes` until the session is over; gives its reason and how much was sent.
+async fn flood(mut channel: Channel, bytes: Vec<u8>) -> (String, usize) {
+    let session = channel.session.clone();
+    let mut sent = 0;
+    let sending = async {
+        loop {
+            channel.agent.send(&bytes).await;
+            sent += bytes.len();
+            // The host may read no more; then this must not spin.
+            tokio::task::yield_now().await;
+        }
+    };
+    let reason = tokio::select! {
+        reason = session.over() => reason,
+        () = sending => unreachable!("a flood has no end"),
+    };
+    (reason, sent)
+}
+
+#[tokio::test(start_paused = true)]
+async fn words_without_use_end_the_session_whatever_stream_they_are_on() {
+    let said = |said: &AgentMessage| message(1, said);
+    let done = said(&AgentMessage::Reply { reply: Reply::Done });
+    let empty_batch = said(&AgentMessage::Logs(LogBatch::default()));
+    let stderr = OutputKind::Stderr;
+    let late = [done.clone(), frame(1, FrameKind::Data, &[7; 60_000])].concat();
+    let floods = [
+        ("an ended stream", late),
+        ("empty data", frame(1, FrameKind::Data, b"")),
+        ("ends", frame(1, FrameKind::End, b"")),
+        ("credit", said(&AgentMessage::Credit { bytes: 1 })),
+        ("no credit", said(&AgentMessage::Credit { bytes: 0 })),
+        ("switches", said(&AgentMessage::Output { of: stderr })),
+        ("empty batches", empty_batch),
+        ("zeros", vec![0; 4096]),
+        ("parts", frame(1, FrameKind::Part, b"")),
+    ];
+    for (what, bytes) in floods {
+        let channel = open().await;
+        let stream = channel.session.request(Request::Logs { after: 0 }).await;
+        let (reason, sent) = flood(channel, bytes).await;
+        assert!(reason.contains("broke the protocol"), "{what}: {reason}");
+        assert!(sent < 8 << 20, "{what}: {sent} bytes were taken");
+        drop(stream);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn log_records_on_another_stream_end_the_session() {
+    let channel = open().await;
+    let stream = channel.session.request(Request::Status).await.unwrap();
+    let batch = message(1, &AgentMessage::Logs(LogBatch::default()));
+    let (reason, _sent) = flood(channel, batch).await;
+    assert!(reason.contains("nobody asked for"), "{reason}");
+    drop(stream);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_says_too_much_before_its_first_word_is_given_up() {
+    let before = vec![1; 8 << 20];
+    let begun = tokio::time::Instant::now();
+    let error = try_open(&before, hello()).await.err().unwrap();
+    assert!(matches!(error, SessionError::Protocol(_)), "{error}");
+    assert!(
+        begun.elapsed() < Duration::from_secs(1),
+        "it is not the time"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_under_way_for_cancelled_streams_ends_no_session() {
+    let mut channel = open().await;
+    for number in 0..40 {
+        let stream = channel.session.request(Request::Status).await.unwrap();
+        drop(stream);
+        let late = frame(2 * number + 1, FrameKind::Data, &[7; 60_000]);
+        for _frame in 0..20 {
+            channel.agent.send(&late).await;
+        }
+    }
+    let asked = channel.session.request(Request::Status).await.unwrap();
+    let bytes = message(81, &AgentMessage::Reply { reply: Reply::Done });
+    channel.agent.send(&bytes).await;
+    assert!(asked.outcome().await.unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flood_of_log_is_taken_at_a_pace_and_bytes_that_were_asked_for_are_not() {
+    let record = LogRecord {
+        sequence: 1,
+        at_us: 0,
+        from: OutputKind::Stdout,
+        text: "x".repeat(8192),
+        continues: false,
+    };
+    let batch = LogBatch {
+        records: vec![record; 7],
+        dropped: 0,
+    };
+    let log = message(1, &AgentMessage::Logs(batch));
+    let data = frame(3, FrameKind::Data, &[7; 32_768]);
+    let mut channel = open().await;
+    let logs = channel
+        .session
+        .request(Request::Logs { after: 0 })
+        .await
+        .unwrap();
+    let file = channel.session.request(Request::Status).await.unwrap();
+    let total = 64 << 20;
+    let begun = tokio::time::Instant::now();
+    for _frame in 0..total / log.len() {
+        channel.agent.send(&log).await;
+    }
+    let taken = begun.elapsed();
+    assert!(
+        taken > Duration::from_secs(13),
+        "{taken:?} for 64 MiB of log"
+    );
+    let begun = tokio::time::Instant::now();
+    let mut got = 0;
+    let mut agent = channel.agent;
+    let sending = async {
+        for _frame in 0..total / 32_768 {
+            agent.send(&data).await;
+            // At the pace of the reader, whose credit is not looked at here.
+            tokio::task::yield_now().await;
+        }
+    };
+    let reading = async {
+        while got < total {
+            got += file.next().await.unwrap().unwrap().1.len();
+        }
+    };
+    tokio::join!(sending, reading);
+    assert!(
+        begun.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        begun.elapsed()
+    );
+    drop(logs);
 }
 
 /// Something that a hostile agent may send.
