@@ -146,10 +146,11 @@ impl Daemon {
         for _vm in &adoption.adopted {
             trace.count("adopted");
         }
-        let (door, ends) = queue(fuse, &trace);
+        let (door, ends) = queue(fuse, &ground.watcher, &trace);
         let nodes = SimNodes {
             node: node.clone(),
             fuse: Arc::clone(fuse),
+            store: Arc::clone(&ground.store),
             watcher: ground.watcher.clone(),
             trace: trace.clone(),
         };

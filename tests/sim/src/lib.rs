@@ -14,6 +14,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`life`] | one seed: plan, faults, calm, the last look |
+//! | `seam` | what visitors must not notice |
 //! | [`world`] | the platform, its visitors and its owner |
 //! | [`watch`] | what holds at every instant |
 //! | [`daemon`], [`fuse`] | a daemon and its end |
@@ -30,6 +31,7 @@ pub mod gateway;
 pub mod life;
 pub mod link;
 pub mod nodes;
+mod seam;
 pub mod trace;
 pub mod visit;
 pub mod watch;

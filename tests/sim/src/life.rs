@@ -14,11 +14,11 @@ use tokio::time::Instant;
 use crate::chance::Chance;
 use crate::link::Wires;
 use crate::trace::{Print, Verdict};
-use crate::visit::{Answer, Body};
+use crate::visit::Body;
 use crate::world::{BROKEN, CANARY, GOOD, World, spec};
 
 /// The apps of every life.
-const APPS: [&str; 4] = ["ant", "bee", "cat", "dog"];
+pub(crate) const APPS: [&str; 4] = ["ant", "bee", "cat", "dog"];
 
 /// How many things happen in a life.
 const STEPS: u64 = 45;
@@ -54,9 +54,10 @@ pub fn on_virtual_time<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
     runtime.block_on(future)
 }
 
-struct Life {
-    world: World,
-    chance: Chance,
+/// A life under way.
+pub(crate) struct Life {
+    pub(crate) world: World,
+    pub(crate) chance: Chance,
     /// When the gateway comes back.
     gateway_back: Option<Instant>,
 }
@@ -91,7 +92,9 @@ impl Life {
         }
         self.calm().await?;
         self.rest().await?;
-        self.wakes_in_the_end().await?;
+        self.visitors_notice_nothing().await?;
+        self.rest().await?;
+        self.failed_wakes_are_told().await?;
         self.rest().await?;
         self.secrets_stay_inside()?;
         Ok(self.world.trace.verdict())
@@ -350,26 +353,13 @@ impl Life {
         Ok(())
     }
 
-    async fn sleeps(&self, app: &str) -> Result<bool> {
+    pub(crate) async fn sleeps(&self, app: &str) -> Result<bool> {
         let number = self.world.record(app).await?.and_then(|of| of.release);
         let Some(number) = number else {
             return Ok(true);
         };
         let release = self.world.release(app, number).await?;
         Ok(release.is_none_or(|release| release.rules.sleeps))
-    }
-
-    /// Every app is enabled and healthy now: it answers.
-    async fn wakes_in_the_end(&self) -> Result<()> {
-        for app in APPS {
-            let answer = self.world.ask(app).await;
-            if !matches!(answer, Some(Answer::Served(_))) {
-                let text = format!("{app} does not wake in calm: {answer:?}");
-                self.world.trace.violation(text);
-            }
-            tokio::time::sleep(Duration::from_secs(90)).await;
-        }
-        Ok(())
     }
 
     /// No file of the platform holds a secret.

@@ -22,6 +22,7 @@ use crate::chance::Chance;
 use crate::fuse::Fuse;
 use crate::gateway::Gateway;
 use crate::trace::Trace;
+use crate::watch::Watcher;
 
 /// Until a broken link is made again.
 const RELINK_PAUSE: Duration = Duration::from_millis(50);
@@ -73,12 +74,19 @@ impl Address {
 pub struct DoorQueue {
     queue: mpsc::UnboundedSender<Down>,
     fuse: Arc<Fuse>,
+    watcher: Watcher,
     trace: Trace,
 }
 
 impl Door for DoorQueue {
     fn send(&self, message: ToGateway) {
         if self.fuse.passes(|| format!("{message:?}")) {
+            if let ToGateway::Reap {
+                vm, force: true, ..
+            } = &message
+            {
+                self.watcher.forced(*vm);
+            }
             self.trace.say(format!("to the gateway: {message:?}"));
             drop(self.queue.send(Down::Message(message)));
         }
@@ -108,11 +116,12 @@ pub(crate) struct Link {
 }
 
 /// A queue for control, and the rest of what a link needs.
-pub(crate) fn queue(fuse: &Arc<Fuse>, trace: &Trace) -> (Arc<DoorQueue>, Ends) {
+pub(crate) fn queue(fuse: &Arc<Fuse>, watcher: &Watcher, trace: &Trace) -> (Arc<DoorQueue>, Ends) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let door = DoorQueue {
         queue: sender.clone(),
         fuse: Arc::clone(fuse),
+        watcher: watcher.clone(),
         trace: trace.clone(),
     };
     (Arc::new(door), Ends(receiver, sender))

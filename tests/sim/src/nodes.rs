@@ -8,9 +8,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use spore_api::log::LogLine;
+use spore_api::name::AccountName;
 use spore_control::nodes::{
     ByteStream, CollectMode, ExecSession, LogsWanted, Nodes, NodesError, VmFeed, vm_feed,
 };
+use spore_control::store::record::app::{AppRecord, app_key};
+use spore_control::store::record::load;
+use spore_control::store::{SharedStore, StoreError};
 use spore_node::node::{Node, StartError, VmError};
 use spore_wire::guest::{Exec, WriteFile};
 use spore_wire::id::{ImageId, VmId};
@@ -33,6 +37,8 @@ pub struct SimNodes {
     pub node: Node,
     /// The daemon's.
     pub fuse: Arc<Fuse>,
+    /// The truth, read beside the daemon.
+    pub store: SharedStore,
     /// Learns whose a VM is.
     pub watcher: Watcher,
     /// The story.
@@ -40,6 +46,23 @@ pub struct SimNodes {
 }
 
 impl SimNodes {
+    /// A VM of a release that does not serve is stopped for its owner, who deployed another one:
+    /// a daemon that finds it at its start does not ask the gateway first.
+    async fn stopped(&self, vm: VmId) -> Result<(), StoreError> {
+        let Some(owner) = self.watcher.owner(vm) else {
+            return Ok(());
+        };
+        let Ok(name) = owner.app.parse() else {
+            return Ok(());
+        };
+        let key = app_key(&AccountName::default_account(), &name);
+        let stored = load::<AppRecord>(&*self.store, &key).await?;
+        if stored.and_then(|stored| stored.record.release) != Some(owner.release) {
+            self.watcher.forced(vm);
+        }
+        Ok(())
+    }
+
     fn heard(&self, status: &VmStatus) {
         let (vm, app, phase) = (status.vm, &status.owner.app, status.phase);
         self.trace.say(format!("node: {vm} of {app} is {phase:?}"));
@@ -84,6 +107,9 @@ impl Nodes for SimNodes {
     async fn stop(&self, vm: VmId, mode: StopMode) -> Result<(), NodesError> {
         self.fuse.pass(|| format!("before stop {vm}")).await;
         self.trace.say(format!("stop {vm} {mode:?}"));
+        if let Err(error) = self.stopped(vm).await {
+            self.trace.violation(format!("the store fails: {error}"));
+        }
         let stopped = self.node.stop(vm, mode).await;
         self.fuse.pass(|| format!("after stop {vm}")).await;
         stopped.map_err(|error| match error {

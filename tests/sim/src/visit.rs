@@ -34,6 +34,14 @@ pub struct Body {
     pub pause: Duration,
 }
 
+impl Body {
+    /// No body.
+    pub const NONE: Self = Self {
+        pieces: 0,
+        pause: Duration::ZERO,
+    };
+}
+
 /// What a visitor gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
@@ -51,16 +59,27 @@ pub enum Answer {
     Refused(Refused),
     /// It was not awake in time.
     WakeSlow,
-    /// The app does not accept connections.
-    ConnectFailed,
+    /// The app in this VM does not accept connections.
+    ConnectFailed(VmId),
     /// No connection came in time.
     ConnectSlow,
     /// The VM ended under the request.
-    VmDied,
-    /// The app closed the connection without an answer.
-    AppClosed,
+    VmDied(VmId),
+    /// The app in this VM closed the connection without an answer.
+    AppClosed(VmId),
     /// The gateway's process ended.
     Cut,
+}
+
+impl Answer {
+    /// The VM that did not answer what it was sent, if that is what happened.
+    #[must_use]
+    pub const fn failed_in(&self) -> Option<VmId> {
+        match self {
+            Self::ConnectFailed(vm) | Self::VmDied(vm) | Self::AppClosed(vm) => Some(*vm),
+            _ => None,
+        }
+    }
 }
 
 impl Gateway {
@@ -117,7 +136,7 @@ impl Gateway {
             match exchange(&in_flight, stream, host, body).await {
                 Exchange::Answered(answer) => return answer,
                 Exchange::Unsent if !kept && !in_flight.incarnation.gone.is_cancelled() => {
-                    return Answer::AppClosed;
+                    return Answer::AppClosed(in_flight.vm);
                 }
                 Exchange::Unsent => {}
             }
@@ -166,7 +185,7 @@ impl Gateway {
             Ok(Ok(Err(ConnectError::Gone)) | Err(_)) => Ok(None),
             Ok(Ok(Err(ConnectError::Failed(reason)))) => {
                 self.0.trace.say(format!("no connection to {vm}: {reason}"));
-                Err(Answer::ConnectFailed)
+                Err(Answer::ConnectFailed(vm))
             }
             Err(_elapsed) => Err(Answer::ConnectSlow),
         }
@@ -194,14 +213,14 @@ async fn exchange(in_flight: &InFlight, mut stream: Stream, host: &str, body: Bo
         read_answer(&mut stream).await
     };
     let Some(answered) = gone.run_until_cancelled(talk).await else {
-        return Exchange::Answered(Answer::VmDied);
+        return Exchange::Answered(Answer::VmDied(in_flight.vm));
     };
     Exchange::Answered(match answered {
         Some(tag) => {
             in_flight.incarnation.keep(stream);
             Answer::Served(tag)
         }
-        None => Answer::AppClosed,
+        None => Answer::AppClosed(in_flight.vm),
     })
 }
 

@@ -34,6 +34,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Held {
     owners: BTreeMap<VmId, Owner>,
+    /// VMs that control ended for their owner, whatever was in flight.
+    forced: BTreeSet<VmId>,
     told: BTreeSet<String>,
     violations: usize,
 }
@@ -62,6 +64,18 @@ impl Watcher {
     #[must_use]
     pub fn owner(&self, vm: VmId) -> Option<Owner> {
         self.held().owners.get(&vm).cloned()
+    }
+
+    /// Control ends a VM for its owner, whatever is in flight: what serves changed, or it is to
+    /// sleep, to restart or to be off.
+    pub fn forced(&self, vm: VmId) {
+        self.held().forced.insert(vm);
+    }
+
+    /// Whether a request may fail in this VM: a fault of the plan hit it, or its owner's wish did.
+    #[must_use]
+    pub fn may_fail(&self, vm: VmId) -> bool {
+        self.0.host.was_struck(vm) || self.held().forced.contains(&vm)
     }
 
     /// The VMs whose process runs, by app.

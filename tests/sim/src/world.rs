@@ -4,9 +4,8 @@
 //! outside; the world only does and checks.
 
 use core::time::Duration;
-use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -63,8 +62,6 @@ pub struct World {
 struct Visits {
     begun: AtomicU64,
     answered: AtomicU64,
-    /// The last release that an app was seen to serve.
-    last: Mutex<BTreeMap<String, Answer>>,
 }
 
 impl World {
@@ -169,12 +166,18 @@ impl World {
 
     /// A visitor sends a request and waits.
     pub async fn ask(&self, app: &str) -> Option<Answer> {
-        let gateway = self.ground.address.get()?;
-        let body = Body {
-            pieces: 0,
-            pause: Duration::ZERO,
-        };
-        self.visitor(gateway, app, body).await
+        self.ask_with(app, Body::NONE).await
+    }
+
+    /// A visitor sends a request with a body and waits.
+    pub fn ask_with(
+        &self,
+        app: &str,
+        body: Body,
+    ) -> impl Future<Output = Option<Answer>> + Send + use<> {
+        let gateway = self.ground.address.get();
+        let visitor = gateway.map(|gateway| self.visitor(gateway, app, body));
+        async move { visitor?.await }
     }
 
     fn visitor(
@@ -204,8 +207,11 @@ impl World {
                     trace.violation(format!("{app} was answered by {owner:?} ({text})"));
                 }
             }
-            let mut last = visits.last.lock().unwrap_or_else(PoisonError::into_inner);
-            last.insert(app, answer.clone());
+            if let Some(vm) = answer.failed_in().filter(|vm| !watcher.may_fail(*vm)) {
+                trace.violation(format!(
+                    "request {number} to {app} failed in {vm}, unharmed"
+                ));
+            }
             Some(answer)
         }
     }
@@ -324,10 +330,10 @@ const fn kind(answer: &Answer) -> &'static str {
         Answer::NoRelease => "no release",
         Answer::Refused(_) => "refused",
         Answer::WakeSlow => "wake slow",
-        Answer::ConnectFailed => "connect failed",
+        Answer::ConnectFailed(_) => "connect failed",
         Answer::ConnectSlow => "connect slow",
-        Answer::VmDied => "vm died",
-        Answer::AppClosed => "app closed",
+        Answer::VmDied(_) => "vm died",
+        Answer::AppClosed(_) => "app closed",
         Answer::Cut => "cut",
     }
 }

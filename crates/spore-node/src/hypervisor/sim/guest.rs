@@ -78,6 +78,7 @@ impl Guest {
             let dying = Arc::clone(&guest);
             guest.spawn(async move {
                 tokio::time::sleep(after).await;
+                dying.host.strike(vm);
                 dying.end_itself("died by plan");
             });
         }
@@ -141,6 +142,9 @@ impl Guest {
                 .happens(vm, "breaks", |plan| plan.breaks)
                 .then(|| Duration::from_millis(host.draw(vm, "break") % 5000)),
         };
+        if trouble.silent || trouble.malformed || trouble.breaks_after.is_some() {
+            host.strike(vm);
+        }
         let guest = Arc::clone(self);
         let booted_at = self.booted_at;
         self.spawn(async move {

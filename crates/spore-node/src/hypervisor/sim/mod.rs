@@ -105,6 +105,7 @@ struct Held {
     next_pid: u32,
     violations: Vec<String>,
     died: BTreeSet<VmId>,
+    struck: BTreeSet<VmId>,
 }
 
 /// What the host has of one VM.
@@ -217,6 +218,17 @@ impl SimHost {
         lock(&self.world.held).died.insert(vm);
     }
 
+    /// Whether a fault took this VM's process or agent: by plan, [`Self::crash_vm`] or
+    /// [`Self::break_session`]. Any other end is a daemon's doing.
+    #[must_use]
+    pub fn was_struck(&self, vm: VmId) -> bool {
+        lock(&self.world.held).struck.contains(&vm)
+    }
+
+    fn strike(&self, vm: VmId) {
+        lock(&self.world.held).struck.insert(vm);
+    }
+
     /// How often the app of this VM was started by its agent.
     #[must_use]
     pub fn app_starts(&self, vm: VmId) -> u32 {
@@ -226,6 +238,7 @@ impl SimHost {
     /// Ends a VM's process, as a bug of the VMM or the host's kernel would.
     pub fn crash_vm(&self, vm: VmId) {
         if let Some(guest) = self.guest(vm) {
+            self.strike(vm);
             guest.end_itself("crashed");
         }
     }
@@ -233,6 +246,7 @@ impl SimHost {
     /// Breaks the agent's session off, as a reset of its port would.
     pub fn break_session(&self, vm: VmId) {
         if let Some(guest) = self.guest(vm) {
+            self.strike(vm);
             guest.break_session();
         }
     }
