@@ -97,7 +97,9 @@ impl Life {
                     && life.stage == (Stage::Closing { force: false })
                 {
                     life.stage = Stage::Serving;
-                    life.idle_since = None;
+                    // Its idle edge may have come before this word: only what is told to be busy
+                    // will tell of another.
+                    life.idle_since = life.idle_since.map(|_| now);
                 }
             }
             Event::DoorBack(warm) => self.on_door_back(&warm, now),

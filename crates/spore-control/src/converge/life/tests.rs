@@ -541,6 +541,36 @@ fn a_wake_that_meets_a_reap_waits_for_the_old_vm_to_be_gone() {
 }
 
 #[test]
+fn a_reap_answered_busy_is_asked_again_although_the_idle_edge_came_first() {
+    let mut world = World::new(true);
+    let ready = [Act::Wake, Act::Move(0), Act::Move(0), Act::Move(0)];
+    run(&mut world, &ready);
+    let vm = world.life.awake().unwrap();
+    world.now = world.now.after_ms(60_000);
+    world.settle().unwrap();
+    assert_eq!(world.asked.take(), Some((vm, false)));
+    // The gateway found a request, which ended, and its report overtook the answer to the reap.
+    run(&mut world, &[Act::Busy, Act::Idle]);
+    world.on(Event::Busy(vm));
+    let due = world.settle().unwrap();
+    assert_eq!(due, Some(world.now.after_ms(60_000)), "it is asked again");
+    world.now = world.now.after_ms(60_000);
+    world.settle().unwrap();
+    assert_eq!(world.asked, Some((vm, false)));
+}
+
+#[test]
+fn a_reap_answered_busy_waits_for_the_end_of_what_is_known_to_be_busy() {
+    let mut world = World::new(true);
+    let ready = [Act::Wake, Act::Move(0), Act::Move(0), Act::Move(0)];
+    run(&mut world, &ready);
+    world.now = world.now.after_ms(60_000);
+    world.settle().unwrap();
+    run(&mut world, &[Act::Busy, Act::Answer]);
+    assert_eq!(world.settle().unwrap(), None, "the idle edge will come");
+}
+
+#[test]
 fn a_list_that_was_on_its_way_does_not_turn_a_vm_back() {
     let mut world = World::new(true);
     run(
