@@ -14,6 +14,8 @@ struct Disk {
     current: Vec<u8>,
     pending: Vec<(u64, Vec<u8>)>,
     operations_left: u64,
+    /// Bytes that it may hold; beyond them it is full.
+    bytes_max: u64,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -26,6 +28,7 @@ impl FailingBackend {
             current: bytes,
             pending: Vec::new(),
             operations_left,
+            bytes_max: u64::MAX,
         };
         Self(Arc::new(Mutex::new(disk)))
     }
@@ -38,6 +41,16 @@ impl FailingBackend {
             }
             None => Err(io::Error::other("the disk is gone")),
         }
+    }
+
+    /// From now on there is so much room; what is there already stays.
+    fn has_room_for(&self, bytes: u64) {
+        self.0.lock().unwrap().bytes_max = bytes;
+    }
+
+    /// From now on so many operations succeed.
+    fn works_for(&self, operations: u64) {
+        self.0.lock().unwrap().operations_left = operations;
     }
 
     /// The bytes after a crash, when the pending writes that `survives` picks reached the platter.
@@ -70,6 +83,9 @@ impl redb::StorageBackend for FailingBackend {
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut disk = self.0.lock().unwrap();
         Self::spend(&mut disk)?;
+        if len > disk.bytes_max {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         disk.current.resize(usize::try_from(len).unwrap(), 0);
         Ok(())
     }
@@ -96,7 +112,7 @@ impl redb::StorageBackend for FailingBackend {
 mod tests {
     use super::FailingBackend;
     use crate::store::embedded::EmbeddedStore;
-    use crate::store::{Store as _, Transaction};
+    use crate::store::{Change, CommitError, Store as _, StoreError, Transaction};
 
     const COMMITS: u64 = 4;
 
@@ -116,6 +132,42 @@ mod tests {
     async fn number(store: &EmbeddedStore, key: &str) -> u64 {
         let entry = store.get(key).await.unwrap();
         entry.map_or(0, |e| String::from_utf8(e.value).unwrap().parse().unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_store_goes_on_once_its_disk_does() {
+        let disk = FailingBackend::with_bytes(Vec::new(), u64::MAX);
+        let store = EmbeddedStore::on_backend(disk.clone()).unwrap();
+        let put = |key: &str, bytes| Transaction::default().put(key, vec![7; bytes]);
+        let first = store.commit(put("a", 10)).await.unwrap();
+        let mut watch = store.watch("");
+
+        disk.has_room_for(0);
+        for _ in 0..3 {
+            let full = store.commit(put("big", 8 << 20)).await;
+            let is_full = matches!(full, Err(CommitError::Store(StoreError::DiskFull)));
+            assert!(is_full, "{full:?}");
+            assert_eq!(store.get("a").await.unwrap().unwrap().value, vec![7; 10]);
+            assert_eq!(store.get("big").await.unwrap(), None);
+        }
+        disk.has_room_for(u64::MAX);
+        let second = store.commit(put("big", 8 << 20)).await.unwrap();
+        assert!(second > first);
+
+        disk.works_for(2);
+        assert!(store.commit(put("c", 10)).await.is_err());
+        assert!(
+            store.commit(put("c", 10)).await.is_err(),
+            "the disk is gone"
+        );
+        disk.works_for(u64::MAX);
+        store.commit(put("c", 11)).await.unwrap();
+        assert_eq!(store.get("c").await.unwrap().unwrap().value, vec![7; 11]);
+        for wanted in ["big", "c"] {
+            let change = watch.next().await.unwrap();
+            let goes_on = matches!(&change, Change::Put { key, .. } if key == wanted);
+            assert!(goes_on, "{change:?}");
+        }
     }
 
     #[tokio::test]

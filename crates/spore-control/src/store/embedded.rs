@@ -3,10 +3,13 @@
 //! Used by the daemon. Every commit is synced before it returns. All work runs on blocking
 //! threads, never on a runtime's worker. The file is locked: a second daemon on the same folder is
 //! refused. A crash at any instant leaves the last whole commit (redb's two roots and checksums).
+//!
+//! After an error of the disk, such as a full one, redb serves nothing more until the file is
+//! opened again. The next call does so, and goes on as soon as the disk does.
 
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use async_trait::async_trait;
 use redb::backends::FileBackend;
@@ -32,9 +35,20 @@ pub struct EmbeddedStore {
 }
 
 struct Shared {
-    database: Database,
+    held: RwLock<Held>,
+    open: Box<Opener>,
     publisher: Publisher,
     path: PathBuf,
+}
+
+/// Opens the file, the first time and after each error of the disk.
+type Opener = dyn Fn() -> Result<Database, redb::DatabaseError> + Send + Sync;
+
+struct Held {
+    /// `None` after an error of the disk, until it is opened again.
+    database: Option<Database>,
+    /// How often it was opened: whoever met an error closes what it met, never a newer one.
+    opened: u64,
 }
 
 impl core::fmt::Debug for EmbeddedStore {
@@ -53,48 +67,49 @@ impl EmbeddedStore {
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
         let path = path.to_owned();
         blocking(move || {
-            let file = open_private(&path).map_err(|source| StoreError::Open {
+            make_private(&path).map_err(|source| StoreError::Open {
                 path: path.display().to_string(),
                 source: Box::new(redb::Error::Io(source)),
             })?;
-            let database = FileBackend::new(file).and_then(|backend| {
+            let at = path.clone();
+            let open = move || {
+                // Not made again: a store that vanished is not an empty one.
+                let file = std::fs::File::options().read(true).write(true).open(&at);
+                let file = file.map_err(redb::StorageError::Io)?;
                 Database::builder()
                     .set_cache_size(CACHE_BYTES)
-                    .create_with_backend(backend)
-            });
-            Self::with_database(database, path)
+                    .create_with_backend(FileBackend::new(file)?)
+            };
+            Self::with_opener(Box::new(open), path)
         })
         .await
     }
 
     /// Opens a store over any backend of redb: how tests make a disk that fails.
     #[cfg(test)]
-    pub(super) fn on_backend(backend: impl redb::StorageBackend) -> Result<Self, StoreError> {
-        let database = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .create_with_backend(backend);
-        Self::with_database(database, PathBuf::from("(backend)"))
+    pub(super) fn on_backend(
+        backend: impl redb::StorageBackend + Clone,
+    ) -> Result<Self, StoreError> {
+        let open = move || {
+            Database::builder()
+                .set_cache_size(CACHE_BYTES)
+                .create_with_backend(backend.clone())
+        };
+        Self::with_opener(Box::new(open), PathBuf::from("(backend)"))
     }
 
-    fn with_database(
-        database: Result<Database, redb::DatabaseError>,
-        path: PathBuf,
-    ) -> Result<Self, StoreError> {
-        let database = database.map_err(|source| match source {
-            redb::DatabaseError::DatabaseAlreadyOpen => StoreError::InUse {
-                path: path.display().to_string(),
-            },
-            source => StoreError::Open {
-                path: path.display().to_string(),
-                source: Box::new(source.into()),
-            },
-        })?;
+    fn with_opener(open: Box<Opener>, path: PathBuf) -> Result<Self, StoreError> {
+        let database = open().map_err(not_open(&path))?;
         make_tables(&database).map_err(engine("make its tables"))?;
-        let publisher = Publisher::new();
+        let held = Held {
+            database: Some(database),
+            opened: 1,
+        };
         Ok(Self {
             shared: Arc::new(Shared {
-                database,
-                publisher,
+                held: RwLock::new(held),
+                open,
+                publisher: Publisher::new(),
                 path,
             }),
         })
@@ -103,10 +118,63 @@ impl EmbeddedStore {
     async fn run<T: Send + 'static>(
         &self,
         doing: &'static str,
-        work: impl FnOnce(&Database) -> Result<T, redb::Error> + Send + 'static,
+        work: impl Fn(&Database) -> Result<T, redb::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
         let shared = Arc::clone(&self.shared);
-        blocking(move || work(&shared.database).map_err(engine(doing))).await
+        blocking(move || shared.run(doing, work)).await
+    }
+}
+
+impl Shared {
+    /// Does `work`; opens the file first when an error closed it, also one of another call.
+    fn run<T>(
+        &self,
+        doing: &'static str,
+        work: impl Fn(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
+        let mut is_again = false;
+        loop {
+            let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
+            let Some(database) = &held.database else {
+                drop(held);
+                self.open_again()?;
+                continue;
+            };
+            let (result, opened) = (work(database), held.opened);
+            drop(held);
+            match result {
+                Err(redb::Error::PreviousIo) if !is_again => {
+                    is_again = true;
+                    self.close(opened);
+                }
+                Err(error) => {
+                    if matches!(error, redb::Error::Io(_) | redb::Error::PreviousIo) {
+                        self.close(opened);
+                    }
+                    return Err(engine(doing)(error));
+                }
+                Ok(done) => return Ok(done),
+            }
+        }
+    }
+
+    fn close(&self, opened: u64) {
+        let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
+        if held.opened == opened {
+            // Dropping it gives up its lock of the file.
+            held.database = None;
+        }
+    }
+
+    fn open_again(&self) -> Result<(), StoreError> {
+        let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
+        if held.database.is_none() {
+            let database = (self.open)().map_err(not_open(&self.path))?;
+            tracing::warn!(path = %self.path.display(), "the store was opened again");
+            held.database = Some(database);
+            held.opened += 1;
+        }
+        Ok(())
     }
 }
 
@@ -146,7 +214,7 @@ impl Store for EmbeddedStore {
         transaction.check()?;
         let shared = Arc::clone(&self.shared);
         let committed = blocking(move || {
-            let outcome = commit(&shared.database, &transaction).map_err(engine("commit"))?;
+            let outcome = shared.run("commit", |database| commit(database, &transaction))?;
             // Published on this thread: the caller may be cancelled, the commit is not.
             if let Ok(revision) = &outcome {
                 shared.publisher.publish(&transaction, *revision);
@@ -172,15 +240,11 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-fn open_private(path: &Path) -> std::io::Result<std::fs::File> {
+fn make_private(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
+    let mut options = std::fs::File::options();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    options.open(path).map(drop)
 }
 
 fn make_tables(database: &Database) -> Result<(), redb::Error> {
@@ -279,6 +343,20 @@ fn split(stored: &[u8]) -> (u64, &[u8]) {
         .split_first_chunk::<8>()
         .expect("every value was written with its version in front");
     (u64::from_le_bytes(*version), value)
+}
+
+fn not_open(path: &Path) -> impl Fn(redb::DatabaseError) -> StoreError {
+    let path = path.display().to_string();
+    move |source| match redb::Error::from(source) {
+        redb::Error::DatabaseAlreadyOpen => StoreError::InUse { path: path.clone() },
+        redb::Error::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            StoreError::DiskFull
+        }
+        source => StoreError::Open {
+            path: path.clone(),
+            source: Box::new(source),
+        },
+    }
 }
 
 fn engine(doing: &'static str) -> impl Fn(redb::Error) -> StoreError {
