@@ -142,10 +142,22 @@ async fn run(
     let tasks = TaskTracker::new();
     tasks.spawn(link.run(Arc::clone(&control), parts.node.clone(), stop.clone()));
     let by_token = |_stream: &TcpStream| Some(ByToken);
-    tasks.spawn(listen::serve(tcp, control.router(), by_token, stop.clone()));
+    tasks.spawn(listen::serve(
+        tcp,
+        listen::Limits::default(),
+        control.router(),
+        by_token,
+        stop.clone(),
+    ));
     let admitted = options.admit_uid;
     let by_uid = move |stream: &UnixStream| caller(stream, admitted);
-    tasks.spawn(listen::serve(unix, control.router(), by_uid, stop.clone()));
+    tasks.spawn(listen::serve(
+        unix,
+        listen::Limits::default(),
+        control.router(),
+        by_uid,
+        stop.clone(),
+    ));
     tracing::info!(api = %config.api, gateway = %config.gateway, "Spore is up");
     tokio::select! {
         _term = terminate.recv() => {}

@@ -16,14 +16,37 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tower::Layer as _;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
-/// The most API connections at once; more wait to be accepted.
-const CONNECTIONS_MAX: usize = 512;
+/// What bounds what callers can hold of one door.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Connections at once; more wait to be accepted.
+    pub(crate) connections_max: usize,
+    /// How long a caller may take to send a request's head, and how long a connection may be
+    /// silent between requests.
+    pub(crate) head_timeout: Duration,
+    /// How long a caller may send nothing of a body that is waited for.
+    pub(crate) body_stall_timeout: Duration,
+    /// How long a caller may take nothing of what is sent to it. Generous: somebody may look at a
+    /// page of a followed log for a while before the terminal goes on.
+    pub(crate) answer_stall_timeout: Duration,
+}
 
-/// How long a caller may take to send a request's head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 512,
+            head_timeout: Duration::from_secs(10),
+            body_stall_timeout: Duration::from_secs(60),
+            answer_stall_timeout: Duration::from_secs(600),
+        }
+    }
+}
 
 /// How long the listener rests after accept(2) failed, as when descriptors ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -57,13 +80,18 @@ impl Accept for UnixListener {
 
 /// Serves `router` on `listener` until `stop`; `caller` tells who a connection is, and its answer
 /// becomes an extension of each request. `None` closes the connection.
-pub(crate) async fn serve<L, C, F>(listener: L, router: Router, caller: F, stop: CancellationToken)
-where
+pub(crate) async fn serve<L, C, F>(
+    listener: L,
+    limits: Limits,
+    router: Router,
+    caller: F,
+    stop: CancellationToken,
+) where
     L: Accept,
     C: Clone + Send + Sync + 'static,
     F: Fn(&L::Stream) -> Option<C> + Send,
 {
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let room = Arc::new(Semaphore::new(limits.connections_max));
     let connections = TaskTracker::new();
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
@@ -87,7 +115,7 @@ where
         let router = router.clone().layer(axum::Extension(caller));
         let stop = stop.clone();
         connections.spawn(async move {
-            serve_connection(stream, router, stop).await;
+            serve_connection(stream, limits, router, stop).await;
             drop(permit);
         });
     }
@@ -95,16 +123,22 @@ where
     connections.wait().await;
 }
 
-async fn serve_connection<S>(stream: S, router: Router, stop: CancellationToken)
+async fn serve_connection<S>(stream: S, limits: Limits, router: Router, stop: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(limits.answer_stall_timeout));
+    let service = RequestBodyTimeoutLayer::new(limits.body_stall_timeout).layer(router);
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT);
+        .header_read_timeout(limits.head_timeout);
     let connection = builder
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+        .serve_connection(
+            TokioIo::new(Box::pin(stream)),
+            TowerToHyperService::new(service),
+        )
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
     let served = tokio::select! {
@@ -153,4 +187,162 @@ pub(crate) async fn bind_tcp(address: std::net::SocketAddr, key: &str) -> Result
              to another one in the configuration"
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use axum::body::{Body, Bytes};
+    use axum::routing::{get, post};
+    use futures_util::stream;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+    use tokio::sync::mpsc;
+    use tokio::time::{Instant, timeout};
+
+    use super::*;
+
+    /// A door to which connections come from memory.
+    struct Door(tokio::sync::Mutex<mpsc::UnboundedReceiver<DuplexStream>>);
+
+    impl Accept for Door {
+        type Stream = DuplexStream;
+
+        async fn next(&self) -> std::io::Result<DuplexStream> {
+            let next = self.0.lock().await.recv().await;
+            next.ok_or_else(|| std::io::ErrorKind::NotConnected.into())
+        }
+    }
+
+    const LIMITS: Limits = Limits {
+        connections_max: 2,
+        head_timeout: Duration::from_secs(5),
+        body_stall_timeout: Duration::from_secs(20),
+        answer_stall_timeout: Duration::from_secs(40),
+    };
+
+    /// Ways to the door. `ends` tells when each endless answer was given up.
+    struct Street {
+        door: mpsc::UnboundedSender<DuplexStream>,
+        ends: Arc<Mutex<Vec<Instant>>>,
+    }
+
+    struct Ended(Arc<Mutex<Vec<Instant>>>);
+
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            self.0.lock().unwrap().push(Instant::now());
+        }
+    }
+
+    impl Street {
+        fn new() -> Self {
+            let (door, comers) = mpsc::unbounded_channel();
+            let ends = Arc::new(Mutex::default());
+            let ended = Arc::clone(&ends);
+            let endless = move || {
+                let ended = Ended(Arc::clone(&ended));
+                let piece = Bytes::from_static(&[b'x'; 1024]);
+                let pieces = stream::repeat_with(move || {
+                    let _held = &ended;
+                    Ok::<_, std::io::Error>(piece.clone())
+                });
+                async { Body::from_stream(pieces) }
+            };
+            let router = Router::new()
+                .route(
+                    "/length",
+                    post(|body: Bytes| async move { body.len().to_string() }),
+                )
+                .route("/endless", get(endless));
+            let door_end = Door(tokio::sync::Mutex::new(comers));
+            let stop = CancellationToken::new();
+            tokio::spawn(serve(door_end, LIMITS, router, |_| Some(()), stop));
+            Self { door, ends }
+        }
+
+        fn connect(&self) -> DuplexStream {
+            let (ours, theirs) = tokio::io::duplex(4096);
+            self.door.send(theirs).unwrap();
+            ours
+        }
+    }
+
+    async fn until_closed(stream: &mut DuplexStream) -> String {
+        let mut text = Vec::new();
+        let closed = timeout(Duration::from_secs(3600), stream.read_to_end(&mut text)).await;
+        closed.expect("it is never let go").unwrap();
+        String::from_utf8(text).unwrap()
+    }
+
+    const UPLOAD: &[u8] = b"POST /length HTTP/1.1\r\nhost: x\r\ncontent-length: 30\r\n\r\n";
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_sends_no_head_is_let_go() {
+        let street = Street::new();
+        let mut caller = street.connect();
+        caller.write_all(b"POST /len").await.unwrap();
+        let began = Instant::now();
+        until_closed(&mut caller).await;
+        assert_eq!(began.elapsed().as_secs(), LIMITS.head_timeout.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_may_be_slow_and_may_not_stop() {
+        let street = Street::new();
+        let mut slow = street.connect();
+        slow.write_all(UPLOAD).await.unwrap();
+        for _piece in 0..3 {
+            tokio::time::sleep(LIMITS.body_stall_timeout - Duration::from_secs(1)).await;
+            slow.write_all(b"0123456789").await.unwrap();
+        }
+        let text = until_closed(&mut slow).await;
+        assert!(
+            text.starts_with("HTTP/1.1 200") && text.ends_with("30"),
+            "{text}"
+        );
+
+        let mut stopped = street.connect();
+        stopped.write_all(UPLOAD).await.unwrap();
+        stopped.write_all(b"0123").await.unwrap();
+        let began = Instant::now();
+        let text = until_closed(&mut stopped).await;
+        assert!(!text.starts_with("HTTP/1.1 200"), "{text}");
+        assert_eq!(
+            began.elapsed().as_secs(),
+            LIMITS.body_stall_timeout.as_secs()
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_may_be_taken_slowly_and_must_be_taken() {
+        let street = Street::new();
+        let mut caller = street.connect();
+        let ask = b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n";
+        caller.write_all(ask).await.unwrap();
+        for _piece in 0..5 {
+            tokio::time::sleep(LIMITS.answer_stall_timeout - Duration::from_secs(1)).await;
+            caller.read_exact(&mut [0; 4096]).await.unwrap();
+        }
+        assert!(street.ends.lock().unwrap().is_empty());
+        let stopped = Instant::now();
+        tokio::time::sleep(LIMITS.answer_stall_timeout * 2).await;
+        let ended = street.ends.lock().unwrap()[0] - stopped;
+        assert_eq!(ended.as_secs(), LIMITS.answer_stall_timeout.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn more_callers_than_there_is_room_for_wait() {
+        let street = Street::new();
+        let held = [street.connect(), street.connect()];
+        let mut third = street.connect();
+        third.write_all(UPLOAD).await.unwrap();
+        third.write_all(&[b'x'; 30]).await.unwrap();
+        let moment = LIMITS.head_timeout / 2;
+        let early = timeout(moment, third.read_u8()).await;
+        assert!(early.is_err(), "it was served while there was no room");
+        drop(held);
+        let text = until_closed(&mut third).await;
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    }
 }
