@@ -34,6 +34,12 @@ pub const COMMAND_PART_BYTES_MAX: usize = 32 * 1024;
 pub const SECRET_BYTES_MAX: usize = 64 * 1024;
 /// The most secrets of one app.
 pub const SECRETS_PER_APP_MAX: usize = 128;
+/// The most bytes of all secret values of one app together: a VM is told them in one message, even
+/// when a release wants each in the environment and as a file.
+pub const SECRETS_BYTES_PER_APP_MAX: usize = 256 * 1024;
+/// The most bytes of a release's command and environment together, as JSON: they are in the same
+/// message.
+pub const COMMAND_BYTES_MAX: usize = 256 * 1024;
 /// The most grants of one app.
 pub const EGRESS_GRANTS_MAX: usize = 64;
 /// The most apps of one account.

@@ -5,6 +5,7 @@
 
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use async_trait::async_trait;
@@ -18,7 +19,7 @@ use spore_wire::node::{
     VmFailureKind, VmPhase, VmStatus,
 };
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::config::{Config, Timing};
 use crate::converge::{AppRef, Converge};
@@ -27,6 +28,9 @@ use crate::nodes::{
     ByteStream, CollectMode, ExecInput, ExecOutput, ExecSession, LogsWanted, Nodes, NodesError,
     VmFeed, VmPublisher, vm_feed,
 };
+use crate::store::memory::MemoryStore;
+use crate::store::record::app::APPS;
+use crate::store::{CommitError, Entry, Range, Store, StoreError, Transaction, Watch, Write};
 
 /// What VMs of a release do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +59,12 @@ pub(crate) struct NodeState {
     pub(crate) most_at_once: HashMap<String, usize>,
     pub(crate) files: BTreeMap<String, Vec<u8>>,
     pub(crate) kept: Option<BTreeSet<ImageId>>,
+    /// Apps whose log was forgotten.
+    pub(crate) logs_forgotten: Vec<String>,
+    /// No log can be removed.
+    pub(crate) logs_stay: bool,
+    /// A stop changes nothing.
+    pub(crate) stops_hang: bool,
 }
 
 /// A node.
@@ -196,6 +206,9 @@ impl Nodes for FakeNodes {
         let known = {
             let mut state = self.state.lock().unwrap();
             state.stops.push((vm, mode));
+            if state.stops_hang {
+                return Ok(());
+            }
             state.vms.contains_key(&vm)
         };
         if !known {
@@ -338,7 +351,15 @@ impl Nodes for FakeNodes {
         Ok(vec![info(b"old", ImageKind::Root)])
     }
 
-    async fn forget_logs(&self, _account: String, _app: String) -> Result<(), NodesError> {
+    async fn forget_logs(&self, _account: String, app: String) -> Result<(), NodesError> {
+        let mut state = self.state.lock().unwrap();
+        if state.logs_stay {
+            let message = "the log cannot be removed".to_owned();
+            return Err(NodesError::Failed { message });
+        }
+        let runs = state.vms.values().any(|status| status.owner.app == app);
+        assert!(!runs, "a VM of {app} could still print");
+        state.logs_forgotten.push(app);
         Ok(())
     }
 
@@ -478,6 +499,60 @@ impl Door for FakeDoor {
         if let (Some(answer), Some(control)) = (answer, self.control.get().cloned()) {
             tokio::spawn(async move { control.door_event(answer) });
         }
+    }
+}
+
+/// A store whose commits can be refused, or held up while they remove an app.
+#[derive(Debug)]
+pub(crate) struct MoodyStore {
+    pub(crate) store: MemoryStore,
+    pub(crate) is_full: AtomicBool,
+    pub(crate) holds_removals: watch::Sender<bool>,
+}
+
+impl MoodyStore {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self {
+            store: MemoryStore::default(),
+            is_full: AtomicBool::new(false),
+            holds_removals: watch::Sender::new(false),
+        })
+    }
+
+    pub(crate) fn fills(&self, is_full: bool) {
+        self.is_full.store(is_full, Ordering::Relaxed);
+    }
+}
+
+#[async_trait]
+impl Store for MoodyStore {
+    async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
+        self.store.get(key).await
+    }
+
+    async fn list(&self, range: Range) -> Result<Vec<Entry>, StoreError> {
+        self.store.list(range).await
+    }
+
+    async fn count(&self, prefix: &str) -> Result<u64, StoreError> {
+        self.store.count(prefix).await
+    }
+
+    async fn commit(&self, transaction: Transaction) -> Result<u64, CommitError> {
+        let removes =
+            |write: &Write| matches!(write, Write::Delete { key } if key.starts_with(APPS));
+        if transaction.writes.iter().any(removes) {
+            let mut held = self.holds_removals.subscribe();
+            drop(held.wait_for(|held| !*held).await);
+        }
+        if self.is_full.load(Ordering::Relaxed) {
+            return Err(CommitError::Store(StoreError::DiskFull));
+        }
+        self.store.commit(transaction).await
+    }
+
+    fn watch(&self, prefix: &str) -> Watch {
+        self.store.watch(prefix)
     }
 }
 

@@ -15,7 +15,7 @@ use crate::store::record::operation::{
     OPERATIONS, OperationRecord, StoredOperationState, names_of, operation_key,
 };
 use crate::store::record::{decode, encode, load};
-use crate::store::{CommitError, Range, SharedStore, StoreError, Transaction};
+use crate::store::{CommitError, SharedStore, StoreError, Transaction, every};
 
 /// The most steps that are kept of one operation: a build prints many.
 const STEPS_MAX: usize = 200;
@@ -32,6 +32,12 @@ struct Running {
     record: watch::Sender<OperationRecord>,
     /// When the last step began.
     step_began: Instant,
+}
+
+impl Running {
+    fn is_running(&self) -> bool {
+        self.record.borrow().state == StoredOperationState::Running
+    }
 }
 
 /// How an operation ended.
@@ -114,7 +120,43 @@ impl Operations {
         });
     }
 
-    /// The record as it ends, for the commit that ends it. Nothing is told before that commit.
+    /// Whether an operation is followed and not over.
+    #[must_use]
+    pub fn is_running(&self, account: &AccountName, id: &str) -> bool {
+        let all = self.running();
+        all.get(&operation_key(account, id))
+            .is_some_and(|running| running.is_running())
+    }
+
+    /// An operation is over although the store does not take it: who waits is told, and the end is
+    /// kept until it is written down.
+    pub fn over(&self, account: &AccountName, id: &str, outcome: Outcome) {
+        let all = self.running();
+        let held = all.get(&operation_key(account, id));
+        let Some(record) = held.map(|held| held.record.borrow().clone()) else {
+            return;
+        };
+        drop(all);
+        let ended = self.ended(account, id, record, outcome);
+        if let Some(held) = self.running().get(&operation_key(account, id)) {
+            held.record.send_replace(ended);
+        }
+    }
+
+    /// The operations that are over and not written down.
+    #[must_use]
+    pub fn unwritten(&self) -> Vec<(AccountName, String, OperationRecord)> {
+        let all = self.running();
+        let over = all.iter().filter(|(_, held)| !held.is_running());
+        over.filter_map(|(key, held)| {
+            let (account, id) = names_of(key)?;
+            Some((account, id.to_owned(), held.record.borrow().clone()))
+        })
+        .collect()
+    }
+
+    /// The record as it ends, for the commit that ends it. Nothing is told before that commit. One
+    /// that is over stays what it is.
     #[must_use]
     pub fn ended(
         &self,
@@ -126,6 +168,9 @@ impl Operations {
         let all = self.running();
         let running = all.get(&operation_key(account, id));
         let mut record = running.map_or(stored, |running| running.record.borrow().clone());
+        if record.state != StoredOperationState::Running {
+            return record;
+        }
         let ms = running.map_or(0, |running| elapsed_ms(running.step_began));
         drop(all);
         close_step(&mut record, ms);
@@ -143,38 +188,53 @@ impl Operations {
         record
     }
 
-    /// Tells who waits that an operation is over, as committed.
-    pub fn end(&self, account: &AccountName, id: &str, record: OperationRecord) {
-        if let Some(running) = self.running().remove(&operation_key(account, id)) {
-            running.record.send_replace(record);
+    /// The store holds how an operation ended, or that it never began: it is followed no more.
+    /// Who waits is told `record`.
+    pub fn end(&self, account: &AccountName, id: &str, record: Option<OperationRecord>) {
+        let held = self.running().remove(&operation_key(account, id));
+        if let (Some(held), Some(record)) = (held, record) {
+            held.record.send_replace(record);
         }
     }
 
     /// Ends an operation that changes nothing else.
     ///
     /// # Errors
-    /// When the store cannot serve; the operation is over in memory all the same.
+    /// When the store cannot serve; the end is kept and written down by the repair.
     pub async fn finish(
         &self,
         account: &AccountName,
         id: &str,
         outcome: Outcome,
     ) -> Result<(), StoreError> {
+        let written = self.write_end(account, id, outcome.clone()).await;
+        if written.is_err() {
+            self.over(account, id, outcome);
+        }
+        written
+    }
+
+    async fn write_end(
+        &self,
+        account: &AccountName,
+        id: &str,
+        outcome: Outcome,
+    ) -> Result<(), StoreError> {
         let key = operation_key(account, id);
-        let Some(stored) = load::<OperationRecord>(&*self.store, &key).await? else {
-            return Ok(());
-        };
-        if stored.record.state != StoredOperationState::Running {
-            return Ok(());
+        let stored = load::<OperationRecord>(&*self.store, &key).await?;
+        let mut end = None;
+        if let Some(stored) = stored
+            && stored.record.state == StoredOperationState::Running
+        {
+            let record = self.ended(account, id, stored.record, outcome);
+            let write = Transaction::default().put(&key, encode(&record));
+            match self.store.commit(write).await {
+                Ok(_) | Err(CommitError::Conflict { .. }) => end = Some(record),
+                Err(CommitError::Store(error)) => return Err(error),
+            }
         }
-        let record = self.ended(account, id, stored.record, outcome);
-        let write = Transaction::default().put(&key, encode(&record));
-        let committed = self.store.commit(write).await;
-        self.end(account, id, record);
-        match committed {
-            Ok(_) | Err(CommitError::Conflict { .. }) => Ok(()),
-            Err(CommitError::Store(error)) => Err(error),
-        }
+        self.end(account, id, end);
+        Ok(())
     }
 
     /// The operation as it is, once its revision is above `after` or `wait` is over.
@@ -213,7 +273,7 @@ impl Operations {
         forget_before_ms: i64,
     ) -> Result<Vec<(AccountName, OperationRecord)>, CommitError> {
         let mut interrupted = Vec::new();
-        let entries = self.store.list(Range::all(OPERATIONS)).await?;
+        let entries = every(&*self.store, OPERATIONS).await?;
         for entry in entries {
             let record: OperationRecord = decode(&entry).map_err(StoreError::from)?;
             let Some((account, id)) = names_of(&entry.key) else {

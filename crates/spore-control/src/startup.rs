@@ -3,11 +3,10 @@
 use spore_api::limits::IDEMPOTENCY_S;
 use spore_api::name::AccountName;
 
-use crate::converge::{AppRef, Converge};
+use crate::converge::Converge;
 use crate::store::record::decode;
 use crate::store::record::idempotency::{IdempotencyRecord, KEYS};
-use crate::store::record::operation::OperationRecord;
-use crate::store::{CommitError, Range, StoreError, Transaction};
+use crate::store::{CommitError, StoreError, Transaction, every};
 
 /// How long an operation that is over can be read: a week.
 const OPERATION_KEPT_MS: i64 = 7 * 24 * 60 * 60 * 1000;
@@ -32,34 +31,20 @@ async fn clear_tried(converge: &Converge) -> Result<(), CommitError> {
         let Some(operation) = record.deploying else {
             continue;
         };
-        let Some(number) = tried_by(converge, &app, &operation).await? else {
-            continue;
-        };
         let message = "the daemon ended while this release was tried; deploy again";
         let nothing = Transaction::default();
         let failed = converge
-            .release_failed(&app, number, message, nothing)
+            .no_longer_tried(&app, &operation, message, nothing)
             .await?;
         converge.inner.store.commit(failed).await?;
     }
     Ok(())
 }
 
-async fn tried_by(
-    converge: &Converge,
-    app: &AppRef,
-    operation: &str,
-) -> Result<Option<u64>, StoreError> {
-    let key = crate::store::record::operation::operation_key(&app.account, operation);
-    let stored =
-        crate::store::record::load::<OperationRecord>(&*converge.inner.store, &key).await?;
-    Ok(stored.and_then(|stored| stored.record.release))
-}
-
 async fn forget_keys(converge: &Converge) -> Result<(), CommitError> {
     let kept_ms = i64::try_from(IDEMPOTENCY_S * 1000).unwrap_or(i64::MAX);
     let before = converge.now_ms().saturating_sub(kept_ms);
-    let entries = converge.inner.store.list(Range::all(KEYS)).await?;
+    let entries = every(&*converge.inner.store, KEYS).await?;
     let mut forget = Transaction::default();
     for entry in entries {
         let record: IdempotencyRecord = decode(&entry).map_err(StoreError::from)?;

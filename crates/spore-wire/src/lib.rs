@@ -16,9 +16,12 @@
 //! | [`egress`] | node and egress proxy | yes: a proxy outlives its daemon |
 //! | [`node`] | control and node | not yet: one process, one version |
 //!
+//! [`cause`] is how errors are told between them.
+//!
 //! This crate never opens a file, a socket or a process: it holds types, limits and encodings.
 #![forbid(unsafe_code)]
 
+pub mod cause;
 pub mod egress;
 pub mod frame;
 pub mod gateway;

@@ -10,17 +10,15 @@ use spore_api::span::Ms;
 use super::body::{InPath, Query};
 use super::error::Fault;
 use super::files::exists;
+use super::page::page;
 use super::status::{boundary_name, boundary_text};
 use super::{Caller, Shared};
 use crate::clock::rfc3339;
 use crate::converge::life::{Moment, Standing, View};
 use crate::converge::{AppRef, Converge};
-use crate::domain::page::{cursor, slice};
 use crate::store::record::app::{AppRecord, app_key, apps_of, names_of};
-use crate::store::record::release::releases_of;
-use crate::store::record::secret::secrets_of;
 use crate::store::record::{decode, encode};
-use crate::store::{CommitError, Order, Range, StoreError, Transaction};
+use crate::store::{CommitError, Order, StoreError, Transaction};
 
 /// Lists the account's apps.
 #[utoipa::path(get, path = "/api/v1/apps", tag = "apps", params(PageQuery),
@@ -30,17 +28,8 @@ pub(super) async fn list(
     caller: Caller,
     Query(query): Query<PageQuery>,
 ) -> Result<Answer<Page<App>>, Fault> {
-    let slice = slice(&query)?;
     let prefix = apps_of(&caller.account);
-    let range = Range {
-        after: slice.after.map(|name| format!("{prefix}{name}")),
-        prefix,
-        limit: slice.limit + 1,
-        order: Order::Rising,
-    };
-    let mut entries = api.converge.inner.store.list(range).await?;
-    let more = entries.len() > slice.limit;
-    entries.truncate(slice.limit);
+    let (entries, next) = page(&api, &query, prefix, Order::Rising).await?;
     let mut items = Vec::with_capacity(entries.len());
     for entry in &entries {
         if let Some((account, app)) = names_of(&entry.key) {
@@ -48,8 +37,6 @@ pub(super) async fn list(
             items.push(api.converge.app(&AppRef { account, app }, &record));
         }
     }
-    let last = items.last().filter(|_| more);
-    let next = last.map(|app| cursor(app.name.as_str()));
     Ok(Answer(Page { items, next }))
 }
 
@@ -71,9 +58,6 @@ pub(super) async fn remove(
     InPath(app): InPath,
 ) -> Result<StatusCode, Fault> {
     api.converge.remove(&app).await?;
-    api.converge.until_asleep(&app).await?;
-    let (account, name) = (app.account.to_string(), app.app.to_string());
-    api.converge.inner.nodes.forget_logs(account, name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -158,29 +142,6 @@ impl Converge {
             let transaction = Transaction::default()
                 .when(&key, stored.version)
                 .put(&key, encode(&stored.record));
-            match self.inner.store.commit(transaction).await {
-                Ok(_) => break,
-                Err(CommitError::Conflict { .. }) => {}
-                Err(CommitError::Store(error)) => return Err(error.into()),
-            }
-        }
-        Ok(self.refresh(app).await?)
-    }
-
-    async fn remove(&self, app: &AppRef) -> Result<(), Fault> {
-        let (account, name) = (&app.account, &app.app);
-        let key = app_key(account, name);
-        loop {
-            let stored = self.app_record(app).await?;
-            let stored = stored.ok_or_else(|| Fault::no_app(name))?;
-            let mut transaction = Transaction::default()
-                .when(&key, stored.version)
-                .delete(&key);
-            for prefix in [releases_of(account, name), secrets_of(account, name)] {
-                for entry in self.inner.store.list(Range::all(prefix)).await? {
-                    transaction = transaction.delete(entry.key);
-                }
-            }
             match self.inner.store.commit(transaction).await {
                 Ok(_) => break,
                 Err(CommitError::Conflict { .. }) => {}

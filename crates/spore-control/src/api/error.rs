@@ -9,6 +9,7 @@ use http::StatusCode;
 use spore_api::error::{ApiError, Blame, ErrorCode};
 use spore_api::name::NameError;
 
+use crate::converge::RemovalError;
 use crate::converge::deploy::DeployError;
 use crate::converge::image::CollectError;
 use crate::converge::life::Failure;
@@ -17,6 +18,7 @@ use crate::domain::app::RollbackError;
 use crate::nodes::NodesError;
 use crate::secrets::SecretsError;
 use crate::store::{CommitError, StoreError};
+use spore_wire::cause::chain;
 
 /// A call that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,9 +136,9 @@ impl From<DeployError> for Fault {
     fn from(error: DeployError) -> Self {
         let message = error.to_string();
         match error {
-            DeployError::UnderWay { .. } | DeployError::Contended { .. } => {
-                Self::new(ErrorCode::Conflict, message)
-            }
+            DeployError::UnderWay { .. }
+            | DeployError::Contended { .. }
+            | DeployError::Removing(_) => Self::new(ErrorCode::Conflict, message),
             DeployError::NoApp { .. } => Self::new(ErrorCode::NotFound, message),
             DeployError::Mismatch => Self::new(ErrorCode::IdempotencyMismatch, message),
             DeployError::Rule(error) => error.into(),
@@ -152,6 +154,18 @@ impl From<DeployError> for Fault {
             }
             DeployError::Store(error) => error.into(),
         }
+    }
+}
+
+impl From<RemovalError> for Fault {
+    fn from(error: RemovalError) -> Self {
+        let code = match error {
+            RemovalError::NoApp { .. } => ErrorCode::NotFound,
+            RemovalError::Slow { ref why, .. } => why.code,
+            RemovalError::Store(error) => return error.into(),
+            RemovalError::Log { .. } => ErrorCode::Internal,
+        };
+        Self::platform(code, &error)
     }
 }
 
@@ -189,7 +203,7 @@ impl From<Failure> for Fault {
 
 impl Fault {
     fn platform(code: ErrorCode, error: &dyn core::error::Error) -> Self {
-        let cause = error.source().map(crate::converge::chain);
+        let cause = error.source().map(chain);
         Self {
             code,
             message: error.to_string(),

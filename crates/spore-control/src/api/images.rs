@@ -16,16 +16,16 @@ use spore_wire::node::ImageRecipe;
 use super::body::{Create, Json, Query};
 use super::error::Fault;
 use super::operations::running;
+use super::page::page;
 use super::{Caller, Shared};
 use crate::clock::rfc3339;
 use crate::converge::image::ImageFromWhat;
 use crate::domain::image::{package_names, source_id};
-use crate::domain::page::{cursor, slice};
 use crate::nodes::CollectMode;
 use crate::store::record::decode;
 use crate::store::record::image::{ImageRecord, image_key, images_of, name_of};
 use crate::store::record::release::{ReleaseRecord, app_of, releases_of_account};
-use crate::store::{Order, Range, StoreError, Transaction};
+use crate::store::{Order, StoreError, Transaction, every};
 
 /// Lists the account's images.
 #[utoipa::path(get, path = "/api/v1/images", tag = "images", params(PageQuery),
@@ -35,25 +35,14 @@ pub(super) async fn list(
     caller: Caller,
     Query(query): Query<PageQuery>,
 ) -> Result<Answer<Page<Image>>, Fault> {
-    let slice = slice(&query)?;
-    let users = users(&api, &caller.account).await?;
     let prefix = images_of(&caller.account);
-    let range = Range {
-        after: slice.after.map(|name| format!("{prefix}{name}")),
-        prefix,
-        limit: slice.limit + 1,
-        order: Order::Rising,
-    };
-    let mut entries = api.converge.inner.store.list(range).await?;
-    let more = entries.len() > slice.limit;
-    entries.truncate(slice.limit);
+    let (entries, next) = page(&api, &query, prefix, Order::Rising).await?;
+    let users = users(&api, &caller.account).await?;
     let mut items = Vec::with_capacity(entries.len());
     for entry in &entries {
         let record: ImageRecord = decode(entry).map_err(StoreError::from)?;
         items.extend(name_of(&entry.key).map(|name| public(name, &record, &users)));
     }
-    let last = items.last().filter(|_| more);
-    let next = last.map(|image| cursor(image.name.as_str()));
     Ok(Answer(Page { items, next }))
 }
 
@@ -136,9 +125,8 @@ type Users = BTreeMap<ImageId, BTreeSet<String>>;
 
 /// Which apps of the account use which image in one of their releases.
 async fn users(api: &Shared, account: &AccountName) -> Result<Users, Fault> {
-    let range = Range::all(releases_of_account(account));
     let mut users = Users::new();
-    for entry in api.converge.inner.store.list(range).await? {
+    for entry in every(&*api.converge.inner.store, &releases_of_account(account)).await? {
         let release: ReleaseRecord = decode(&entry).map_err(StoreError::from)?;
         let app = app_of(&entry.key).unwrap_or_default().to_owned();
         users.entry(release.image).or_default().insert(app);

@@ -25,6 +25,7 @@ mod images;
 mod logs;
 mod openapi;
 mod operations;
+mod page;
 mod releases;
 mod secrets;
 mod sources;

@@ -18,18 +18,18 @@ use spore_wire::node::ImageKind;
 use super::body::{Create, InPath, Query};
 use super::error::Fault;
 use super::operations::running;
+use super::page::page;
 use super::{Caller, Shared};
 use crate::clock::rfc3339;
 use crate::converge::deploy::NewRelease;
 use crate::converge::{AppRef, Converge};
-use crate::domain::page::{cursor, slice};
 use crate::domain::release::rules;
 use crate::store::record::image::{ImageRecord, image_key};
 use crate::store::record::release::{ReleaseRecord, Rules, StoredState, releases_of};
 use crate::store::record::secret::secret_key;
 use crate::store::record::source::{SourceRecord, source_key};
 use crate::store::record::{decode, load};
-use crate::store::{Order, Range, StoreError};
+use crate::store::{Order, StoreError};
 
 /// Makes a release; it goes live when it is healthy, and what served before serves until then.
 #[utoipa::path(post, path = "/api/v1/apps/{app}/releases", tag = "releases",
@@ -72,22 +72,11 @@ pub(super) async fn list(
     InPath(app): InPath,
     Query(query): Query<PageQuery>,
 ) -> Result<Answer<Page<Release>>, Fault> {
-    let slice = slice(&query)?;
     if api.converge.app_record(&app).await?.is_none() {
         return Err(Fault::no_app(&app.app));
     }
     let prefix = releases_of(&caller.account, &app.app);
-    let range = Range {
-        after: slice.after.map(|number| format!("{prefix}{number}")),
-        prefix: prefix.clone(),
-        limit: slice.limit + 1,
-        order: Order::Falling,
-    };
-    let mut entries = api.converge.inner.store.list(range).await?;
-    let more = entries.len() > slice.limit;
-    entries.truncate(slice.limit);
-    let last = entries.last().filter(|_| more);
-    let next = last.map(|entry| cursor(entry.key.strip_prefix(&prefix).unwrap_or_default()));
+    let (entries, next) = page(&api, &query, prefix, Order::Falling).await?;
     let items = entries.iter().map(|entry| decode(entry).map(public));
     let items = items.collect::<Result<_, _>>().map_err(StoreError::from)?;
     Ok(Answer(Page { items, next }))

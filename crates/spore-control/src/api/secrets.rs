@@ -4,7 +4,7 @@ use axum::Json as Answer;
 use axum::extract::{Path, State};
 use http::StatusCode;
 use spore_api::error::ErrorCode;
-use spore_api::limits::{SECRET_BYTES_MAX, SECRETS_PER_APP_MAX};
+use spore_api::limits::{SECRET_BYTES_MAX, SECRETS_BYTES_PER_APP_MAX, SECRETS_PER_APP_MAX};
 use spore_api::name::SecretName;
 use spore_api::page::{Page, PageQuery};
 use spore_api::secret::{PutSecret, Secret};
@@ -13,16 +13,18 @@ use spore_wire::secret::SecretBytes;
 use super::Shared;
 use super::body::{InPath, Query, SecretValue};
 use super::error::Fault;
+use super::page::page;
 use crate::clock::rfc3339;
+use crate::converge::deploy::{DeployError, Removing};
 use crate::converge::{AppRef, Converge};
 use crate::domain::RuleError;
 use crate::domain::app::one_more_app;
-use crate::domain::page::{cursor, slice};
-use crate::secrets::Place;
+use crate::secrets::{Place, value_bytes};
 use crate::store::record::app::{AppRecord, app_key, apps_of};
+use crate::store::record::removal::removal_key;
 use crate::store::record::secret::{SecretRecord, name_of, secret_key, secrets_of};
 use crate::store::record::{decode, encode, load};
-use crate::store::{CommitError, Order, Range, StoreError, Transaction};
+use crate::store::{CommitError, Order, StoreError, Transaction, every};
 
 /// Lists an app's secrets, without their values.
 #[utoipa::path(get, path = "/api/v1/apps/{app}/secrets", tag = "secrets",
@@ -33,25 +35,14 @@ pub(super) async fn list(
     InPath(app): InPath,
     Query(query): Query<PageQuery>,
 ) -> Result<Answer<Page<Secret>>, Fault> {
-    let slice = slice(&query)?;
     let used = api.converge.secrets_in_use(&app).await?;
     let prefix = secrets_of(&app.account, &app.app);
-    let range = Range {
-        after: slice.after.map(|name| format!("{prefix}{name}")),
-        prefix,
-        limit: slice.limit + 1,
-        order: Order::Rising,
-    };
-    let mut entries = api.converge.inner.store.list(range).await?;
-    let more = entries.len() > slice.limit;
-    entries.truncate(slice.limit);
+    let (entries, next) = page(&api, &query, prefix, Order::Rising).await?;
     let mut items = Vec::with_capacity(entries.len());
     for entry in &entries {
         let record: SecretRecord = decode(entry).map_err(StoreError::from)?;
         items.extend(name_of(&entry.key).map(|name| public(name, &record, &used)));
     }
-    let last = items.last().filter(|_| more);
-    let next = last.map(|secret| cursor(secret.name.as_str()));
     Ok(Answer(Page { items, next }))
 }
 
@@ -118,13 +109,31 @@ impl Converge {
                     stored_app.as_ref().map_or(0, |stored| stored.version),
                 )
                 .when(&at, stored.as_ref().map_or(0, |stored| stored.version));
-            if stored_app.is_none() {
-                one_more_app(store.count(&apps_of(account)).await?)?;
-                transaction = transaction.put(&app_at, encode(&AppRecord::new(self.now_ms())));
+            // Written even when nothing in it changes: a removal that lists the app's secrets at
+            // the same time must see that there is one more.
+            let app_record = match stored_app {
+                Some(stored) => stored.record,
+                None => {
+                    one_more_app(store.count(&apps_of(account)).await?)?;
+                    if self.is_being_removed(app).await? {
+                        let app = app.app.to_string();
+                        return Err(DeployError::from(Removing { app }).into());
+                    }
+                    transaction = transaction.when(removal_key(account, &app.app), 0);
+                    AppRecord::new(self.now_ms())
+                }
+            };
+            transaction = transaction.put(&app_at, encode(&app_record));
+            let mut others = Others::default();
+            for entry in every(&**store, &secrets_of(account, &app.app)).await? {
+                if entry.key != at {
+                    let record = decode(&entry).map_err(StoreError::from)?;
+                    others.count += 1;
+                    others.bytes += value_bytes(&record);
+                }
             }
-            if stored.is_none() {
-                one_more_secret(store.count(&secrets_of(account, &app.app)).await?)?;
-            }
+            let before = stored.as_ref().map(|stored| value_bytes(&stored.record));
+            others.leave_room_for(value.expose().len(), before)?;
             let revision = stored.map_or(0, |stored| stored.record.revision) + 1;
             let place = Place {
                 account,
@@ -178,13 +187,35 @@ fn check(value: &SecretBytes) -> Result<(), RuleError> {
     Ok(())
 }
 
-fn one_more_secret(used: u64) -> Result<(), RuleError> {
-    let most = SECRETS_PER_APP_MAX as u64;
-    if used < most {
-        return Ok(());
+/// An app's secrets but the one that is set.
+#[derive(Default)]
+struct Others {
+    count: usize,
+    bytes: usize,
+}
+
+impl Others {
+    /// Whether a value of so many bytes may be set beside them; `before` is the length of the one
+    /// that it replaces.
+    fn leave_room_for(&self, bytes: usize, before: Option<usize>) -> Result<(), RuleError> {
+        if before.is_none() && self.count >= SECRETS_PER_APP_MAX {
+            return Err(RuleError::Quota {
+                what: "secrets of this app",
+                used: self.count as u64,
+                most: SECRETS_PER_APP_MAX as u64,
+            });
+        }
+        let total = self.bytes + bytes;
+        if total > SECRETS_BYTES_PER_APP_MAX && before.is_none_or(|before| bytes > before) {
+            let rule = format!(
+                "with the app's other secrets that would be {total} bytes, and at most \
+                 {SECRETS_BYTES_PER_APP_MAX} are allowed: remove one first (`spore secret rm`)"
+            );
+            let given = format!("{bytes} bytes long");
+            return Err(RuleError::invalid("value", given, rule));
+        }
+        Ok(())
     }
-    let what = "secrets of this app";
-    Err(RuleError::Quota { what, used, most })
 }
 
 fn public(name: SecretName, record: &SecretRecord, used: &[SecretName]) -> Secret {

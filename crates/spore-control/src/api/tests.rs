@@ -18,7 +18,7 @@ use tower::ServiceExt as _;
 
 use super::{Caller, CallerBy};
 use crate::clock::{HostClock, KernelChance};
-use crate::fake::{Act, FakeDoor, FakeNodes, TOKEN, config};
+use crate::fake::{Act, FakeDoor, FakeNodes, MoodyStore, TOKEN, config};
 use crate::secrets::KeyFile;
 use crate::store::embedded::EmbeddedStore;
 use crate::store::memory::MemoryStore;
@@ -26,7 +26,7 @@ use crate::store::record::account::{TokenRecord, token_key};
 use crate::store::record::app::{AppRecord, app_key};
 use crate::store::record::encode;
 use crate::store::record::image::{ImageRecord, image_key};
-use crate::store::{SharedStore, Transaction};
+use crate::store::{SharedStore, Transaction, every};
 use crate::{Control, Parts};
 
 const YOUR_TOKEN: &str = "test-token-of-you";
@@ -791,6 +791,128 @@ async fn a_secret_is_in_no_answer_no_record_and_no_file_and_reaches_only_the_vm(
             .unwrap()
             .contains("spore secret set notes KEY")
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_secrets_of_an_app_fit_one_message_together() {
+    let bench = Bench::new().await;
+    let set = async |name: &str, bytes: usize| {
+        let path = format!("/api/v1/apps/notes/secrets/{name}");
+        let value = "s".repeat(bytes);
+        bench
+            .call("PUT", &path, Some(json!({"value": value})))
+            .await
+    };
+    for name in ["A", "B", "C", "D"] {
+        assert_eq!(set(name, 65_536).await.status, 200);
+    }
+    let over = set("E", 1).await;
+    assert_eq!(over.code(), "invalid");
+    let message = over.json()["message"].as_str().unwrap().to_owned();
+    for figure in ["1 bytes long", "262145 bytes", "262144"] {
+        assert!(message.contains(figure), "{figure}: {message}");
+    }
+    assert_eq!(set("A", 65_536).await.status, 200, "it may be replaced");
+    assert_eq!(set("A", 65_000).await.status, 200);
+    assert_eq!(set("E", 536).await.status, 200);
+    let done = bench.deploy("notes", |body| {
+        let all = json!(["A", "B", "C", "D", "E"]);
+        body["spec"]["secrets"] = json!({"names": all, "files": all});
+        let part = "\u{1}".repeat(9_000);
+        body["spec"]["environment"] =
+            json!([["A1", part], ["A2", part], ["A3", part], ["A4", part]]);
+    });
+    assert_eq!(done.await["state"], "succeeded");
+    let told = {
+        let state = bench.nodes.state.lock().unwrap();
+        let process = &state.starts.last().unwrap().process;
+        let environment = serde_json::to_vec(&(&process.command, &process.environment));
+        let secrets = (&process.secret_environment, &process.secret_files);
+        environment.unwrap().len() + serde_json::to_vec(&secrets).unwrap().len()
+    };
+    assert!(told < spore_wire::frame::MESSAGE_BYTES_MAX, "{told}");
+
+    let mut body = spec();
+    let part = "x".repeat(30_000);
+    body["spec"]["command"] = json!(vec![part; 9]);
+    let path = "/api/v1/apps/notes/releases";
+    let answer = bench.call("POST", path, Some(body)).await;
+    assert_eq!(answer.code(), "invalid");
+    let message = answer.json()["message"].as_str().unwrap().to_owned();
+    assert!(
+        message.contains("270033 bytes") && message.contains("262144"),
+        "{message}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_secret_that_is_set_while_its_app_is_removed_is_no_orphan() {
+    let store = MoodyStore::new();
+    let bench = Bench::over(store.clone()).await;
+    bench.deploy("notes", |_| {}).await;
+    store.holds_removals.send_replace(true);
+    let remove = bench
+        .router
+        .clone()
+        .oneshot(request("DELETE", "/api/v1/apps/notes", None));
+    let remove = tokio::spawn(remove);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let at = "/api/v1/apps/notes/secrets/KEY";
+    bench.ok("PUT", at, Some(json!({"value": "x"}))).await;
+    store.holds_removals.send_replace(false);
+    assert_eq!(remove.await.unwrap().unwrap().status(), 204);
+    let left = every(&*bench.store, "").await.unwrap();
+    let of_app = |key: &&str| key.split('/').nth(2) == Some("notes");
+    let left: Vec<_> = left.iter().map(|e| e.key.as_str()).filter(of_app).collect();
+    assert_eq!(left, Vec::<&str>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_list_comes_in_pages_and_refuses_a_foreign_cursor() {
+    let bench = Bench::new().await;
+    bench.deploy("notes", |_| {}).await;
+    bench.deploy("notes", |_| {}).await;
+    bench.deploy("other", |_| {}).await;
+    for name in ["ONE", "TWO"] {
+        let path = format!("/api/v1/apps/notes/secrets/{name}");
+        bench.ok("PUT", &path, Some(json!({"value": "x"}))).await;
+    }
+    let me = "me".parse().unwrap();
+    let second = image_key(&me, &"debian/second".parse().unwrap());
+    let record = ImageRecord {
+        id: spore_wire::id::ImageId::from_hash([2; 32]),
+        bytes: 20,
+        created_at_ms: 0,
+    };
+    let write = Transaction::default().put(second, encode(&record));
+    bench.store.commit(write).await.unwrap();
+    for path in [
+        "/api/v1/apps",
+        "/api/v1/images",
+        "/api/v1/apps/notes/secrets",
+        "/api/v1/apps/notes/releases",
+    ] {
+        let whole = bench.ok("GET", path, None).await;
+        assert_eq!(whole["items"].as_array().unwrap().len(), 2, "{path}");
+        assert_eq!(whole["next"], Value::Null, "{path}");
+        let first = bench.ok("GET", &format!("{path}?limit=1"), None).await;
+        let next = first["next"].as_str().unwrap();
+        let rest = format!("{path}?limit=1&cursor={next}");
+        let second = bench.ok("GET", &rest, None).await;
+        assert_eq!(second["next"], Value::Null, "{path}");
+        let both = [&first["items"][0], &second["items"][0]];
+        assert_eq!(both, [&whole["items"][0], &whole["items"][1]], "{path}");
+        for (bad, code) in [
+            ("limit=0", "invalid"),
+            ("limit=501", "invalid"),
+            ("cursor=%25", "invalid"),
+            ("cursor=AA", "invalid"),
+            ("page=2", "bad_request"),
+        ] {
+            let answer = bench.call("GET", &format!("{path}?{bad}"), None).await;
+            assert_eq!(answer.code(), code, "{path} {bad}");
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]

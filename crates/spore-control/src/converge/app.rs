@@ -6,6 +6,7 @@
 use std::sync::PoisonError;
 
 use spore_api::error::ErrorCode;
+use spore_wire::cause::chain;
 use spore_wire::gateway::{ToGateway, WakeFailure};
 use spore_wire::id::VmId;
 use spore_wire::node::{StopMode, VmStatus};
@@ -302,15 +303,4 @@ pub(crate) fn code_name_of(value: &impl serde::Serialize) -> String {
     let name = serde_json::to_value(value).ok();
     let name = name.as_ref().and_then(|name| name.as_str());
     name.unwrap_or("internal").to_owned()
-}
-
-/// An error with its causes, for logs.
-pub(crate) fn chain(error: &dyn core::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

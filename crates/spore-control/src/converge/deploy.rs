@@ -6,6 +6,7 @@
 
 use spore_api::error::ErrorCode;
 use spore_api::name::AccountName;
+use spore_wire::cause::chain;
 use spore_wire::id::{ImageId, VmId};
 
 use super::life::{Event, Failure};
@@ -19,8 +20,9 @@ use crate::store::record::app::{AppRecord, app_key, apps_of};
 use crate::store::record::idempotency::{IdempotencyRecord, idempotency_key};
 use crate::store::record::operation::{OperationRecord, StoredOperationState, operation_key};
 use crate::store::record::release::{ReleaseRecord, Rules, StoredState, release_key, releases_of};
+use crate::store::record::removal::removal_key;
 use crate::store::record::{Versioned, decode, encode, load};
-use crate::store::{CommitError, Range, StoreError, Transaction};
+use crate::store::{CommitError, StoreError, Transaction, every};
 
 /// Tries of a commit that others are faster at.
 const TRIES_MAX: usize = 16;
@@ -62,6 +64,9 @@ pub enum DeployError {
         /// Which.
         app: String,
     },
+    /// An app of this name is not wholly removed.
+    #[error(transparent)]
+    Removing(#[from] Removing),
     /// The key was used for another call.
     #[error("the Idempotency-Key was used for another call: use a new key for a new call")]
     Mismatch,
@@ -80,6 +85,14 @@ pub enum DeployError {
         /// Which app.
         app: String,
     },
+}
+
+/// An app of this name was removed, and not everything of it is gone.
+#[derive(Debug, thiserror::Error)]
+#[error("an app `{app}` is still being removed: try again in a moment")]
+pub struct Removing {
+    /// Which.
+    pub app: String,
 }
 
 impl Converge {
@@ -101,6 +114,10 @@ impl Converge {
             if stored.is_none() {
                 let used = self.inner.store.count(&apps_of(&app.account)).await?;
                 one_more_app(used)?;
+                if self.is_being_removed(app).await? {
+                    let app = app.app.to_string();
+                    return Err(Removing { app }.into());
+                }
             }
             let (version, mut record) = match stored {
                 Some(stored) => (stored.version, stored.record),
@@ -190,8 +207,15 @@ impl Converge {
         repeatable: Option<&Repeatable>,
     ) -> Result<Option<String>, DeployError> {
         if let Some(operation) = record.deploying {
-            let app = app.app.to_string();
-            return Err(DeployError::UnderWay { app, operation });
+            if self.inner.operations.is_running(&app.account, &operation) {
+                let app = app.app.to_string();
+                return Err(DeployError::UnderWay { app, operation });
+            }
+            // Its end was not written down: that is done first.
+            return match self.end_try(app, &operation, unwritten()).await {
+                Ok(()) | Err(CommitError::Conflict { .. }) => Ok(None),
+                Err(CommitError::Store(error)) => Err(error.into()),
+            };
         }
         let id = next_id(&*self.inner.chance);
         record.deploying = Some(id.clone());
@@ -202,6 +226,9 @@ impl Converge {
             .when(&key, version)
             .put(&key, encode(&record))
             .put(operation_key(&app.account, &id), encode(&operation));
+        if version == 0 {
+            transaction = transaction.when(removal_key(&app.account, &app.app), 0);
+        }
         if let Some(repeatable) = repeatable {
             transaction = self.remember(&app.account, transaction, repeatable, &id);
         }
@@ -212,7 +239,7 @@ impl Converge {
         match self.inner.store.commit(transaction).await {
             Ok(_) => {}
             Err(error) => {
-                self.inner.operations.end(&app.account, &id, operation);
+                self.inner.operations.end(&app.account, &id, None);
                 return match error {
                     CommitError::Conflict { .. } => Ok(None),
                     CommitError::Store(error) => Err(error.into()),
@@ -220,11 +247,10 @@ impl Converge {
             }
         }
         // The commit promised that the release is tried, whatever else fails now.
-        let refreshed = self.refresh(app).await;
         let target = super::app::target_of(release);
         let operation = id.clone();
         self.event(app, Event::Deploy { operation, target });
-        refreshed?;
+        self.refresh(app).await?;
         Ok(Some(id))
     }
 
@@ -276,7 +302,7 @@ impl Converge {
         release: u64,
     ) -> Result<(), Failure> {
         let store_failed = |error: StoreError| {
-            let message = super::app::chain(&error);
+            let message = chain(&error);
             Failure::new(ErrorCode::Internal, message)
         };
         for _ in 0..TRIES_MAX {
@@ -296,7 +322,9 @@ impl Converge {
                     if let Err(error) = self.refresh(app).await {
                         tracing::warn!(%app, %error, "the route is told later");
                     }
-                    self.inner.operations.end(&app.account, operation, ended);
+                    self.inner
+                        .operations
+                        .end(&app.account, operation, Some(ended));
                     return Ok(());
                 }
                 Err(CommitError::Conflict { .. }) => {}
@@ -372,75 +400,74 @@ impl Converge {
         self.inner
             .metrics
             .failed(&super::app::code_name(failure.code));
-        let message = with_last_lines(&failure);
+        let outcome = Outcome::Failed {
+            code: failure.code,
+            message: with_last_lines(&failure),
+        };
         for _ in 0..TRIES_MAX {
-            let code = failure.code;
-            match self
-                .write_failure(app, operation, release, code, &message)
-                .await
-            {
+            match self.end_try(app, operation, outcome.clone()).await {
                 Ok(()) => return,
                 Err(CommitError::Conflict { .. }) => {}
                 Err(CommitError::Store(error)) => {
-                    // The next start finds the operation under way and ends it.
-                    tracing::error!(%app, %error, "a failed deploy cannot be written down");
-                    let record = Operations::record("deploy", app.app.as_str(), Some(release), 0);
-                    let outcome = Outcome::Failed { code, message };
-                    let operations = &self.inner.operations;
-                    let ended = operations.ended(&app.account, operation, record, outcome);
-                    operations.end(&app.account, operation, ended);
-                    return;
+                    let error = chain(&error);
+                    tracing::error!(%app, error, "a failed deploy is written down later");
+                    break;
                 }
             }
         }
+        self.inner.operations.over(&app.account, operation, outcome);
     }
 
-    async fn write_failure(
+    /// Writes down that a try is over and its release not live. Done twice it does nothing. What is
+    /// told of the operation already counts more than `outcome`.
+    async fn end_try(
         &self,
         app: &AppRef,
         operation: &str,
-        number: u64,
-        code: ErrorCode,
-        message: &str,
+        outcome: Outcome,
     ) -> Result<(), CommitError> {
-        let account = &app.account;
+        let (account, operations) = (&app.account, &self.inner.operations);
         let at = operation_key(account, operation);
         let stored = load::<OperationRecord>(&*self.inner.store, &at).await?;
-        let running =
-            |s: &Versioned<OperationRecord>| s.record.state == StoredOperationState::Running;
-        let Some(stored) = stored.filter(running) else {
-            return Ok(());
-        };
-        let outcome = Outcome::Failed {
-            code,
-            message: message.to_owned(),
-        };
-        let ended = self
-            .inner
-            .operations
-            .ended(account, operation, stored.record, outcome);
-        let mut transaction = Transaction::default()
-            .when(&at, stored.version)
-            .put(&at, encode(&ended));
+        let mut transaction = Transaction::default();
+        let mut end = None;
+        let mut message = "it was given up; deploy again".to_owned();
+        if let Some(stored) = stored
+            && stored.record.state == StoredOperationState::Running
+        {
+            let ended = operations.ended(account, operation, stored.record, outcome);
+            if let Some((_, text)) = &ended.error {
+                text.clone_into(&mut message);
+            }
+            transaction = transaction
+                .when(&at, stored.version)
+                .put(&at, encode(&ended));
+            end = Some(ended);
+        }
         transaction = self
-            .release_failed(app, number, message, transaction)
+            .no_longer_tried(app, operation, &message, transaction)
             .await?;
-        self.inner.store.commit(transaction).await?;
-        self.inner.operations.end(account, operation, ended);
+        if !transaction.writes.is_empty() {
+            self.inner.store.commit(transaction).await?;
+        }
+        operations.end(account, operation, end);
         Ok(())
     }
 
-    /// Adds to `transaction` that a release that was tried is failed, and that nothing is tried
-    /// any more. A release that was healthy once stays what it was.
-    pub(crate) async fn release_failed(
+    /// Adds to `transaction` that `operation` tries no release of the app any more, and that the
+    /// one it tried is failed. A release that was healthy once stays what it was.
+    pub(crate) async fn no_longer_tried(
         &self,
         app: &AppRef,
-        number: u64,
+        operation: &str,
         message: &str,
         mut transaction: Transaction,
     ) -> Result<Transaction, StoreError> {
         let (account, name) = (&app.account, &app.app);
-        let Some(mut stored) = self.app_record(app).await? else {
+        let stored = self.app_record(app).await?;
+        let is_tried =
+            |stored: &Versioned<AppRecord>| stored.record.deploying.as_deref() == Some(operation);
+        let Some(mut stored) = stored.filter(is_tried) else {
             return Ok(transaction);
         };
         stored.record.deploying = None;
@@ -448,14 +475,39 @@ impl Converge {
         transaction = transaction
             .when(&at, stored.version)
             .put(&at, encode(&stored.record));
-        if let Some(mut release) = self.release(app, number).await?
-            && release.state == StoredState::Pending
-        {
-            release.state = StoredState::Failed;
-            release.failure = Some(message.to_owned());
-            transaction = transaction.put(release_key(account, name, number), encode(&release));
+        // One release is tried at a time, so whichever is pending is the one.
+        for mut release in self.releases(app).await? {
+            if release.state == StoredState::Pending {
+                release.state = StoredState::Failed;
+                release.failure = Some(message.to_owned());
+                let at = release_key(account, name, release.number);
+                transaction = transaction.put(at, encode(&release));
+            }
         }
         Ok(transaction)
+    }
+
+    /// Writes down the ends of operations that the store did not take at their time.
+    pub(super) async fn write_ends(&self) -> Result<(), StoreError> {
+        for (account, id, record) in self.inner.operations.unwritten() {
+            let app = record
+                .release
+                .and_then(|_| AppRef::of(account.as_str(), &record.target));
+            let written = match app {
+                Some(app) => self.end_try(&app, &id, unwritten()).await,
+                None => {
+                    let finished = self.inner.operations.finish(&account, &id, unwritten());
+                    finished.await.map_err(CommitError::from)
+                }
+            };
+            match written {
+                Ok(()) => tracing::info!(%account, id, "the end of an operation is written down"),
+                // The next repair looks again.
+                Err(CommitError::Conflict { .. }) => {}
+                Err(CommitError::Store(error)) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// An app's record.
@@ -474,8 +526,8 @@ impl Converge {
     /// # Errors
     /// When the store cannot serve.
     pub async fn releases(&self, app: &AppRef) -> Result<Vec<ReleaseRecord>, StoreError> {
-        let range = Range::all(releases_of(&app.account, &app.app));
-        let entries = self.inner.store.list(range).await?;
+        let prefix = releases_of(&app.account, &app.app);
+        let entries = every(&*self.inner.store, &prefix).await?;
         let releases = entries.iter().map(decode).collect::<Result<_, _>>();
         Ok(releases?)
     }
@@ -497,6 +549,15 @@ impl Converge {
 
     pub(crate) fn now_ms(&self) -> i64 {
         self.inner.clock.now().as_millisecond()
+    }
+}
+
+/// What is told of a try that nobody runs and of whose end nothing is known.
+fn unwritten() -> Outcome {
+    Outcome::Failed {
+        code: ErrorCode::Internal,
+        message: "the daemon could not write down how this ended; what served before serves on"
+            .to_owned(),
     }
 }
 

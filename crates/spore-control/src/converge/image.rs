@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use spore_api::error::ErrorCode;
 use spore_api::name::{AccountName, ImageName};
+use spore_wire::cause::chain;
 use spore_wire::id::ImageId;
 use spore_wire::node::{ImageInfo, ImageKind, ImageRecipe};
 use tokio::sync::mpsc;
@@ -18,7 +19,7 @@ use crate::store::record::operation::operation_key;
 use crate::store::record::release::{RELEASES, ReleaseRecord};
 use crate::store::record::source::{SOURCES, SourceRecord, id_of, source_key};
 use crate::store::record::{decode, encode, load};
-use crate::store::{CommitError, Entry, LIST_ITEMS_MAX, Order, Range, StoreError, Transaction};
+use crate::store::{CommitError, StoreError, Transaction, every};
 
 /// An upload that nothing uses is kept so long: its deploy may be on the way.
 const SOURCE_KEPT_MS: i64 = 24 * 60 * 60 * 1000;
@@ -78,7 +79,7 @@ impl Converge {
             match self.inner.store.commit(begin).await {
                 Ok(_) => break id,
                 Err(error) => {
-                    self.inner.operations.end(account, &id, record);
+                    self.inner.operations.end(account, &id, None);
                     if let CommitError::Store(error) = error {
                         return Err(error.into());
                     }
@@ -95,7 +96,7 @@ impl Converge {
                 .finish(&account, &operation, outcome)
                 .await;
             if let Err(error) = finished {
-                let error = super::chain(&error);
+                let error = chain(&error);
                 tracing::error!(error, "the end of a build cannot be written down");
             }
         });
@@ -128,7 +129,7 @@ impl Converge {
             Ok(_) => Outcome::Succeeded {
                 result: id.to_string(),
             },
-            Err(error) => failed(ErrorCode::Internal, super::chain(&error)),
+            Err(error) => failed(ErrorCode::Internal, chain(&error)),
         }
     }
 
@@ -174,7 +175,7 @@ impl Converge {
                                `?kind=root`";
                 Err((ErrorCode::Invalid, message.to_owned()))
             }
-            Err(error) => Err((ErrorCode::Internal, super::chain(&error))),
+            Err(error) => Err((ErrorCode::Internal, chain(&error))),
         }
     }
 
@@ -187,7 +188,7 @@ impl Converge {
         let old = self.now_ms().saturating_sub(SOURCE_KEPT_MS);
         let mut forget = Transaction::default();
         // Uploads first: one that becomes a release meanwhile is found as a release.
-        for entry in self.every(SOURCES).await? {
+        for entry in every(&*self.inner.store, SOURCES).await? {
             let source: SourceRecord = decode(&entry).map_err(StoreError::from)?;
             if source.created_at_ms < old {
                 forget = forget.when(&entry.key, entry.version).delete(&entry.key);
@@ -198,32 +199,14 @@ impl Converge {
         if mode == CollectMode::Remove && !forget.writes.is_empty() {
             self.inner.store.commit(forget).await?;
         }
-        for entry in self.every(IMAGES).await? {
+        for entry in every(&*self.inner.store, IMAGES).await? {
             keep.insert(decode::<ImageRecord>(&entry).map_err(StoreError::from)?.id);
         }
-        for entry in self.every(RELEASES).await? {
+        for entry in every(&*self.inner.store, RELEASES).await? {
             let release: ReleaseRecord = decode(&entry).map_err(StoreError::from)?;
             keep.insert(release.image);
             keep.extend(release.folder);
         }
         Ok(self.inner.nodes.collect_images(keep, mode).await?)
-    }
-
-    async fn every(&self, prefix: &str) -> Result<Vec<Entry>, StoreError> {
-        let mut all: Vec<Entry> = Vec::new();
-        loop {
-            let range = Range {
-                prefix: prefix.to_owned(),
-                after: all.last().map(|entry| entry.key.clone()),
-                limit: LIST_ITEMS_MAX,
-                order: Order::Rising,
-            };
-            let entries = self.inner.store.list(range).await?;
-            let whole = entries.len() < LIST_ITEMS_MAX;
-            all.extend(entries);
-            if whole {
-                return Ok(all);
-            }
-        }
     }
 }

@@ -38,6 +38,7 @@ pub mod deploy;
 mod driver;
 pub mod image;
 pub mod life;
+mod removal;
 mod repair;
 mod route;
 mod start;
@@ -45,8 +46,9 @@ mod start;
 mod tests;
 mod trace;
 
-pub(crate) use app::{chain, code_name_of};
+pub(crate) use app::code_name_of;
 use life::{Event, Failure, Life, Moment};
+pub use removal::RemovalError;
 use trace::StartTrace;
 
 /// An app's key in the store and towards the gateway: `account/app`.
@@ -101,6 +103,8 @@ pub(crate) struct Inner {
     /// In the order of names, so that a seed decides the same in every run.
     slots: Mutex<BTreeMap<AppRef, Slot>>,
     routes: Mutex<BTreeMap<AppRef, spore_wire::gateway::Admission>>,
+    /// Held while the rest of a removed app is forgotten.
+    forgetting: tokio::sync::Mutex<()>,
     /// The last VMs that were over.
     ended: Mutex<std::collections::VecDeque<VmId>>,
     signals: mpsc::UnboundedSender<Signal>,
@@ -167,6 +171,7 @@ impl Converge {
             operations: Arc::new(operations),
             slots: Mutex::default(),
             routes: Mutex::default(),
+            forgetting: tokio::sync::Mutex::default(),
             ended: Mutex::default(),
             signals,
             changed: watch::Sender::new(0),
@@ -305,20 +310,20 @@ impl Converge {
         self.until_asleep(app).await
     }
 
-    /// Waits until nothing runs for an app.
+    /// Waits until nothing runs for an app but a release that is being tried.
     ///
     /// # Errors
     /// When its VM does not end in time.
     pub async fn until_asleep(&self, app: &AppRef) -> Result<(), Failure> {
+        self.until(app, Life::is_asleep).await
+    }
+
+    async fn until(&self, app: &AppRef, is_so: impl Fn(&Life) -> bool) -> Result<(), Failure> {
         let timing = &self.inner.config.timing;
         let deadline = timing.reap_answer + timing.stop_grace * 4;
         let mut changed = self.inner.changed.subscribe();
         let asleep = async {
-            while !self
-                .slots()
-                .get(app)
-                .is_none_or(|slot| slot.life.is_asleep())
-            {
+            while !self.with_life(app, |life, _| is_so(life)) {
                 if changed.changed().await.is_err() {
                     return;
                 }

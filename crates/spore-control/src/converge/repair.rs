@@ -6,6 +6,7 @@ use super::life::Event;
 use super::{AppRef, Converge};
 use crate::nodes::NodesError;
 use crate::store::StoreError;
+use spore_wire::cause::chain;
 
 impl Converge {
     /// Takes over what the node has, at the start. Nothing else has happened yet.
@@ -27,8 +28,19 @@ impl Converge {
         Ok(apps.len())
     }
 
-    /// Takes in the node's list: states whose news were lost, VMs that are gone.
+    /// Puts right what was lost on its way or could not be done at its time.
     pub(super) async fn repair(&self) {
+        self.repair_vms().await;
+        let removals = self.finish_removals().await;
+        let ends = self.write_ends().await;
+        if let Err(error) = removals.and(ends) {
+            let error = chain(&error);
+            tracing::warn!(error, "what is left to be written waits for the store");
+        }
+    }
+
+    /// Takes in the node's list: states whose news were lost, VMs that are gone.
+    async fn repair_vms(&self) {
         let began = self.now();
         let vms = match self.inner.nodes.list().await {
             Ok(vms) => vms,

@@ -7,13 +7,14 @@ use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
 use spore_api::name::host_of;
+use spore_wire::cause::chain;
 use spore_wire::gateway::{Activity, Admission, Route, RoutePolicy, ToGateway};
 
 use super::life::{self, Event, Intent};
 use super::{AppRef, Converge};
 use crate::store::record::app::{APPS, AppRecord, names_of};
 use crate::store::record::decode;
-use crate::store::{LIST_ITEMS_MAX, Order, Range, StoreError};
+use crate::store::{StoreError, every};
 
 /// Routes in one packet: one takes at most about 400 bytes, a packet 64 KiB.
 const ROUTES_PER_PACKET: usize = 100;
@@ -23,11 +24,10 @@ impl Converge {
     pub(super) fn route(&self, app: &AppRef, intent: &Intent) {
         let wanted = match intent {
             Intent::Removed => None,
-            Intent::App { admission, live } => Some(match (admission, live) {
-                (life::Admission::Disabled, _) => Admission::Disabled,
-                (life::Admission::Enabled, None) => Admission::NoRelease,
-                (life::Admission::Enabled, Some(_)) => Admission::Open,
-            }),
+            Intent::App { admission, live } => {
+                let is_enabled = *admission == life::Admission::Enabled;
+                Some(admission_of(is_enabled, live.is_some()))
+            }
         };
         let mut routes = self.routes();
         if routes.get(app) == wanted.as_ref() {
@@ -61,7 +61,7 @@ impl Converge {
     /// A gateway connected: it is told everything.
     pub(super) async fn door_back(&self, warm: Vec<Activity>) {
         if let Err(error) = self.tell_routes().await {
-            let error = super::app::chain(&error);
+            let error = chain(&error);
             tracing::error!(error, "the gateway cannot be told its routes");
         }
         let mut by_app: BTreeMap<AppRef, Vec<Activity>> = BTreeMap::new();
@@ -83,11 +83,7 @@ impl Converge {
         let table: BTreeMap<_, _> = apps
             .into_iter()
             .map(|(app, record)| {
-                let admission = match (record.enabled, record.release) {
-                    (false, _) => Admission::Disabled,
-                    (true, None) => Admission::NoRelease,
-                    (true, Some(_)) => Admission::Open,
-                };
+                let admission = admission_of(record.enabled, record.release.is_some());
                 (app, admission)
             })
             .collect();
@@ -113,26 +109,12 @@ impl Converge {
     /// Every app of every account.
     pub(crate) async fn all_apps(&self) -> Result<Vec<(AppRef, AppRecord)>, StoreError> {
         let mut apps = Vec::new();
-        let mut after = None;
-        loop {
-            let range = Range {
-                prefix: APPS.to_owned(),
-                after: after.take(),
-                limit: LIST_ITEMS_MAX,
-                order: Order::Rising,
-            };
-            let entries = self.inner.store.list(range).await?;
-            let count = entries.len();
-            for entry in entries {
-                if let Some((account, app)) = names_of(&entry.key) {
-                    apps.push((AppRef { account, app }, decode(&entry)?));
-                }
-                after = Some(entry.key);
-            }
-            if count < LIST_ITEMS_MAX {
-                return Ok(apps);
+        for entry in every(&*self.inner.store, APPS).await? {
+            if let Some((account, app)) = names_of(&entry.key) {
+                apps.push((AppRef { account, app }, decode(&entry)?));
             }
         }
+        Ok(apps)
     }
 
     /// The host under which an app answers.
@@ -158,5 +140,14 @@ impl Converge {
             .routes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether requests of an app are let in.
+const fn admission_of(is_enabled: bool, has_release: bool) -> Admission {
+    match (is_enabled, has_release) {
+        (false, _) => Admission::Disabled,
+        (true, false) => Admission::NoRelease,
+        (true, true) => Admission::Open,
     }
 }

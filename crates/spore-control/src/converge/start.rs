@@ -1,7 +1,10 @@
 //! Turns a release into a VM's start: the only place where secrets are opened.
 
 use spore_api::error::ErrorCode;
+use spore_api::limits::{COMMAND_BYTES_MAX, SECRETS_BYTES_PER_APP_MAX, SECRETS_PER_APP_MAX};
 use spore_api::name::SecretName;
+use spore_wire::cause::chain;
+use spore_wire::frame::MESSAGE_BYTES_MAX;
 use spore_wire::guest::Readiness;
 use spore_wire::id::{TraceId, VmId};
 use spore_wire::node::{Owner, Process, Resources, StartVm, StopMode};
@@ -15,6 +18,22 @@ use crate::store::StoreError;
 use crate::store::record::load;
 use crate::store::record::release::{ReleaseRecord, Rules};
 use crate::store::record::secret::{SecretRecord, secret_key};
+
+/// What a start message has beside secrets, command and environment: what Spore sets itself, a
+/// health path, names of fields.
+const START_REST_BYTES: usize = 16 * 1024;
+
+/// A secret's name, its quotes and the padding of its value.
+const SECRET_NAME_BYTES: usize = 80;
+
+// Whatever the API let in, a VM can be told.
+const _: () = assert!(
+    2 * SECRETS_BYTES_PER_APP_MAX.div_ceil(3) * 4
+        + SECRETS_PER_APP_MAX * SECRET_NAME_BYTES
+        + COMMAND_BYTES_MAX
+        + START_REST_BYTES
+        <= MESSAGE_BYTES_MAX
+);
 
 /// Why a VM is not even asked for.
 #[derive(Debug, thiserror::Error)]
@@ -169,7 +188,7 @@ fn unasked(error: &StartError) -> Failure {
         StartError::NoSecret { .. } => ErrorCode::AppFailed,
         StartError::Secrets(_) | StartError::Store(_) => ErrorCode::Internal,
     };
-    Failure::new(code, super::app::chain(error))
+    Failure::new(code, chain(error))
 }
 
 fn refused(error: &NodesError) -> Failure {

@@ -9,15 +9,17 @@ use spore_wire::node::VmFailureKind;
 
 use super::AppRef;
 use super::deploy::{DeployError, NewRelease};
+use super::removal::RemovalError;
 use crate::clock::{HostClock, KernelChance};
-use crate::fake::{Act, FakeDoor, FakeNodes, config};
+use crate::fake::{Act, FakeDoor, FakeNodes, MoodyStore, config};
+use crate::operations::{Operations, Outcome};
 use crate::secrets::{KeyFile, KeyProvider};
 use crate::store::memory::MemoryStore;
 use crate::store::record::app::{AppRecord, app_key};
-use crate::store::record::encode;
-use crate::store::record::operation::{OperationRecord, StoredOperationState};
+use crate::store::record::operation::{OperationRecord, StoredOperationState, operation_key};
 use crate::store::record::release::StoredState;
-use crate::store::{SharedStore, Transaction};
+use crate::store::record::{encode, load};
+use crate::store::{SharedStore, Transaction, every};
 use crate::{Control, Parts};
 
 /// A control plane in a test.
@@ -39,8 +41,11 @@ fn app(name: &str) -> AppRef {
 
 impl Bench {
     async fn new() -> Self {
+        Self::on(Arc::new(MemoryStore::default())).await
+    }
+
+    async fn on(store: SharedStore) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let store: SharedStore = Arc::new(MemoryStore::default());
         let path = folder.path().join("key");
         let keys = Arc::new(KeyFile::open_or_make(&path, &*store).await.unwrap());
         let (nodes, door) = (FakeNodes::new(), FakeDoor::default());
@@ -370,6 +375,183 @@ async fn a_deploy_that_a_crash_interrupts_is_failed_and_nothing_of_it_is_left() 
         bench.deploy(&notes).await.state,
         StoredOperationState::Succeeded
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_deploy_that_the_store_refuses_blocks_no_other() {
+    for another_deploy in [true, false] {
+        let store = MoodyStore::new();
+        let bench = Bench::on(store.clone()).await;
+        let notes = app("notes");
+        bench.deploy(&notes).await;
+        bench.nodes.act("notes", 2, Act::Crash);
+        let converge = bench.control.converge();
+        let begun = converge.deploy(&notes, &release(|_| {}), None).await;
+        let id = begun.unwrap();
+        store.fills(true);
+        let told = bench.over(&notes, &id).await;
+        assert!(
+            told.error.unwrap().1.contains("KeyError"),
+            "who waits hears why"
+        );
+        let refused = converge.deploy(&notes, &release(|_| {}), None).await;
+        assert!(matches!(refused, Err(DeployError::Store(_))), "{refused:?}");
+        store.fills(false);
+        if another_deploy {
+            let done = bench.deploy(&notes).await;
+            assert_eq!(done.state, StoredOperationState::Succeeded);
+        } else {
+            bench.settle(31_000).await;
+            let record = converge.app_record(&notes).await.unwrap().unwrap().record;
+            assert_eq!(record.deploying, None, "the repair writes it down");
+        }
+        let key = operation_key(&notes.account, &id);
+        let stored = load::<OperationRecord>(&*bench.store, &key).await.unwrap();
+        let (_, message) = stored.unwrap().record.error.unwrap();
+        assert!(message.contains("KeyError"), "{message}");
+        let releases = converge.releases(&notes).await.unwrap();
+        assert_eq!(releases[1].state, StoredState::Failed);
+        assert!(converge.inner.operations.unwritten().is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_promotion_that_the_store_refuses_fails_its_deploy_and_blocks_no_other() {
+    let store = MoodyStore::new();
+    let bench = Bench::on(store.clone()).await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    let old = bench.door.request(&notes).await.unwrap();
+    bench.door.busy(&notes, old, 1);
+    let converge = bench.control.converge();
+    let begun = converge.deploy(&notes, &release(|_| {}), None).await;
+    store.fills(true);
+    let told = bench.over(&notes, &begun.unwrap()).await;
+    assert_eq!(told.state, StoredOperationState::Failed);
+    assert_eq!(bench.door.request(&notes).await.unwrap(), old);
+    store.fills(false);
+    let done = bench.deploy(&notes).await;
+    assert_eq!(done.result.as_deref(), Some("3"), "{done:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_other_work_that_the_store_refuses_is_written_down_later() {
+    let store = MoodyStore::new();
+    let bench = Bench::on(store.clone()).await;
+    let operations = &bench.control.converge().inner.operations;
+    let me = &app("notes").account;
+    let record = Operations::record("image_build", "mine", None, 0);
+    let key = operation_key(me, "abc");
+    let write = Transaction::default().put(&key, encode(&record));
+    bench.store.commit(write).await.unwrap();
+    operations.begin(me, "abc", record);
+    store.fills(true);
+    let outcome = Outcome::Succeeded {
+        result: "x".to_owned(),
+    };
+    assert!(operations.finish(me, "abc", outcome).await.is_err());
+    let told = operations.wait(me, "abc", 0, Duration::ZERO).await.unwrap();
+    assert_eq!(told.unwrap().result.as_deref(), Some("x"));
+    store.fills(false);
+    bench.settle(31_000).await;
+    let stored = load::<OperationRecord>(&*bench.store, &key).await.unwrap();
+    assert_eq!(stored.unwrap().record.result.as_deref(), Some("x"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_mark_of_a_deploy_that_nobody_runs_is_taken_away() {
+    for restart in [true, false] {
+        let mut bench = Bench::new().await;
+        let notes = app("notes");
+        bench.deploy(&notes).await;
+        let mut pending = crate::domain::release::sample(2);
+        pending.state = StoredState::Pending;
+        let mut record = AppRecord::new(0);
+        (record.release, record.next_release) = (Some(1), 3);
+        // Its operation is not even there.
+        record.deploying = Some("gone".to_owned());
+        let at = crate::store::record::release::release_key(&notes.account, &notes.app, 2);
+        let write = Transaction::default()
+            .put(app_key(&notes.account, &notes.app), encode(&record))
+            .put(at, encode(&pending));
+        bench.store.commit(write).await.unwrap();
+        if restart {
+            bench = bench.crash().await;
+            let record = bench.control.converge().app_record(&notes).await.unwrap();
+            assert_eq!(record.unwrap().record.deploying, None);
+        }
+        let done = bench.deploy(&notes).await;
+        assert_eq!(done.result.as_deref(), Some("3"), "{done:?}");
+        let releases = bench.control.converge().releases(&notes).await.unwrap();
+        assert_eq!(releases[1].state, StoredState::Failed);
+    }
+}
+
+/// What the store has of an app.
+async fn left_of(bench: &Bench, name: &str) -> Vec<String> {
+    let all = every(&*bench.store, "").await.unwrap();
+    let keys = all.into_iter().map(|entry| entry.key);
+    let of_app = |key: &String| key.split('/').nth(2) == Some(name);
+    keys.filter(of_app).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_removal_goes_on_after_a_slow_stop_a_stubborn_log_and_a_crash() {
+    let mut bench = Bench::new().await;
+    let notes = app("notes");
+    bench.deploy(&notes).await;
+    bench.nodes.state.lock().unwrap().stops_hang = true;
+    let slow = bench.control.converge().remove(&notes).await;
+    assert!(matches!(slow, Err(RemovalError::Slow { .. })), "{slow:?}");
+    let again = bench
+        .control
+        .converge()
+        .deploy(&notes, &release(|_| {}), None)
+        .await;
+    assert!(matches!(again, Err(DeployError::Removing(_))), "{again:?}");
+    bench.nodes.state.lock().unwrap().stops_hang = false;
+    bench.nodes.state.lock().unwrap().logs_stay = true;
+    bench.settle(120_000).await;
+    assert!(
+        bench.nodes.running().is_empty(),
+        "the stop is asked for again"
+    );
+    let stays = bench.control.converge().remove(&notes).await;
+    assert!(matches!(stays, Err(RemovalError::Log { .. })), "{stays:?}");
+
+    bench = bench.crash().await;
+    assert!(!left_of(&bench, "notes").await.is_empty());
+    bench.nodes.state.lock().unwrap().logs_stay = false;
+    bench.settle(31_000).await;
+    assert_eq!(left_of(&bench, "notes").await, Vec::<String>::new());
+    assert_eq!(bench.nodes.state.lock().unwrap().logs_forgotten, ["notes"]);
+    let none = bench.control.converge().remove(&notes).await;
+    assert!(matches!(none, Err(RemovalError::NoApp { .. })), "{none:?}");
+    let done = bench.deploy(&notes).await;
+    assert_eq!(
+        done.result.as_deref(),
+        Some("1"),
+        "a new app of the old name"
+    );
+    bench.settle(100_000).await;
+    assert_eq!(bench.nodes.state.lock().unwrap().logs_forgotten, ["notes"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_app_that_is_removed_while_its_first_release_is_tried_leaves_nothing() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    bench.nodes.act("notes", 1, Act::Hang);
+    let converge = bench.control.converge();
+    converge
+        .deploy(&notes, &release(|_| {}), None)
+        .await
+        .unwrap();
+    bench.settle(100).await;
+    assert_eq!(bench.nodes.running().len(), 1);
+    converge.remove(&notes).await.unwrap();
+    assert!(bench.nodes.running().is_empty());
+    assert_eq!(left_of(&bench, "notes").await, Vec::<String>::new());
 }
 
 #[tokio::test(start_paused = true)]

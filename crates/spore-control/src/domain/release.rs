@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use spore_api::limits::{
-    COMMAND_PART_BYTES_MAX, COMMAND_PARTS_MAX, CPUS_MAX, DISK_MIB_MAX, DISK_MIB_MIN,
-    EGRESS_GRANTS_MAX, IDLE_S_MAX, IDLE_S_MIN, MEMORY_MIB_MAX, MEMORY_MIB_MIN, READY_S_MAX,
-    SECRETS_PER_APP_MAX,
+    COMMAND_BYTES_MAX, COMMAND_PART_BYTES_MAX, COMMAND_PARTS_MAX, CPUS_MAX, DISK_MIB_MAX,
+    DISK_MIB_MIN, EGRESS_GRANTS_MAX, IDLE_S_MAX, IDLE_S_MIN, MEMORY_MIB_MAX, MEMORY_MIB_MIN,
+    READY_S_MAX, SECRETS_PER_APP_MAX,
 };
 use spore_api::release::{IdleMode, ReleaseSpec};
 
@@ -32,6 +32,7 @@ pub fn rules(spec: &ReleaseSpec) -> Result<Rules, RuleError> {
     health_path(spec.health.path.as_deref())?;
     secrets(spec)?;
     environment(spec)?;
+    together(spec)?;
     Ok(Rules {
         image_name: spec.image.clone(),
         command: spec.command.clone(),
@@ -219,6 +220,24 @@ fn environment(spec: &ReleaseSpec) -> Result<(), RuleError> {
             let rule = "a secret of this name is asked for too; keep one of the two";
             return Err(RuleError::invalid(field, name, rule));
         }
+    }
+    Ok(())
+}
+
+/// Command and environment are told to a VM in one message, beside its secrets.
+fn together(spec: &ReleaseSpec) -> Result<(), RuleError> {
+    let json = serde_json::to_vec(&(&spec.command, &spec.environment));
+    let bytes = json.map_or(usize::MAX, |json| json.len());
+    if bytes > COMMAND_BYTES_MAX {
+        let rule = format!(
+            "with `spec.environment` at most {COMMAND_BYTES_MAX} bytes are allowed; put what is \
+             large into a file of the app's folder"
+        );
+        return Err(RuleError::invalid(
+            "spec.command",
+            format!("{bytes} bytes"),
+            rule,
+        ));
     }
     Ok(())
 }

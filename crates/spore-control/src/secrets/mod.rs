@@ -38,6 +38,8 @@ pub use key_file::{KeyFile, KeyFileError};
 /// Bytes of a key.
 pub const KEY_BYTES: usize = 32;
 const NONCE_BYTES: usize = 24;
+/// Of Poly1305, behind each ciphertext.
+const TAG_BYTES: usize = 16;
 
 /// A key in memory, wiped when dropped.
 pub type Key = Zeroizing<[u8; KEY_BYTES]>;
@@ -106,6 +108,19 @@ impl core::fmt::Debug for Vault {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.write_str("Vault")
     }
+}
+
+/// How long the value of `record` is.
+#[must_use]
+pub fn value_bytes(record: &SecretRecord) -> usize {
+    let sealed = BASE64.decode_len(record.sealed.len()).unwrap_or(0);
+    let padding = record
+        .sealed
+        .bytes()
+        .rev()
+        .take_while(|b| *b == b'=')
+        .count();
+    sealed.saturating_sub(padding + NONCE_BYTES + TAG_BYTES)
 }
 
 /// Where a secret belongs: what its ciphertext is bound to.

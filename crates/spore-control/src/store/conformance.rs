@@ -5,7 +5,9 @@ use core::time::Duration;
 use super::embedded::EmbeddedStore;
 use super::lease::{Leased, give_back, take};
 use super::memory::MemoryStore;
-use super::{Change, CommitError, Order, Range, Store, StoreError, Transaction};
+use super::{
+    Change, CommitError, LIST_ITEMS_MAX, Order, Range, Store, StoreError, Transaction, every,
+};
 
 fn put(key: &str, value: &str) -> Transaction {
     Transaction::default().put(key, value.as_bytes().to_vec())
@@ -16,6 +18,7 @@ pub(super) async fn suite(store: &dyn Store) {
     reads_what_was_written(store).await;
     commits_all_or_nothing(store).await;
     lists_in_order_and_in_pages(store).await;
+    an_answer_is_bounded_and_every_entry_comes_all_the_same(store).await;
     one_of_many_writers_wins(store).await;
     watches_a_prefix(store).await;
     leases_have_one_owner(store).await;
@@ -68,7 +71,9 @@ async fn lists_in_order_and_in_pages(store: &dyn Store) {
         let entries = store.list(range).await.unwrap();
         entries.into_iter().map(|e| e.key).collect::<Vec<_>>()
     };
-    assert_eq!(keys(Range::all("c/")).await, ["c/1", "c/10", "c/2"]);
+    let all = every(store, "c/").await.unwrap();
+    let all: Vec<_> = all.into_iter().map(|entry| entry.key).collect();
+    assert_eq!(all, ["c/1", "c/10", "c/2"]);
     assert_eq!(store.count("c/").await.unwrap(), 3);
     let page = |after: Option<&str>, order| Range {
         prefix: "c/".to_owned(),
@@ -85,6 +90,24 @@ async fn lists_in_order_and_in_pages(store: &dyn Store) {
         keys(page(Some("c/1"), Order::Falling)).await,
         Vec::<String>::new()
     );
+}
+
+async fn an_answer_is_bounded_and_every_entry_comes_all_the_same(store: &dyn Store) {
+    let count = LIST_ITEMS_MAX + 1;
+    let keys = (0..count).map(|n| format!("many/{n:06}"));
+    let write = |all: Transaction, key| all.put(key, Vec::new());
+    let written = store.commit(keys.fold(Transaction::default(), write)).await;
+    written.unwrap();
+    let range = Range {
+        prefix: "many/".to_owned(),
+        after: None,
+        limit: usize::MAX,
+        order: Order::Rising,
+    };
+    assert_eq!(store.list(range).await.unwrap().len(), LIST_ITEMS_MAX);
+    let all = every(store, "many/").await.unwrap();
+    assert_eq!(all.len(), count);
+    assert!(all.is_sorted_by(|a, b| a.key < b.key));
 }
 
 async fn one_of_many_writers_wins(store: &dyn Store) {

@@ -8,7 +8,9 @@ use std::sync::{Mutex, PoisonError};
 use async_trait::async_trait;
 
 use super::watch::Publisher;
-use super::{CommitError, Entry, Order, Range, Store, StoreError, Transaction, Watch, Write};
+use super::{
+    CommitError, Entry, LIST_ITEMS_MAX, Order, Range, Store, StoreError, Transaction, Watch, Write,
+};
 
 /// Entries in a sorted map.
 #[derive(Debug)]
@@ -70,12 +72,14 @@ impl Store for MemoryStore {
                 Order::Falling => entry.key < *after,
             });
         }
-        all.truncate(range.limit);
+        all.truncate(range.limit.min(LIST_ITEMS_MAX));
         Ok(all)
     }
 
     async fn count(&self, prefix: &str) -> Result<u64, StoreError> {
-        Ok(self.list(Range::all(prefix)).await?.len() as u64)
+        let inner = self.inner();
+        let from = inner.entries.range(prefix.to_owned()..);
+        Ok(from.take_while(|(key, _)| key.starts_with(prefix)).count() as u64)
     }
 
     async fn commit(&self, transaction: Transaction) -> Result<u64, CommitError> {

@@ -102,15 +102,24 @@ pub enum Order {
     Falling,
 }
 
-impl Range {
-    /// Everything that begins with `prefix`.
-    #[must_use]
-    pub fn all(prefix: impl Into<String>) -> Self {
-        Self {
-            prefix: prefix.into(),
-            after: None,
+/// Every entry that begins with `prefix`, however many answers that takes.
+///
+/// # Errors
+/// When the engine cannot read.
+pub async fn every(store: &dyn Store, prefix: &str) -> Result<Vec<Entry>, StoreError> {
+    let mut all: Vec<Entry> = Vec::new();
+    loop {
+        let range = Range {
+            prefix: prefix.to_owned(),
+            after: all.last().map(|entry| entry.key.clone()),
             limit: LIST_ITEMS_MAX,
             order: Order::Rising,
+        };
+        let entries = store.list(range).await?;
+        let whole = entries.len() < LIST_ITEMS_MAX;
+        all.extend(entries);
+        if whole {
+            return Ok(all);
         }
     }
 }

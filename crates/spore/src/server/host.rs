@@ -22,6 +22,7 @@ use spore_node::image::store::{GcMode, ImageStore, StoreError};
 use spore_node::log::{Follow, Followed, LogError};
 use spore_node::node::{Node, StartError, VmError};
 use spore_node::vm::guest::{ExecStream, FileReader, GuestError};
+use spore_wire::cause::chain;
 use spore_wire::guest::{AgentErrorCode, Exec, OutputKind, WriteFile};
 use spore_wire::id::{ImageId, VmId};
 use spore_wire::node::{
@@ -368,18 +369,6 @@ async fn blocking<T: Send + 'static>(
 fn now_s() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     u64::try_from(now.tv_sec).unwrap_or(0)
-}
-
-/// An error with its causes, for people.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 fn start_error(error: StartError) -> NodesError {

@@ -117,21 +117,21 @@ pub enum Effect {
     },
     /// Ask the gateway to close admission.
     Close {
-        /// To which incarnation.
+        /// To which VM.
         vm: VmId,
         /// Whether also when requests are in flight.
         force: bool,
     },
     /// Tell everybody who waits, and the gateway, that the app is awake.
     Awake {
-        /// The incarnation.
+        /// Which.
         vm: VmId,
         /// What took how long; empty when nobody waited.
         phases: Vec<Phase>,
     },
     /// Tell everybody who waits that it could not be woken.
     WakeFailed(Failure),
-    /// Tell the gateway that the incarnation is over.
+    /// Tell the gateway that a VM is over.
     Gone {
         /// Which.
         vm: VmId,
@@ -308,6 +308,12 @@ impl Life {
     pub fn is_asleep(&self) -> bool {
         let candidate = self.deploy.as_ref().and_then(|deploy| deploy.vm);
         self.vms.keys().all(|vm| Some(*vm) == candidate)
+    }
+
+    /// Whether no VM is left of it, and no release is being tried.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.vms.is_empty() && self.deploy.is_none()
     }
 
     /// The operation that tries a release now.

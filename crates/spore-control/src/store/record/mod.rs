@@ -14,6 +14,7 @@ pub mod idempotency;
 pub mod image;
 pub mod operation;
 pub mod release;
+pub mod removal;
 pub mod secret;
 pub mod source;
 

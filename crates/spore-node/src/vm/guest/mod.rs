@@ -17,10 +17,10 @@ mod inbox;
 pub mod request;
 pub mod session;
 
-use core::error::Error;
 use core::time::Duration;
 use std::sync::Arc;
 
+pub(crate) use spore_wire::cause::chain;
 use spore_wire::guest::{AgentError, AgentErrorCode, AgentHello, Event};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
@@ -116,18 +116,6 @@ pub fn clean(text: &str) -> String {
         .take(TEXT_CHARS_MAX)
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
-}
-
-/// An error and its causes in one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[derive(Clone, Debug)]
