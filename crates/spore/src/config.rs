@@ -17,6 +17,11 @@ use crate::log::{self, LogConfig};
 
 /// Where the daemon's configuration is.
 pub(crate) const SERVER_FILE: &str = "/etc/spore/spore.toml";
+/// There while systemd is the host's first process.
+pub(crate) const SYSTEMD: &str = "/run/systemd/system";
+/// The cgroup that systemd leaves to us (`packaging/spore-vms.service`); elsewhere it would be its
+/// to change at any time.
+const UNIT_CGROUP: &str = "spore.slice/spore-vms.service";
 /// Where the daemon's socket is when nobody says otherwise.
 const SOCKET: &str = "/run/spore/api.sock";
 /// Where the daemon listens for callers with a token.
@@ -209,6 +214,13 @@ pub(crate) fn invoker(environment: Environment<'_>) -> Option<u32> {
     uid.to_str()?.parse().ok().filter(|uid| *uid != 0)
 }
 
+/// The socket on which systemd wants to be told that the daemon is ready, as sd_notify(3) has it;
+/// sockets in the abstract namespace are for managers in containers and not used here.
+pub(crate) fn supervisor(environment: Environment<'_>) -> Option<PathBuf> {
+    let socket = PathBuf::from(environment("NOTIFY_SOCKET")?);
+    socket.is_absolute().then_some(socket)
+}
+
 fn may_use(socket: &Path) -> bool {
     let wanted = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK;
     rustix::fs::access(socket, wanted).is_ok()
@@ -293,11 +305,13 @@ impl ServerConfig {
     /// Reads `file`, or [`SERVER_FILE`] when absent, which need not be there.
     pub(crate) fn read(file: Option<&Path>) -> Result<Self, ConfigError> {
         let path = file.unwrap_or(Path::new(SERVER_FILE));
+        let mut config = Self::default();
+        if file.is_none() && Path::new(SYSTEMD).is_dir() {
+            config.cgroup_parent = UNIT_CGROUP.to_owned();
+        }
         match std::fs::read_to_string(path) {
-            Ok(text) => Ok(Self::parse(&path.display().to_string(), &text)?),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => {
-                Ok(Self::default())
-            }
+            Ok(text) => Ok(config.parse(&path.display().to_string(), &text)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => Ok(config),
             Err(source) => Err(ConfigError::Read {
                 path: path.to_owned(),
                 source,
@@ -305,11 +319,11 @@ impl ServerConfig {
         }
     }
 
-    /// Reads the text of a file that messages call `name`.
-    fn parse(name: &str, text: &str) -> Result<Self, DocumentError> {
+    /// This, with what the text of a file says that messages call `name`.
+    fn parse(self, name: &str, text: &str) -> Result<Self, DocumentError> {
         let document = Document::parse(name, text)?;
         let table = document.root(&SERVER_KEYS)?;
-        let mut config = Self::default();
+        let mut config = self;
         config.places(&table)?;
         if let Some(entry) = table.get("base") {
             config.base = base(&entry)?;
@@ -454,7 +468,7 @@ mod tests {
     #[test]
     fn an_empty_file_means_the_defaults() {
         assert_eq!(
-            ServerConfig::parse("s", "").unwrap(),
+            ServerConfig::default().parse("s", "").unwrap(),
             ServerConfig::default()
         );
     }
@@ -493,7 +507,7 @@ mod tests {
             log = "warn,spore_node=debug"
             log_format = "json"
         "#;
-        let config = ServerConfig::parse("s", text).unwrap();
+        let config = ServerConfig::default().parse("s", text).unwrap();
         let expected = ServerConfig {
             data_dir: "/d".into(),
             runtime_dir: "/r".into(),
@@ -549,7 +563,10 @@ mod tests {
             ("base = \"Local_Host\"", "lower case"),
             ("cgroup_parent = \"/x\"", "without a leading /"),
         ] {
-            let error = ServerConfig::parse("s", text).unwrap_err().to_string();
+            let error = ServerConfig::default()
+                .parse("s", text)
+                .unwrap_err()
+                .to_string();
             assert!(
                 error.starts_with("s:") && error.contains(expected),
                 "{text}: {error}"

@@ -96,6 +96,8 @@ enum Verb {
     Gateway(platform::Gateway),
     #[command(hide = true)]
     Egress(platform::Egress),
+    #[command(hide = true)]
+    KeepToken(platform::KeepToken),
     /// The launcher of one VMM (started by the daemon)
     #[command(hide = true)]
     Jail,
@@ -190,6 +192,7 @@ fn local(verb: Verb, output: &Output) -> Result<Local> {
         Verb::Server(verb) => verb.run()?.into(),
         Verb::Gateway(verb) => verb.run()?,
         Verb::Egress(verb) => verb.run()?,
+        Verb::KeepToken(verb) => verb.run()?,
         Verb::Jail => crate::server::jail(),
         Verb::ImagePack => crate::server::image_pack(),
         Verb::Completions(verb) => verb.run(output)?.into(),
@@ -221,6 +224,7 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<u8> {
         | Verb::Server(_)
         | Verb::Gateway(_)
         | Verb::Egress(_)
+        | Verb::KeepToken(_)
         | Verb::Jail
         | Verb::ImagePack
         | Verb::Completions(_) => unreachable!("`local` runs the verbs that need no daemon"),

@@ -11,7 +11,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::output::{Format, Output};
-use crate::config::{ServerConfig, environment, invoker};
+use crate::config::{ServerConfig, environment, invoker, supervisor};
 use crate::log::{LogConfig, LogFormat};
 use crate::server;
 
@@ -59,6 +59,13 @@ pub(crate) struct Egress {
     /// The uid it runs as
     #[arg(long)]
     uid: u32,
+}
+
+/// The writer of a user's copy of the token (started by the daemon)
+#[derive(Debug, Args)]
+pub(crate) struct KeepToken {
+    /// The user's home folder
+    home: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -127,6 +134,7 @@ impl Server {
         let config = self.file.read()?;
         let options = server::ServerOptions {
             admit_uid: self.admit_uid,
+            supervisor: supervisor(&environment),
         };
         server::serve(&config, &options)?;
         Ok(0)
@@ -146,5 +154,11 @@ impl Gateway {
 impl Egress {
     pub(crate) fn run(&self) -> Result<ExitCode> {
         server::egress(self.uid)
+    }
+}
+
+impl KeepToken {
+    pub(crate) fn run(&self) -> Result<ExitCode> {
+        server::keep_token(&self.home)
     }
 }

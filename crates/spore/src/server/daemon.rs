@@ -6,11 +6,14 @@
 //!   listeners closed ◀── control stopped ◀── node detached ◀────────┘   VMs and gateway go on
 //! ```
 
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Uid, User};
 use spore_api::name::{AccountName, ImageName};
 use spore_control::api::{Caller, CallerBy};
 use spore_control::clock::{HostClock, KernelChance};
@@ -50,6 +53,8 @@ const STOP_PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct ServerOptions {
     /// A user besides root who may use the API's socket.
     pub(crate) admit_uid: Option<u32>,
+    /// The socket of systemd, which waits for the daemon to be ready (sd_notify(3)).
+    pub(crate) supervisor: Option<PathBuf>,
 }
 
 /// Runs the daemon until it is told to end.
@@ -64,7 +69,7 @@ pub(crate) fn serve(config: &ServerConfig, options: &ServerOptions) -> Result<()
     let lock = DaemonLock::take(&config.runtime_dir)?;
     let token = token::ensure(&config.config_dir.join("token"))?;
     if let Some(uid) = options.admit_uid {
-        give_token(&token, uid);
+        give_token(&token, uid, &program);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -102,17 +107,30 @@ fn not_dumpable() -> Result<()> {
         .context("keep this process's memory out of core files")
 }
 
-fn give_token(token: &Zeroizing<String>, uid: u32) {
-    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid))
-        .ok()
-        .flatten();
+fn give_token(token: &Zeroizing<String>, uid: u32, program: &Path) {
+    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
     let Some(user) = user else {
         tracing::warn!(uid, "no such user; nobody but root gets the token");
         return;
     };
-    match token::copy_to_home(token, &user.dir) {
-        Ok(path) => tracing::info!(path = %path.display(), "the token is copied"),
-        Err(error) => tracing::warn!(error = %format!("{error:#}"), "the token is not copied"),
+    match token::give(token, &user, program) {
+        Ok(()) => tracing::info!(user = user.name, "the user has a copy of the token"),
+        Err(error) => tracing::warn!(
+            user = user.name,
+            error = %format!("{error:#}"),
+            "the user gets no copy of the token; the socket admits them all the same"
+        ),
+    }
+}
+
+/// Tells systemd how the daemon is; without it a start would time out, so a failure is worth a line.
+fn tell_supervisor(socket: Option<&Path>, state: &str) {
+    let Some(socket) = socket else {
+        return;
+    };
+    let told = UnixDatagram::unbound().and_then(|from| from.send_to(state.as_bytes(), socket));
+    if let Err(error) = told {
+        tracing::warn!(%error, socket = %socket.display(), state, "systemd cannot be told");
     }
 }
 
@@ -120,7 +138,7 @@ async fn run(
     config: &ServerConfig,
     options: &ServerOptions,
     token: Zeroizing<String>,
-    program: std::path::PathBuf,
+    program: PathBuf,
 ) -> Result<()> {
     let stop = CancellationToken::new();
     // Asked for first: a signal during a long start ends it cleanly too.
@@ -159,11 +177,13 @@ async fn run(
         stop.clone(),
     ));
     tracing::info!(api = %config.api, gateway = %config.gateway, "Spore is up");
+    tell_supervisor(options.supervisor.as_deref(), "READY=1");
     tokio::select! {
         _term = terminate.recv() => {}
         _int = interrupt.recv() => {}
     }
     tracing::info!("the daemon ends; VMs and the gateway go on");
+    tell_supervisor(options.supervisor.as_deref(), "STOPPING=1");
     stop.cancel();
     tasks.close();
     if tokio::time::timeout(STOP_PATIENCE, tasks.wait())

@@ -5,10 +5,10 @@
 //! `down` works as well when the daemon is dead.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use spore_node::hypervisor::Hypervisor;
 use spore_wire::gateway::ToGateway;
@@ -17,7 +17,8 @@ use spore_wire::node::StopMode;
 
 use super::gateway_process::GatewayProcess;
 use super::lock::{DaemonLock, Holder};
-use super::parts::{self, Parts};
+use super::parts::{self, NodeParts};
+use super::unit::Unit;
 use super::up;
 use crate::config::ServerConfig;
 
@@ -55,6 +56,10 @@ pub(crate) fn down(config: &ServerConfig, file: Option<&Path>) -> Result<Down> {
     }
     super::daemon::harden()?;
     let daemon = stop_daemon(config, file)?;
+    if let Some(unit) = Unit::of(file) {
+        // Else the host's next start would bring back what was told to be down.
+        unit.disable()?;
+    }
     let lock = DaemonLock::take(&config.runtime_dir)?;
     let program = up::trusted_program()?;
     let gateway = parts::gateway(config, &program);
@@ -63,8 +68,11 @@ pub(crate) fn down(config: &ServerConfig, file: Option<&Path>) -> Result<Down> {
         .build()?;
     let vms = runtime.block_on(async {
         stop_gateway(&gateway).await?;
-        stop_vms(parts::open(config, program).await?).await
+        stop_vms(parts::open_to_stop(config, &program).await?).await
     })?;
+    if let Some(unit) = Unit::of(file) {
+        unit.stop_vms()?;
+    }
     gateway.clear()?;
     remove_socket(&config.runtime_dir.join("api.sock"))?;
     drop(lock);
@@ -76,42 +84,49 @@ pub(crate) fn down(config: &ServerConfig, file: Option<&Path>) -> Result<Down> {
 /// # Errors
 /// When it does not end in its time.
 pub(crate) fn stop_daemon(config: &ServerConfig, file: Option<&Path>) -> Result<bool> {
-    let Holder::Process(pid) = DaemonLock::holder(&config.runtime_dir)? else {
-        return Ok(false);
-    };
-    let by_systemd = Path::new("/run/systemd/system").is_dir() && file.is_none();
-    if by_systemd && unit_runs() {
-        let status = Command::new("systemctl")
-            .args(["stop", "spore.service"])
-            .status()?;
-        ensure!(
-            status.success(),
-            "systemctl stop ended with {status}: see `journalctl -u spore`"
-        );
-    } else {
-        let pid = pid
-            .and_then(Pid::from_raw)
-            .context("the daemon is starting: try again")?;
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("the daemon's process")?;
-        pidfd_send_signal(&pidfd, Signal::TERM).context("tell the daemon to end")?;
+    let found = DaemonLock::holder(&config.runtime_dir)?;
+    if let Some(unit) = Unit::of(file) {
+        // Also when nobody holds the lock: systemd may be about to start a daemon that failed.
+        unit.stop()?;
     }
+    if found == Holder::Nobody {
+        return Ok(false);
+    }
+    let mut told = None;
     for _try in 0..DAEMON_PATIENCE.as_millis() / STEP.as_millis() {
-        if DaemonLock::holder(&config.runtime_dir)? == Holder::Nobody {
-            return Ok(true);
+        match DaemonLock::holder(&config.runtime_dir)? {
+            Holder::Nobody => return Ok(true),
+            Holder::Process(Some(pid)) if told != Some(pid) => {
+                terminate(config, pid)?;
+                told = Some(pid);
+            }
+            // It was told, or is just starting: then it says its pid in a moment.
+            Holder::Process(_) => {}
         }
         std::thread::sleep(STEP);
     }
     bail!(
-        "the daemon (pid {pid:?}) does not end: see its log in {}",
+        "the daemon{} does not end: see its log in {}, then end it with `kill -9`; VMs survive \
+         that, and `spore down` stops them",
+        told.map_or_else(String::new, |pid| format!(" (pid {pid})")),
         config.log_dir.display()
     )
 }
 
-fn unit_runs() -> bool {
-    let asked = Command::new("systemctl")
-        .args(["is-active", "--quiet", "spore.service"])
-        .status();
-    asked.is_ok_and(|status| status.success())
+fn terminate(config: &ServerConfig, pid: i32) -> Result<()> {
+    let process = Pid::from_raw(pid).context("a pid above 1")?;
+    let pidfd = match pidfd_open(process, PidfdFlags::empty()) {
+        Err(Errno::SRCH) => return Ok(()),
+        opened => opened.context("the daemon's process")?,
+    };
+    // The pid may have become another's before it was opened.
+    if DaemonLock::holder(&config.runtime_dir)? != Holder::Process(Some(pid)) {
+        return Ok(());
+    }
+    match pidfd_send_signal(&pidfd, Signal::TERM) {
+        Ok(()) | Err(Errno::SRCH) => Ok(()),
+        Err(error) => Err(error).context("tell the daemon to end"),
+    }
 }
 
 async fn stop_gateway(gateway: &GatewayProcess) -> Result<()> {
@@ -142,7 +157,7 @@ async fn stop_gateway(gateway: &GatewayProcess) -> Result<()> {
     gateway.kill()
 }
 
-async fn stop_vms(parts: Parts) -> Result<usize> {
+async fn stop_vms(parts: NodeParts) -> Result<usize> {
     let all = parts.node.list();
     let running = all
         .iter()

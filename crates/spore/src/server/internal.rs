@@ -5,9 +5,10 @@
 
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use spore_node::confine::{Confinement, Network, confine, take_inherited};
 
 use super::gateway_process::{FEED_FD, HTTP_FD};
@@ -57,4 +58,17 @@ pub(crate) fn jail() -> ExitCode {
 /// `spore image-pack`: makes one image of one archive.
 pub(crate) fn image_pack() -> ExitCode {
     spore_node::image::worker::serve()
+}
+
+/// `spore keep-token`: writes a user's copy of the token, with the user's rights.
+///
+/// # Errors
+/// When it runs as root, or cannot write it.
+pub(crate) fn keep_token(home: &Path) -> Result<ExitCode> {
+    ensure!(
+        !rustix::process::geteuid().is_root(),
+        "root writes nothing below a user's home"
+    );
+    super::token::keep(home, std::io::stdin())?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   up.rs ──starts──▶ daemon.rs ──┬── control (spore-control) ── host.rs ──┐
-//!   down.rs                       ├── node (spore-node) ◀─────────────────┘
+//!   down.rs  unit.rs              ├── node (spore-node) ◀─────────────────┘
 //!                                 ├── door.rs ── gateway_process.rs ──▶ spore gateway
 //!                                 └── listen.rs: API on a unix socket and TCP
 //! ```
@@ -19,9 +19,10 @@ mod listen;
 mod lock;
 mod parts;
 mod token;
+mod unit;
 mod up;
 
 pub(crate) use daemon::{ServerOptions, serve};
 pub(crate) use down::down;
-pub(crate) use internal::{egress, gateway, image_pack, jail};
+pub(crate) use internal::{egress, gateway, image_pack, jail, keep_token};
 pub(crate) use up::up;

@@ -23,14 +23,23 @@ use crate::config::ServerConfig;
 /// Namespaces made ahead: a burst of wakes does not wait for them.
 const NAMESPACE_POOL: usize = 4;
 
-/// Everything that is there while a daemon or `spore down` works on a runtime folder.
+/// What a daemon and `spore down` both work with.
+#[derive(Debug)]
+pub(crate) struct NodeParts {
+    /// The driver.
+    pub(crate) qemu: Qemu,
+    /// The node on it.
+    pub(crate) node: Node,
+    /// What the node found.
+    pub(crate) adoption: Adoption,
+}
+
+/// Everything that is there while a daemon works on a runtime folder.
 #[derive(Debug)]
 pub(crate) struct Parts {
     /// This program's file.
     pub(crate) program: PathBuf,
-    /// The driver.
-    pub(crate) qemu: Qemu,
-    /// The node on it.
+    /// The node.
     pub(crate) node: Node,
     /// What the node found.
     pub(crate) adoption: Adoption,
@@ -75,8 +84,48 @@ pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Part
     let images = ImageStore::open(config.data_dir.join("images")).context("the image store")?;
     images.sweep().context("the image store")?;
     import_base_images(&images, &config.base_images)?;
+    let qemu = Qemu::open(qemu_config(config, &program))
+        .await
+        .context("the hypervisor")?;
+    let files = Arc::new(ImageFiles(images.clone()));
+    let NodeParts { node, adoption, .. } = open_node(config, qemu, files).await?;
+    Ok(Parts {
+        program,
+        node,
+        adoption,
+        images,
+    })
+}
+
+/// Opens driver and node to stop what they find: neither QEMU nor kernel nor images need be there.
+///
+/// # Errors
+/// When what runs cannot be found out.
+pub(crate) async fn open_to_stop(config: &ServerConfig, program: &Path) -> Result<NodeParts> {
+    let qemu = Qemu::open_to_stop(qemu_config(config, program)).context("the hypervisor")?;
+    open_node(config, qemu, Arc::new(NoImages)).await
+}
+
+async fn open_node(config: &ServerConfig, qemu: Qemu, files: Arc<dyn Images>) -> Result<NodeParts> {
+    let mut node_config = NodeConfig::new(
+        config.runtime_dir.join("node"),
+        config.log_dir.join("apps"),
+        host_memory_mib()?,
+    );
+    node_config.capacity.memory_reserve_mib = u64::from(config.memory_reserve_mib);
+    let (node, adoption) = Node::open(node_config, Arc::new(qemu.clone()), files)
+        .await
+        .context("the node")?;
+    Ok(NodeParts {
+        qemu,
+        node,
+        adoption,
+    })
+}
+
+fn qemu_config(config: &ServerConfig, program: &Path) -> QemuConfig {
     let launcher = [program.to_string_lossy().into_owned(), "jail".to_owned()];
-    let qemu = Qemu::open(QemuConfig {
+    QemuConfig {
         room: RoomConfig {
             // Not the journals' folder: what the driver removes of a VM must not take its journal.
             runtime_dir: config.runtime_dir.join("host"),
@@ -92,27 +141,8 @@ pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Part
         qemu: QemuConfig::DEBIAN_QEMU.into(),
         libraries: QemuConfig::debian_libraries(),
         launcher: launcher.to_vec(),
-        egress: EgressLauncher::new(&program, verb("egress")),
-    })
-    .await
-    .context("the hypervisor")?;
-    let mut node_config = NodeConfig::new(
-        config.runtime_dir.join("node"),
-        config.log_dir.join("apps"),
-        host_memory_mib()?,
-    );
-    node_config.capacity.memory_reserve_mib = u64::from(config.memory_reserve_mib);
-    let files = Arc::new(ImageFiles(images.clone()));
-    let (node, adoption) = Node::open(node_config, Arc::new(qemu.clone()), files)
-        .await
-        .context("the node")?;
-    Ok(Parts {
-        program,
-        qemu,
-        node,
-        adoption,
-        images,
-    })
+        egress: EgressLauncher::new(program, verb("egress")),
+    }
 }
 
 /// The verb's arguments for a helper of this program.
@@ -126,6 +156,16 @@ struct ImageFiles(ImageStore);
 impl Images for ImageFiles {
     fn path(&self, id: &ImageId) -> Option<PathBuf> {
         self.0.get(*id).ok().map(|info| self.0.path(info.id))
+    }
+}
+
+/// Nothing starts any more.
+#[derive(Debug)]
+struct NoImages;
+
+impl Images for NoImages {
+    fn path(&self, _id: &ImageId) -> Option<PathBuf> {
+        None
     }
 }
 

@@ -2,15 +2,21 @@
 //!
 //! Called by the daemon. The token is 32 random bytes in lower-case base32, in a file of mode 0600
 //! that is written beside its place, fsynced and renamed, so that it is there whole or not at all.
-//! Never printed, never in argv or an environment.
+//! Never printed, never in argv or an environment. Root never writes below a user's home.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File};
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use nix::unistd::User;
 use zeroize::Zeroizing;
+
+/// More than any token; what a wrong standard input can make us keep.
+const TOKEN_BYTES_MAX: u64 = 4096;
 
 /// The token in `path`, made now when there is none.
 ///
@@ -23,7 +29,11 @@ pub(crate) fn ensure(path: &Path) -> Result<Zeroizing<String>> {
         let text = data_encoding::BASE32_NOPAD
             .encode(bytes.as_ref())
             .to_ascii_lowercase();
-        place(path, &Zeroizing::new(text), None)?;
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make {}", folder.display()))?;
+        }
+        place(path, &Zeroizing::new(text))?;
     }
     let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     let mode = file.metadata()?.permissions().mode() & 0o777;
@@ -48,56 +58,64 @@ pub(crate) fn ensure(path: &Path) -> Result<Zeroizing<String>> {
     Ok(token)
 }
 
-/// Writes the token to `home/.config/spore/token`, owned by whoever owns `home`.
+/// Gives `user` a copy of the token, in `~/.config/spore/token`. A process with the user's own
+/// rights writes it, since whoever owns the home can put links and folders in the way of root.
+///
+/// # Errors
+/// When it cannot be written; the message says why.
+pub(crate) fn give(token: &Zeroizing<String>, user: &User, program: &Path) -> Result<()> {
+    let mut writer = Command::new(program)
+        .arg("keep-token")
+        .arg(&user.dir)
+        .env_clear()
+        .current_dir("/")
+        .uid(user.uid.as_raw())
+        .gid(user.gid.as_raw())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("start the process that writes it")?;
+    let mut stdin = writer.stdin.take().context("its standard input")?;
+    // When it ended at once, what it said is worth more than the broken pipe.
+    let told = stdin.write_all(token.as_bytes());
+    drop(stdin);
+    let output = writer.wait_with_output().context("wait for it")?;
+    if !output.status.success() {
+        bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    told.context("hand it over")
+}
+
+/// Writes the token that `input` gives to `home/.config/spore/token`, as whoever this process is.
 ///
 /// # Errors
 /// When it cannot be written.
-pub(crate) fn copy_to_home(token: &Zeroizing<String>, home: &Path) -> Result<PathBuf> {
-    let owner = std::fs::metadata(home)
-        .with_context(|| format!("cannot look at the home folder {}", home.display()))?;
-    let mut folder = home.to_path_buf();
-    for part in [".config", "spore"] {
-        folder.push(part);
-        match std::fs::create_dir(&folder) {
-            Ok(()) => fchown(File::open(&folder)?, Some(owner.uid()), Some(owner.gid()))?,
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                // The owner of the home could have put a link here to make root write elsewhere.
-                let found = std::fs::symlink_metadata(&folder)?;
-                if !found.is_dir() || found.uid() != owner.uid() {
-                    bail!("{} is not a folder of the home's owner", folder.display());
-                }
-            }
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot make {}", folder.display()));
-            }
-        }
-    }
-    let path = folder.join("token");
-    place(&path, token, Some((owner.uid(), owner.gid())))?;
-    Ok(path)
+pub(crate) fn keep(home: &Path, input: impl Read) -> Result<()> {
+    let mut text = Zeroizing::new(String::new());
+    input
+        .take(TOKEN_BYTES_MAX)
+        .read_to_string(&mut text)
+        .context("read the token")?;
+    let folder = home.join(".config/spore");
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&folder)
+        .with_context(|| format!("cannot make {}", folder.display()))?;
+    place(&folder.join("token"), &text)
 }
 
-fn place(path: &Path, token: &Zeroizing<String>, owner: Option<(u32, u32)>) -> Result<()> {
+/// Writes the token so that it is there whole or not at all.
+fn place(path: &Path, token: &Zeroizing<String>) -> Result<()> {
     let folder = path.parent().context("the token's path has no folder")?;
-    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let staged = path.with_extension("new");
-    match std::fs::remove_file(&staged) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot remove {}", staged.display()));
-        }
-        _gone => {}
-    }
-    let mut options = OpenOptions::new();
-    options.write(true).create_new(true).mode(0o600);
-    let mut file = options
-        .open(&staged)
-        .with_context(|| format!("cannot write {}", staged.display()))?;
-    writeln!(file, "{}", token.as_str())?;
-    if let Some((uid, gid)) = owner {
-        fchown(&file, Some(uid), Some(gid))?;
-    }
-    file.sync_all()?;
-    std::fs::rename(&staged, path).with_context(|| format!("cannot write {}", path.display()))?;
+    let mut staged = tempfile::NamedTempFile::new_in(folder)
+        .with_context(|| format!("cannot write in {}", folder.display()))?;
+    writeln!(staged, "{}", token.as_str())?;
+    staged.as_file().sync_all()?;
+    staged
+        .persist(path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
     File::open(folder)?
         .sync_all()
         .with_context(|| format!("cannot sync {}", folder.display()))
@@ -106,8 +124,9 @@ fn place(path: &Path, token: &Zeroizing<String>, owner: Option<(u32, u32)>) -> R
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
-    use super::{copy_to_home, ensure};
+    use super::{ensure, keep};
 
     #[test]
     fn a_token_is_made_once_and_private() {
@@ -133,21 +152,23 @@ mod tests {
     }
 
     #[test]
-    fn a_link_in_the_home_is_not_followed() {
+    fn a_copy_is_private_and_replaces_what_a_link_leads_to_never() {
         let home = tempfile::tempdir().unwrap();
-        let token = ensure(&home.path().join("token")).unwrap();
-        std::os::unix::fs::symlink("/tmp", home.path().join(".config")).unwrap();
-        assert!(copy_to_home(&token, home.path()).is_err());
-    }
+        let folder = home.path().join(".config/spore");
+        keep(home.path(), b"first".as_slice()).unwrap();
+        let path = folder.join("token");
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "first\n");
+        assert_eq!((mode(&path), mode(&folder)), (0o600, 0o700));
 
-    #[test]
-    fn the_copy_is_in_the_home() {
-        let home = tempfile::tempdir().unwrap();
-        let token = ensure(&home.path().join("token")).unwrap();
-        let path = copy_to_home(&token, home.path()).unwrap();
-        assert_eq!(
-            std::fs::read_to_string(path).unwrap().trim(),
-            token.as_str()
-        );
+        let elsewhere = home.path().join("elsewhere");
+        std::fs::write(&elsewhere, "kept").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+        keep(home.path(), b"second".as_slice()).unwrap();
+        assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "kept");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "second\n");
+        let names = std::fs::read_dir(&folder).unwrap();
+        assert_eq!(names.count(), 1, "nothing else is left there");
     }
 }

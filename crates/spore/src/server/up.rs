@@ -17,6 +17,7 @@ use spore_api::status::Status;
 
 use super::down::stop_daemon;
 use super::lock::{DaemonLock, Holder};
+use super::unit::Unit;
 use crate::config::ServerConfig;
 
 /// How long a daemon may take to answer: adopting many VMs takes a while.
@@ -24,8 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 const STEP: Duration = Duration::from_millis(50);
 
-/// The unit's place; packages ship the same text.
-const UNIT_FILE: &str = "/etc/systemd/system/spore.service";
+/// Steps between two looks at whether the daemon still runs, since systemd takes a while to tell.
+const LOOK_EACH: u128 = 10;
 
 /// What is there after `up`.
 #[derive(Debug)]
@@ -56,20 +57,57 @@ pub(crate) fn up(config: &ServerConfig, file: Option<&Path>, invoker: Option<u32
             false
         }
     };
-    let mut child = None;
-    if !runs {
-        make_folder(&config.log_dir, 0o750)?;
-        if Path::new("/run/systemd/system").is_dir() && file.is_none() {
-            start_unit(&program, invoker)?;
-        } else {
-            child = Some(start_detached(config, file, &program, invoker)?);
+    let started = match (runs, Unit::of(file)) {
+        (true, _) => Started::Earlier,
+        (false, Some(unit)) => {
+            unit.start(&program, invoker)?;
+            Started::ByUnit(unit)
         }
-    }
-    let status = wait(config, child.as_mut())?;
+        (false, None) => {
+            make_folder(&config.log_dir, 0o750)?;
+            Started::Here(start_detached(config, file, &program, invoker)?)
+        }
+    };
+    let status = wait(config, started)?;
     Ok(Up {
         started: !runs,
         status,
     })
+}
+
+/// Who started the daemon, and so tells that it ended and where its log is.
+#[derive(Debug)]
+enum Started {
+    Earlier,
+    ByUnit(Unit),
+    Here(Child),
+}
+
+impl Started {
+    /// What became of a daemon that does not come up; `None` while it may still.
+    fn failure(&mut self) -> Result<Option<String>> {
+        match self {
+            Self::Earlier => Ok(None),
+            Self::ByUnit(unit) => unit.failure(),
+            Self::Here(child) => Ok(child.try_wait()?.map(|status| status.to_string())),
+        }
+    }
+
+    /// The end of the daemon's log.
+    fn last_lines(&self, config: &ServerConfig) -> String {
+        match self {
+            Self::ByUnit(unit) => unit.last_lines(),
+            Self::Earlier | Self::Here(_) => last_lines(&daemon_log(config)),
+        }
+    }
+
+    /// A daemon that failed is not started again and again behind the back of whoever was told.
+    fn give_up(&self) -> Result<()> {
+        match self {
+            Self::ByUnit(unit) => unit.stop(),
+            Self::Earlier | Self::Here(_) => Ok(()),
+        }
+    }
 }
 
 /// Whether the daemon runs the file that is installed now. `None` is a daemon that just starts.
@@ -126,29 +164,6 @@ pub(crate) fn make_folder(path: &Path, mode: u32) -> Result<()> {
         .with_context(|| format!("cannot make {}", path.display()))
 }
 
-fn start_unit(program: &Path, invoker: Option<u32>) -> Result<()> {
-    let admit = invoker.map_or_else(String::new, |uid| format!(" --admit-uid {uid}"));
-    let unit = include_str!("../../../../packaging/spore.service").replace(
-        "/usr/local/lib/spore/spore server",
-        &format!("{} server{admit}", program.display()),
-    );
-    std::fs::write(UNIT_FILE, unit).with_context(|| format!("cannot write {UNIT_FILE}"))?;
-    for arguments in [
-        ["daemon-reload", "--quiet"].as_slice(),
-        &["start", "spore.service"],
-    ] {
-        let status = Command::new("systemctl")
-            .args(arguments)
-            .status()
-            .context("systemctl")?;
-        ensure!(
-            status.success(),
-            "systemctl {arguments:?} ended with {status}: see `journalctl -u spore`"
-        );
-    }
-    Ok(())
-}
-
 fn start_detached(
     config: &ServerConfig,
     file: Option<&Path>,
@@ -188,29 +203,27 @@ fn open_log(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-fn wait(config: &ServerConfig, mut child: Option<&mut Child>) -> Result<Status> {
+fn wait(config: &ServerConfig, mut started: Started) -> Result<Status> {
     let client = Client::new(Endpoint::Unix(config.runtime_dir.join("api.sock")));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        for _try in 0..PATIENCE.as_millis() / STEP.as_millis() {
+        for attempt in 1..=PATIENCE.as_millis() / STEP.as_millis() {
             if let Ok(status) = client.status().await {
                 return Ok(status);
             }
-            if let Some(child) = child.as_mut()
-                && let Some(status) = child.try_wait()?
+            if attempt.is_multiple_of(LOOK_EACH)
+                && let Some(why) = started.failure()?
             {
-                bail!(
-                    "the daemon ended with {status}:\n{}",
-                    last_lines(&daemon_log(config))
-                );
+                started.give_up()?;
+                bail!("the daemon ended ({why}):\n{}", started.last_lines(config));
             }
             tokio::time::sleep(STEP).await;
         }
         bail!(
             "the daemon does not answer after {PATIENCE:?}; its log ends with:\n{}",
-            last_lines(&daemon_log(config))
+            started.last_lines(config)
         )
     })
 }

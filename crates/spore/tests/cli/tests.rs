@@ -630,3 +630,61 @@ fn a_reader_that_leaves_is_no_failure() {
     let ran: Ran = command.stdout(writer).output().unwrap().into();
     assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
 }
+
+/// Nobody's uid on a machine that has no user with it.
+const STRANGER: u32 = 399_999;
+
+#[test]
+fn a_users_copy_of_the_token_is_written_with_the_users_rights_only() {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
+    use std::os::unix::process::CommandExt as _;
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: becoming another user needs root");
+        return;
+    }
+    let shared = tempfile::Builder::new()
+        .permissions(std::fs::Permissions::from_mode(0o755))
+        .tempdir()
+        .unwrap();
+    // The build's own folder may be closed to others.
+    let program = shared.path().join("spore");
+    std::fs::copy(env!("CARGO_BIN_EXE_spore"), &program).unwrap();
+    let home = shared.path().join("home");
+    std::fs::create_dir(&home).unwrap();
+    chown(&home, Some(STRANGER), Some(STRANGER)).unwrap();
+    let keep = |uid: u32| -> Ran {
+        let mut command = Command::new(&program);
+        command.env_clear().current_dir("/").uid(uid).gid(uid);
+        command.arg("keep-token").arg(&home);
+        command.stdin(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        // A process that refuses at once may have ended before it is told anything.
+        child.stdin.take().unwrap().write_all(b"secret").ok();
+        child.wait_with_output().unwrap().into()
+    };
+
+    let by_root = keep(0);
+    assert_eq!(by_root.code, Some(1), "{}", by_root.stderr);
+    assert!(!home.join(".config").exists());
+
+    let owned_by_root = shared.path().join("of-root");
+    std::fs::create_dir(&owned_by_root).unwrap();
+    symlink(&owned_by_root, home.join(".config")).unwrap();
+    let through_link = keep(STRANGER);
+    assert_eq!(through_link.code, Some(1), "{}", through_link.stderr);
+    assert!(
+        through_link.stderr.contains("cannot make"),
+        "{}",
+        through_link.stderr
+    );
+    assert_eq!(std::fs::read_dir(&owned_by_root).unwrap().count(), 0);
+
+    std::fs::remove_file(home.join(".config")).unwrap();
+    let written = keep(STRANGER);
+    assert_eq!(written.code, Some(0), "{}", written.stderr);
+    let found = std::fs::metadata(home.join(".config/spore/token")).unwrap();
+    assert_eq!(
+        (found.uid(), found.gid(), found.mode() & 0o777),
+        (STRANGER, STRANGER, 0o600)
+    );
+}

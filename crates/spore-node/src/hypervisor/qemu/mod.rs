@@ -184,6 +184,19 @@ impl Qemu {
         let tsc_khz = blocking(tsc::measure_khz)
             .await
             .map_err(QemuError::Worker)?;
+        Self::with(config, version, tsc_khz)
+    }
+
+    /// The driver for stopping and removing VMs only, on a host where QEMU or the guest's files may
+    /// be gone. A boot fails on what is missing.
+    ///
+    /// # Errors
+    /// [`QemuError::Room`].
+    pub fn open_to_stop(config: QemuConfig) -> Result<Self, QemuError> {
+        Self::with(config, "unknown".to_owned(), 0)
+    }
+
+    fn with(config: QemuConfig, version: String, tsc_khz: u64) -> Result<Self, QemuError> {
         let rooms = Arc::new(Rooms::open(config.room.clone())?);
         let caps = Caps {
             name: "qemu",
