@@ -1,7 +1,7 @@
 //! `spore completions`: a script that teaches a shell the verbs. It calls no daemon.
 
 use anyhow::Result;
-use clap::{Args, CommandFactory as _};
+use clap::{Args, Command, CommandFactory as _};
 use clap_complete::Shell;
 
 use super::Cli;
@@ -21,8 +21,17 @@ pub(super) struct Completions {
 impl Completions {
     pub(super) fn run(self, output: &Output) -> Result<u8> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut Cli::command(), "spore", &mut script);
+        clap_complete::generate(self.shell, &mut shown(), "spore", &mut script);
         output.bytes(&script)?;
         Ok(0)
     }
+}
+
+/// The command line without the verbs that only the daemon calls.
+fn shown() -> Command {
+    let all = Cli::command();
+    let verbs = all.get_subcommands().filter(|verb| !verb.is_hide_set());
+    Command::new("spore")
+        .args(all.get_arguments().cloned())
+        .subcommands(verbs.cloned())
 }

@@ -90,7 +90,8 @@ impl Exec {
         }
         let wants_terminal =
             !self.no_tty && io::stdin().is_terminal() && io::stdout().is_terminal();
-        session(context, &self.app, start, wants_terminal).await
+        let what = format!("cannot run {} in {}", start.argv.join(" "), self.app);
+        session(context, &self.app, start, wants_terminal, what).await
     }
 }
 
@@ -105,7 +106,8 @@ impl Shell {
             timeout_ms: None,
         };
         let wants_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
-        session(context, &self.which.app, start, wants_terminal).await
+        let what = format!("cannot open a shell in {}", self.which.app);
+        session(context, &self.which.app, start, wants_terminal, what).await
     }
 }
 
@@ -114,6 +116,7 @@ async fn session(
     app: &AppName,
     mut start: ExecStart,
     wants_terminal: bool,
+    what: String,
 ) -> Result<u8> {
     if wants_terminal {
         start.pty = Some(window());
@@ -123,7 +126,7 @@ async fn session(
                 .insert(0, ("TERM".to_owned(), terminal.clone()));
         }
     }
-    let what = || format!("cannot run {} in {app}", start.argv.join(" "));
+    let what = || what.clone();
     let (input, output) = context.client.exec(app, &start).await.with_context(what)?;
     let signals = Signals::listen().context("cannot listen for signals")?;
     let typed = stdin::read().context("cannot read standard input")?;

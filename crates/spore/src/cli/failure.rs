@@ -4,10 +4,13 @@
 
 use std::io;
 
+use clap::error::ErrorKind;
 use serde::Serialize;
 use spore_api::client::{CallError, ExecError};
 use spore_api::error::{ApiError, Blame, Retry};
 use thiserror::Error;
+
+use crate::config::ConfigError;
 
 /// Exit code of a failure.
 pub(crate) const FAILED: u8 = 1;
@@ -55,7 +58,12 @@ pub(crate) enum UsageError {
          FILE` or `spore cp FILE APP:/path`"
     )]
     CopySides,
-    #[error("`{text}` is not of the form NAME=VALUE")]
+    #[error(
+        "a secret's value is never taken from the command line, where every process of this host \
+         reads it: pipe it, or type it when asked. The one given may be in your shell's history"
+    )]
+    ValueInSight,
+    #[error("`{text}` is not of the form NAME=VALUE. Use `-e NAME=VALUE`")]
     Variable { text: String },
     #[error("`{text}` is not a time: {problem}. Use one such as 30s or 5m")]
     Time { text: String, problem: String },
@@ -68,6 +76,36 @@ pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
 }
 
 impl Failure {
+    /// The failure that a command line is which the parser does not take.
+    pub(crate) fn of_parser(error: &clap::Error) -> Self {
+        let text = match error.kind() {
+            // The parser's own words would list the verbs that are not for people.
+            ErrorKind::MissingSubcommand => "no verb is given".to_owned(),
+            _ => error.render().to_string(),
+        };
+        // What follows the first part is the usage, for people.
+        let first = text.split("\n\nUsage:").next().unwrap_or(&text);
+        let words: Vec<&str> = first.split_whitespace().collect();
+        let message = words.join(" ");
+        let message = message.strip_prefix("error: ").unwrap_or(&message);
+        let message = message
+            .strip_suffix("For more information, try '--help'.")
+            .unwrap_or(message)
+            .trim_end()
+            .to_owned();
+        Self {
+            chain: vec![message.clone()],
+            report: Report {
+                code: "usage".to_owned(),
+                message,
+                blame: Blame::Caller,
+                retry: Retry::Never,
+                request_id: String::new(),
+            },
+            exit: USAGE,
+        }
+    }
+
     /// The failure that an error means.
     pub(crate) fn of(error: &anyhow::Error) -> Self {
         let mut chain: Vec<String> = Vec::new();
@@ -81,7 +119,7 @@ impl Failure {
         let api = error.chain().find_map(api_of);
         let exit = match api {
             Some(api) if api.blame == Blame::App => APP_FAILED,
-            _ if error.chain().any(|cause| cause.is::<UsageError>()) => USAGE,
+            _ if error.chain().any(is_usage) => USAGE,
             _ => FAILED,
         };
         let report = match api {
@@ -132,6 +170,12 @@ impl Report {
             request_id: String::new(),
         }
     }
+}
+
+/// Whether the command line itself is wrong: `--host` is read by the verb, not by the parser.
+fn is_usage(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let host = cause.downcast_ref::<ConfigError>();
+    cause.is::<UsageError>() || matches!(host, Some(ConfigError::Endpoint(_)))
 }
 
 fn api_of<'e>(cause: &'e (dyn std::error::Error + 'static)) -> Option<&'e ApiError> {

@@ -5,7 +5,7 @@ use clap::Args;
 use spore_api::log::{LogLine, LogQuery, LogSource};
 
 use super::output::{Format, Look, Output, harmless, moment};
-use super::{Context, OneApp};
+use super::{Context, OneApp, counting};
 
 /// Show what an app prints
 #[derive(Debug, Args)]
@@ -16,7 +16,7 @@ pub(super) struct Logs {
     #[arg(long, short)]
     follow: bool,
     /// The last so many lines [default: 100]
-    #[arg(long, short = 'n', value_name = "LINES")]
+    #[arg(long, short = 'n', value_name = "LINES", value_parser = counting::<u32>)]
     tail: Option<u32>,
 }
 

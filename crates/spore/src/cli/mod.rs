@@ -26,8 +26,10 @@ mod steps;
 mod upload;
 
 use std::process::ExitCode;
+use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use spore_api::client::Client;
 use spore_api::name::AppName;
@@ -113,6 +115,15 @@ pub(crate) struct OneApp {
     app: AppName,
 }
 
+/// A number from one on, as an option has it.
+fn counting<N>(text: &str) -> Result<N, &'static str>
+where
+    N: FromStr + PartialEq + From<u8>,
+{
+    let number = text.parse().ok().filter(|number| *number != N::from(0));
+    number.ok_or("it must be a whole number from 1 on")
+}
+
 /// What a verb works with.
 #[derive(Debug)]
 pub(crate) struct Context {
@@ -126,10 +137,7 @@ pub(crate) fn main() -> ExitCode {
     let screen = Screen::read(&environment);
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            Output::new(Format::Text, &screen).parser(&error);
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(failure::USAGE));
-        }
+        Err(error) => return refused(&error, &screen),
     };
     let format = if cli.global.json {
         Format::Json
@@ -146,6 +154,26 @@ pub(crate) fn main() -> ExitCode {
             ExitCode::from(failure.exit)
         }
     }
+}
+
+/// Ends a call whose command line the parser does not take, and prints help and version.
+fn refused(error: &clap::Error, screen: &Screen) -> ExitCode {
+    // What stands behind `--` is another program's.
+    let mut arguments = std::env::args_os().take_while(|argument| argument != "--");
+    let format = match arguments.any(|argument| argument == "--json") {
+        true => Format::Json,
+        false => Format::Text,
+    };
+    let output = Output::new(format, screen);
+    if format == Format::Json && error.use_stderr() {
+        output.failure(&Failure::of_parser(error));
+    } else if error.kind() == ErrorKind::MissingSubcommand {
+        // The parser's own words would list the verbs that are not for people.
+        output.note("error: no verb is given. `spore --help` lists them");
+    } else {
+        output.parser(error);
+    }
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(failure::USAGE))
 }
 
 fn run(cli: Cli, output: &Output) -> Result<ExitCode> {

@@ -6,7 +6,7 @@ use spore_api::app;
 
 use super::deploy::finish;
 use super::steps::Steps;
-use super::{Context, OneApp};
+use super::{Context, OneApp, counting};
 
 /// Make an earlier release live
 #[derive(Debug, Args)]
@@ -14,7 +14,7 @@ pub(super) struct Rollback {
     #[command(flatten)]
     which: OneApp,
     /// The release's number; the healthy one before the present when absent
-    #[arg(long, value_name = "RELEASE", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "RELEASE", value_parser = counting::<u64>)]
     to: Option<u64>,
 }
 

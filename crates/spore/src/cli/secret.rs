@@ -3,6 +3,7 @@
 //! A value comes from standard input, a prompt or a file, never from the command line, where every
 //! process of the host could read it.
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal as _, Read as _};
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,7 @@ use spore_api::secret::PutSecret;
 use thiserror::Error;
 use zeroize::{Zeroize as _, Zeroizing};
 
+use super::failure::UsageError;
 use super::output::{Cell, Format, moment};
 use super::steps::Done;
 use super::{Context, OneApp};
@@ -49,6 +51,9 @@ struct Set {
     /// The secret's name
     #[arg(required_unless_present = "env_file", conflicts_with = "env_file")]
     name: Option<SecretName>,
+    /// Taken so that it can be refused without being repeated
+    #[arg(hide = true)]
+    value: Option<OsString>,
     /// A file of NAME=VALUE lines; each becomes a secret
     #[arg(long, value_name = "FILE")]
     env_file: Option<PathBuf>,
@@ -126,6 +131,9 @@ impl Secret {
 
 impl Set {
     async fn run(self, context: &Context) -> Result<u8> {
+        if self.value.is_some() {
+            return Err(UsageError::ValueInSight.into());
+        }
         let app = &self.app;
         let pairs = match (&self.name, &self.env_file) {
             (Some(name), _) => vec![(name.clone(), read_value(app, name)?)],

@@ -184,6 +184,8 @@ fn output_for_people_is_as_it_was() {
         ("image-gc", &["image", "gc", "--dry-run"]),
         ("usage-verb", &["depoly"]),
         ("usage-name", &["stop", "No"]),
+        ("usage-count", &["logs", "notes", "-n", "few"]),
+        ("usage-host", &["ps", "--host", ":::"]),
         ("usage-build", &["image", "build", "x"]),
         ("usage-cp", &["cp", "a", "b"]),
         ("usage-env", &["exec", "notes", "-e", "A", "true"]),
@@ -193,6 +195,51 @@ fn output_for_people_is_as_it_was() {
         ),
     ] {
         golden(name, &run(&fake, args));
+    }
+}
+
+#[test]
+fn with_json_a_wrong_command_line_is_json_too() {
+    for (args, words) in [
+        (&["--json", "depoly"][..], "deploy"),
+        (&["--json"], "no verb"),
+        (&["stop", "No", "--json"], "`No` is not allowed"),
+        (&["logs", "--json"], "<APP>"),
+        (&["ps", "--json", "--host", ":::"], "not an address"),
+    ] {
+        let ran: Ran = bare().args(args).output().unwrap().into();
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{args:?}");
+        let error: serde_json::Value = serde_json::from_str(&ran.stderr).unwrap();
+        assert_eq!(error["code"], "usage", "{args:?}");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains(words), "{args:?}: {message}");
+        assert!(!message.contains("Usage:") && !message.contains("--help"));
+    }
+    // The program's own option, not ours.
+    let ran: Ran = bare()
+        .args(["exec", "--", "ls", "--json"])
+        .output()
+        .unwrap()
+        .into();
+    assert!(ran.stderr.starts_with("error: "), "{}", ran.stderr);
+}
+
+#[test]
+fn verbs_of_the_daemon_are_offered_to_nobody() {
+    let scripts = ["bash", "zsh", "fish"].map(|shell| vec!["completions", shell]);
+    for args in scripts
+        .into_iter()
+        .chain([vec!["--help"], vec!["--host", "x"]])
+    {
+        let ran: Ran = bare().args(&args).output().unwrap().into();
+        let said = ran.stdout + &ran.stderr;
+        assert!(
+            said.contains("deploy") || said.contains("--help"),
+            "{args:?}: {said}"
+        );
+        for verb in ["keep-token", "image-pack", "egress", "jail"] {
+            assert!(!said.contains(verb), "{args:?}: {verb}");
+        }
     }
 }
 
@@ -444,13 +491,15 @@ fn secrets_come_from_input_or_a_file_and_never_from_the_command_line() {
         assert_eq!(ran.code, Some(1));
         assert!(ran.stderr.contains(words), "{}", ran.stderr);
     }
-    let ran = run(&fake, &["secret", "set", "notes", "A", "value"]);
-    assert_eq!(ran.code, Some(2));
-    assert!(
-        !ran.stderr.contains("unexpected argument 'hunter2'"),
-        "{}",
-        ran.stderr
-    );
+    for more in [&[][..], &["--json"]] {
+        let ran = run(
+            &fake,
+            &[&["secret", "set", "notes", "A", "hunter2"], more].concat(),
+        );
+        assert_eq!(ran.code, Some(2));
+        assert!(ran.stderr.contains("pipe it"), "{}", ran.stderr);
+        assert!(!ran.stderr.contains("hunter2"), "{}", ran.stderr);
+    }
 }
 
 #[test]
