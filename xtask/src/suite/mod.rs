@@ -2,104 +2,71 @@
 //! learn of a failure. Run by `make test` and by CI.
 //!
 //! Every step runs, whatever failed before it. A check or test that cannot run here says
-//! `SKIPPED: reason` and is counted: nothing is left out silently.
+//! `SKIPPED: reason`, is named and counted, and counts as nothing else.
 
+mod leftovers;
+mod tally;
+
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
+use self::tally::Tally;
 use crate::progress::{say, step};
 use crate::{command, deps, guest, place, tidy};
-
-/// What ran so far.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Tally {
-    passed: u64,
-    failed: u64,
-    /// Each with its reason.
-    skipped: Vec<String>,
-    /// Names of steps that failed.
-    broken: Vec<String>,
-}
-
-impl Tally {
-    /// Counts a step that has no tests of its own.
-    fn check(&mut self, name: &str, outcome: Result<()>) {
-        match outcome {
-            Ok(()) => self.passed += 1,
-            Err(error) => {
-                say(format!("FAILED: {name}: {error:#}"));
-                self.failed += 1;
-                self.broken.push(name.to_owned());
-            }
-        }
-    }
-
-    /// Counts what one line of a test run says.
-    fn line(&mut self, line: &str) {
-        if let Some(rest) = line.strip_prefix("test result: ") {
-            self.passed += number_before(rest, " passed");
-            self.failed += number_before(rest, " failed");
-        } else if let Some(name) = line
-            .strip_prefix("test ")
-            .and_then(|rest| rest.split_once(" ... ignored"))
-            .map(|(name, why)| format!("{name}{why}"))
-        {
-            self.skipped.push(name);
-        } else if let Some((_, reason)) = line.split_once("SKIPPED: ") {
-            self.skipped.push(reason.to_owned());
-        }
-    }
-}
 
 /// Runs the suite.
 pub(crate) fn run() -> Result<()> {
     let mut tally = Tally::default();
-    say("runs: fmt, tidy, clippy, deny, guest, tests of all crates and of tests/");
-    let fmt = step("fmt", || {
+    say("runs: fmt, tidy, clippy, deny, guest, tests of all crates and of tests/, leftovers");
+    check(&mut tally, "fmt", || {
         command::run(place::cargo().args(["fmt", "--all", "--check"]))
     });
-    tally.check("fmt", fmt);
-    tally.check("tidy", step("tidy", || tidy::run(true)));
-    let clippy = step("clippy", || {
+    check(&mut tally, "tidy", || tidy::run(true));
+    check(&mut tally, "clippy", || {
+        let what = ["--quiet", "--locked", "--workspace", "--all-targets"];
         command::run(
             place::cargo()
-                .args([
-                    "clippy",
-                    "--quiet",
-                    "--locked",
-                    "--workspace",
-                    "--all-targets",
-                ])
+                .arg("clippy")
+                .args(what)
                 .args(["--", "--deny=warnings"]),
         )
     });
-    tally.check("clippy", clippy);
     deny(&mut tally);
-    let folder = std::path::Path::new(place::DEPS_DEFAULT);
+    let folder = Path::new(place::DEPS_DEFAULT);
     match deps::kernel::current(folder) {
-        Ok(_release) => tally.check("guest", guest::run(folder)),
+        Ok(_release) => check(&mut tally, "guest", || guest::run(folder)),
         Err(error) => skip(&mut tally, &format!("guest: {error:#}")),
     }
-    let built = step("build tests", || {
-        command::run(place::cargo().args([
-            "test",
-            "--quiet",
-            "--locked",
-            "--workspace",
-            "--no-run",
-        ]))
+    check(&mut tally, "build tests", || {
+        let what = ["--quiet", "--locked", "--workspace", "--no-run"];
+        command::run(place::cargo().arg("test").args(what))
     });
-    tally.check("build tests", built);
+    let before = leftovers::processes();
     say("==> tests");
     let outcome = tests(&mut tally);
     if let Err(error) = outcome {
-        say(format!("FAILED: tests: {error:#}"));
-        tally.broken.push("tests".to_owned());
-        tally.failed = tally.failed.max(1);
+        say(format!("FAILED: {error:#}"));
+        // A test program that ended by a signal, or was not built, has said no number.
+        if tally.failed == 0 {
+            tally.failed = 1;
+            tally.broken.push("tests".to_owned());
+        }
     }
+    check(&mut tally, "leftovers", || nothing_is_left(&before));
     finish(&tally)
+}
+
+/// Does one step and counts it.
+fn check(tally: &mut Tally, name: &str, work: impl FnOnce() -> Result<()>) {
+    let outcome = step(name, work);
+    if let Err(error) = &outcome {
+        say(format!("FAILED: {name}: {error:#}"));
+    }
+    tally.check(name, &outcome);
 }
 
 /// cargo-deny, where it is installed; its advisories need a database from outside and are left to
@@ -109,17 +76,10 @@ fn deny(tally: &mut Tally) {
         skip(tally, "deny: cargo-deny is not installed");
         return;
     }
-    let outcome = step("deny", || {
-        command::run(place::cargo().args([
-            "deny",
-            "--offline",
-            "check",
-            "bans",
-            "licenses",
-            "sources",
-        ]))
+    check(tally, "deny", || {
+        let what = ["check", "bans", "licenses", "sources"];
+        command::run(place::cargo().args(["deny", "--offline"]).args(what))
     });
-    tally.check("deny", outcome);
 }
 
 fn skip(tally: &mut Tally, reason: &str) {
@@ -129,16 +89,10 @@ fn skip(tally: &mut Tally, reason: &str) {
 
 /// All tests of the workspace, those of `tests/` included, shown as they come and counted.
 fn tests(tally: &mut Tally) -> Result<()> {
-    // Tests that skip themselves say so on their output, which is hidden unless asked for.
     let mut cargo = place::cargo();
     cargo
-        .args([
-            "test",
-            "--quiet",
-            "--locked",
-            "--workspace",
-            "--no-fail-fast",
-        ])
+        .args(["test", "--locked", "--workspace", "--no-fail-fast"])
+        // Tests that skip themselves say so on their output, which is hidden unless asked for.
         .args(["--", "--format=pretty", "--show-output"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
@@ -148,8 +102,10 @@ fn tests(tally: &mut Tally) -> Result<()> {
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line?;
         let text = String::from_utf8_lossy(&line);
-        tally.line(&text);
         writeln!(terminal, "{text}")?;
+        if let Some(skipped) = tally.line(&text).filter(|skipped| *skipped > 0) {
+            writeln!(terminal, "of these, {skipped} skipped themselves")?;
+        }
     }
     drop(terminal);
     let status = child.wait()?;
@@ -159,83 +115,27 @@ fn tests(tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
+/// A process that outlived its test is a bug of the test, or of what it tests.
+fn nothing_is_left(before: &BTreeMap<u32, String>) -> Result<()> {
+    let left: Vec<String> = leftovers::processes()
+        .into_iter()
+        .filter(|(pid, _)| !before.contains_key(pid))
+        .map(|(pid, line)| format!("{pid} {line}"))
+        .collect();
+    ensure!(left.is_empty(), "still running: {}", left.join("; "));
+    Ok(())
+}
+
 fn finish(tally: &Tally) -> Result<()> {
-    leftovers();
     for reason in &tally.skipped {
         say(format!("SKIPPED: {reason}"));
     }
     for name in &tally.broken {
         say(format!("FAILED: {name}"));
     }
-    say(closing(tally));
+    say(tally.closing());
     if tally.failed > 0 {
         bail!("{} failed", tally.failed);
     }
     Ok(())
-}
-
-/// Processes of VMs that outlived their test are a bug of the test; they are named.
-fn leftovers() {
-    let found = Command::new("pgrep")
-        .args(["-a", "-f", "^qemu-system-x86_64 .*spore"])
-        .output();
-    if let Ok(found) = found {
-        for line in String::from_utf8_lossy(&found.stdout).lines() {
-            say(format!("still running: {line}"));
-        }
-    }
-}
-
-/// The last line, which CI reads.
-fn closing(tally: &Tally) -> String {
-    format!(
-        "{} passed, {} failed, {} skipped",
-        tally.passed,
-        tally.failed,
-        tally.skipped.len()
-    )
-}
-
-/// The number before a word in a line of libtest.
-fn number_before(text: &str, word: &str) -> u64 {
-    text.split(word)
-        .next()
-        .and_then(|before| before.rsplit(' ').next())
-        .and_then(|number| number.parse().ok())
-        .unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{Tally, closing};
-
-    #[test]
-    fn results_of_all_test_programs_are_added() {
-        let mut tally = Tally::default();
-        tally.line("test result: ok. 7 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out");
-        tally.line("test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured");
-        tally.line("test a::b ... ok");
-        assert_eq!(closing(&tally), "10 passed, 2 failed, 0 skipped");
-    }
-
-    #[test]
-    fn skipped_tests_are_named_with_their_reason() {
-        let mut tally = Tally::default();
-        tally.line("test a::b ... ignored, needs KVM");
-        tally.line("SKIPPED: confining a process needs root");
-        assert_eq!(
-            tally.skipped,
-            ["a::b, needs KVM", "confining a process needs root"]
-        );
-        assert_eq!(closing(&tally), "0 passed, 0 failed, 2 skipped");
-    }
-
-    #[test]
-    fn a_failed_check_is_counted_and_named() {
-        let mut tally = Tally::default();
-        tally.check("fmt", Ok(()));
-        tally.check("tidy", Err(anyhow::anyhow!("2 findings")));
-        assert_eq!(closing(&tally), "1 passed, 1 failed, 0 skipped");
-        assert_eq!(tally.broken, ["tidy"]);
-    }
 }
