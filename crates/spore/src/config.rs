@@ -7,7 +7,9 @@
 use std::ffi::OsString;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use spore_api::client::{Endpoint, EndpointError};
 use thiserror::Error;
@@ -28,6 +30,8 @@ const SOCKET: &str = "/run/spore/api.sock";
 const API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8889);
 /// The token that the daemon made, for root.
 const TOKEN_FILE: &str = "/etc/spore/token";
+/// What a VM may be given to boot: less than any needs, and longer than anybody waits.
+const BOOT_TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_secs(3600);
 /// The most bytes of a token file.
 const TOKEN_BYTES_MAX: usize = 4096;
 
@@ -104,6 +108,8 @@ pub(crate) struct ServerConfig {
     pub(crate) base_images: PathBuf,
     /// The cgroup below which VMs get theirs.
     pub(crate) cgroup_parent: String,
+    /// How long a VM may take from its start to its agent's first word.
+    pub(crate) boot_timeout: Duration,
     /// What the daemon and the gateway log.
     pub(crate) log: LogConfig,
 }
@@ -276,12 +282,13 @@ impl Default for ServerConfig {
             initramfs: "/usr/local/lib/spore/guest/initramfs.cpio".into(),
             base_images: "/usr/local/lib/spore/images".into(),
             cgroup_parent: "spore".to_owned(),
+            boot_timeout: Duration::from_secs(90),
             log: LogConfig::default(),
         }
     }
 }
 
-const SERVER_KEYS: [&str; 17] = [
+const SERVER_KEYS: [&str; 18] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
@@ -297,6 +304,7 @@ const SERVER_KEYS: [&str; 17] = [
     "initramfs",
     "base_images",
     "cgroup_parent",
+    "boot_timeout",
     "log",
     "log_format",
 ];
@@ -359,6 +367,9 @@ impl ServerConfig {
         }
         if let Some(entry) = table.get("cgroup_parent") {
             config.cgroup_parent = cgroup(&entry)?;
+        }
+        if let Some(entry) = table.get("boot_timeout") {
+            config.boot_timeout = entry.span(BOOT_TIMEOUT)?;
         }
         if let Some(entry) = table.get("log") {
             let filter = entry.text()?;
@@ -448,6 +459,7 @@ fn cgroup(entry: &Entry<'_>) -> Result<String, DocumentError> {
 #[cfg(test)]
 mod tests {
     use std::ffi::OsString;
+    use std::time::Duration;
 
     use super::{CliConfig, Colour, Desktop, Screen, ServerConfig};
     use crate::log::{LogConfig, LogFormat};
@@ -504,6 +516,7 @@ mod tests {
             initramfs = "/i"
             base_images = "/b"
             cgroup_parent = "spore.slice/vms"
+            boot_timeout = "5m"
             log = "warn,spore_node=debug"
             log_format = "json"
         "#;
@@ -524,6 +537,7 @@ mod tests {
             initramfs: "/i".into(),
             base_images: "/b".into(),
             cgroup_parent: "spore.slice/vms".into(),
+            boot_timeout: Duration::from_secs(300),
             log: LogConfig {
                 filter: "warn,spore_node=debug".into(),
                 format: LogFormat::Json,
@@ -558,6 +572,7 @@ mod tests {
                 "such as `info,spore_gateway=debug`",
             ),
             ("log_format = \"xml\"", "must be `text` or `json`"),
+            ("boot_timeout = \"1s\"", "from 10s to 1h"),
             ("memory_reserve = 512", "a size such as"),
             ("memory_reserve = \"512MB\"", "`MB` is not a unit"),
             ("base = \"Local_Host\"", "lower case"),

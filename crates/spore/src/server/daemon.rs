@@ -45,6 +45,9 @@ const BUILD_SCRATCH: &str = "/var/tmp";
 /// The most requests that wait for one wake.
 const WAITERS_MAX: u32 = 1_000;
 
+/// What a start may take beside the guest's boot: disks, namespace, the VMM itself.
+const BOOT_SLACK: Duration = Duration::from_secs(30);
+
 /// How long the end of the daemon may take before it ends anyway.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -123,7 +126,7 @@ fn give_token(token: &Zeroizing<String>, uid: u32, program: &Path) {
     }
 }
 
-/// Tells systemd how the daemon is; without it a start would time out, so a failure is worth a line.
+/// Tells systemd how the daemon is; a start that it is not told of times out.
 fn tell_supervisor(socket: Option<&Path>, state: &str) {
     let Some(socket) = socket else {
         return;
@@ -274,7 +277,10 @@ fn control_config(config: &ServerConfig, token: Zeroizing<String>) -> ControlCon
             "QEMU's software emulation is confined like a process but is not a security boundary"
                 .to_owned(),
         ],
-        timing: Timing::default(),
+        timing: Timing {
+            boot_allowance: config.boot_timeout + BOOT_SLACK,
+            ..Timing::default()
+        },
         waiters_max: WAITERS_MAX,
     }
 }

@@ -112,6 +112,7 @@ async fn open_node(config: &ServerConfig, qemu: Qemu, files: Arc<dyn Images>) ->
         config.log_dir.join("apps"),
         host_memory_mib()?,
     );
+    node_config.limits.agent = config.boot_timeout;
     node_config.capacity.memory_reserve_mib = u64::from(config.memory_reserve_mib);
     let (node, adoption) = Node::open(node_config, Arc::new(qemu.clone()), files)
         .await

@@ -1,7 +1,7 @@
 //! The daemon as a systemd unit, where systemd runs.
 //!
-//! Used by `up.rs` and `down.rs`. Two units, since a cgroup that systemd delegates must hold VMs and
-//! nothing else: the daemon's own, and one without a process under which the VMs' cgroups are.
+//! Used by `up.rs` and `down.rs`. Two units, since a cgroup that systemd delegates must hold VMs
+//! and nothing else: the daemon's own, and one without a process above the VMs' cgroups.
 //!
 //! ```text
 //!   system.slice/spore.service                 the daemon, the gateway
