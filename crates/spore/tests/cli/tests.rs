@@ -36,6 +36,14 @@ fn bare() -> Command {
     command
 }
 
+/// Copies the program, by another process: were the copy open for writing here while a test beside
+/// this one starts a process, that would inherit it, and nobody could run the copy.
+fn copy_program(to: &Path) {
+    let mut cp = Command::new("cp");
+    cp.arg(env!("CARGO_BIN_EXE_spore")).arg(to);
+    assert!(cp.status().unwrap().success());
+}
+
 fn spore(fake: &Fake, args: &[&str]) -> Command {
     let mut command = bare();
     command
@@ -434,7 +442,7 @@ fn a_file_that_cannot_be_read_is_named() {
     if std::fs::read(folder.path().join("app.py")).is_ok() {
         set(copy.path(), 0o755);
         let program = copy.path().join("spore");
-        std::fs::copy(env!("CARGO_BIN_EXE_spore"), &program).unwrap();
+        copy_program(&program);
         let args: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
         command = Command::new(program);
         command
@@ -697,7 +705,7 @@ fn a_users_copy_of_the_token_is_written_with_the_users_rights_only() {
         .unwrap();
     // The build's own folder may be closed to others.
     let program = shared.path().join("spore");
-    std::fs::copy(env!("CARGO_BIN_EXE_spore"), &program).unwrap();
+    copy_program(&program);
     let home = shared.path().join("home");
     std::fs::create_dir(&home).unwrap();
     chown(&home, Some(STRANGER), Some(STRANGER)).unwrap();
