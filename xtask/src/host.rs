@@ -43,6 +43,7 @@ pub(crate) fn up(dir: &Path) -> Result<()> {
         },
         refresh: false,
         bench: false,
+        systemd: false,
         no_images: false,
     })?;
     guest::run(dir)?;
@@ -78,7 +79,8 @@ pub(crate) fn clean(dir: &Path) -> Result<()> {
                 .arg(folder),
         )?;
     }
-    remove_unit()?;
+    remove_units()?;
+    forget_token()?;
     let user = deps::packages::BUILD_USER;
     if Command::new("getent")
         .args(["passwd", user])
@@ -93,19 +95,47 @@ pub(crate) fn clean(dir: &Path) -> Result<()> {
     if fs::symlink_metadata(&link).is_ok() {
         fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
     }
-    say("clean; a token that was copied to ~/.config/spore was left");
+    say("clean");
     Ok(())
 }
 
-/// Removes the systemd unit that `spore up` wrote.
-fn remove_unit() -> Result<()> {
-    const UNIT: &str = "/etc/systemd/system/spore.service";
-    if !Path::new(UNIT).exists() {
+/// Removes the systemd units that `spore up` wrote.
+fn remove_units() -> Result<()> {
+    let units = ["spore.service", "spore-vms.service"];
+    let paths = units.map(|unit| Path::new("/etc/systemd/system").join(unit));
+    let there: Vec<&PathBuf> = paths.iter().filter(|path| path.exists()).collect();
+    if there.is_empty() {
         return Ok(());
     }
-    say(format!("removing {UNIT}"));
-    command::run(command::as_root("rm").arg("-f").arg(UNIT))?;
+    say("removing the systemd units");
+    command::run(command::as_root("rm").arg("-f").args(there))?;
     command::run(command::as_root("systemctl").args(["daemon-reload", "--quiet"]))
+}
+
+/// Removes the copy of the token that the daemon gave to whoever started it, with their own rights:
+/// root would follow the links of their home. Root itself gets no copy.
+fn forget_token() -> Result<()> {
+    let own = rustix::process::geteuid();
+    let user = match place::sudo_uid() {
+        Some(uid) if own.is_root() => uid,
+        None if own.is_root() => return Ok(()),
+        _ => own.as_raw(),
+    };
+    let entry = command::output(Command::new("getent").args(["passwd", &user.to_string()]))?;
+    let Some(home) = entry.trim().split(':').nth(5) else {
+        return Ok(());
+    };
+    let mut remove = if own.is_root() {
+        let mut setpriv = Command::new("setpriv");
+        setpriv.args(["--reuid", &user.to_string(), "--clear-groups", "sh"]);
+        setpriv
+    } else {
+        Command::new("sh")
+    };
+    // What else is in the folder is not ours.
+    let folder = Path::new(home).join(".config/spore");
+    let what = r#"rm -f "$0/token" && { rmdir "$0" 2>/dev/null || true; }"#;
+    command::run(remove.args(["-c", what]).arg(folder))
 }
 
 /// Builds the program and returns its path.

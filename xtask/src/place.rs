@@ -11,10 +11,11 @@
 //!
 //! DIR is outside of the working tree, so that a fresh clone on the same machine fetches nothing.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::command;
 
@@ -35,6 +36,26 @@ pub(crate) fn cargo() -> Command {
     cargo
 }
 
+/// The user who became root by sudo(8) for this run.
+pub(crate) fn sudo_uid() -> Option<u32> {
+    let uid = std::env::var("SUDO_UID").ok()?;
+    uid.parse().ok().filter(|uid| *uid != 0)
+}
+
+/// Refuses to build as root in a tree of somebody who is not: their next build could not write to
+/// its own target folder.
+pub(crate) fn check_owner() -> Result<()> {
+    let owner = std::fs::metadata(repository())?.uid();
+    ensure!(
+        !rustix::process::geteuid().is_root() || sudo_uid() != Some(owner),
+        "run this without sudo: it asks for root where it needs it, and as root it would leave \
+         files in the target folder that you cannot change. If that has happened: \
+         `sudo chown -R {owner} {}`",
+        target()?.display()
+    );
+    Ok(())
+}
+
 /// Cargo's target folder, wherever the environment or configuration put it.
 pub(crate) fn target() -> Result<PathBuf> {
     let text = command::output(cargo().args([
@@ -51,10 +72,17 @@ pub(crate) fn target() -> Result<PathBuf> {
     Ok(PathBuf::from(folder))
 }
 
-/// Makes `dir`, owned by whoever runs this task.
+/// Makes `dir`, owned by whoever runs this task; one that is there must be writable.
 pub(crate) fn make(dir: &Path) -> Result<()> {
     if dir.is_dir() || std::fs::create_dir_all(dir).is_ok() {
-        return Ok(());
+        return rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).with_context(|| {
+            format!(
+                "{} was made by another user: `sudo chown -R \"$(id -u)\" {}`, or choose another \
+                 with --dir",
+                dir.display(),
+                dir.display()
+            )
+        });
     }
     let owner = rustix::process::getuid().as_raw().to_string();
     command::run(

@@ -33,7 +33,8 @@ pub enum KeyFileError {
     /// It is gone, and secrets need it.
     #[error(
         "the key file {path} is missing, and the store holds secrets that only it opens: put the \
-         file back from your backup; if it is lost for good, remove the secrets' store"
+         file back from your backup; if it is lost for good, docs/runbook/backup.md says what is \
+         left to do"
     )]
     Lost {
         /// Where it should be.
