@@ -13,6 +13,7 @@ mod image;
 mod place;
 mod progress;
 mod suite;
+mod systemd;
 mod tidy;
 
 use std::path::PathBuf;
@@ -56,6 +57,11 @@ enum Task {
     },
     /// Runs the whole test suite
     Test,
+    /// Boots a Debian with systemd under QEMU and looks at Spore there (after `deps --systemd`)
+    SystemdTest(Folder),
+    /// What is looked at in that machine; started there only
+    #[command(hide = true)]
+    SystemdStory,
     /// Builds and installs Spore on this machine, starts it and deploys the example
     Up(Folder),
     /// Stops all VMs and the daemon
@@ -74,6 +80,7 @@ struct Folder {
 
 /// How much `deps` fetches.
 #[derive(Clone, Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct DepsOptions {
     #[command(flatten)]
     folder: Folder,
@@ -83,29 +90,43 @@ struct DepsOptions {
     /// Also installs what `bench/` compares with
     #[arg(long)]
     bench: bool,
+    /// Also builds the Debian that `systemd-test` boots
+    #[arg(long)]
+    systemd: bool,
     /// Leaves out the base images
     #[arg(long)]
     no_images: bool,
 }
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().task {
+    match run(Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            progress::failed(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> anyhow::Result<()> {
+    if !matches!(
+        task,
+        Task::Image { .. } | Task::ImagePack | Task::SystemdStory
+    ) {
+        place::check_owner()?;
+    }
+    match task {
         Task::Deps(options) => deps::run(&options),
         Task::Guest(folder) => guest::run(&folder.dir),
         Task::Image { recipes, folder } => run_image(&recipes, &folder.dir),
         Task::ImagePack => run_image_pack(),
         Task::Tidy { deps } => tidy::run(deps),
         Task::Test => suite::run(),
+        Task::SystemdTest(folder) => systemd::run(&folder.dir),
+        Task::SystemdStory => systemd::story::run(),
         Task::Up(folder) => host::up(&folder.dir),
         Task::Down => host::down(),
         Task::CleanHost(folder) => host::clean(&folder.dir),
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            progress::failed(&error);
-            ExitCode::FAILURE
-        }
     }
 }
 

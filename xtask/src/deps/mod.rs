@@ -3,6 +3,7 @@
 //! Run again it fetches nothing, and needs no network. Never removes what an older run fetched: a
 //! snapshot may still need an older kernel.
 
+pub(crate) mod debian;
 pub(crate) mod images;
 pub(crate) mod kernel;
 mod modules;
@@ -39,6 +40,9 @@ pub(crate) fn run(options: &DepsOptions) -> Result<()> {
     })?;
     if !options.no_images {
         images::build_missing(dir)?;
+    }
+    if options.systemd {
+        debian::build_missing(dir)?;
     }
     say(format!("everything is in {}", dir.display()));
     Ok(())
