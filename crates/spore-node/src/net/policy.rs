@@ -31,6 +31,9 @@ const TABLE: &str = "spore";
 /// Where the resolver listens.
 pub const DNS_PORT: u16 = 53;
 
+/// TCP, as a number: its name is in `/etc/protocols`, which a small host does not have.
+const TCP: i32 = libc::IPPROTO_TCP;
+
 /// What a namespace lets pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
@@ -83,11 +86,11 @@ impl Policy {
         }
         objects.push(rule("output", to_guest(), [state("established"), accept()]));
         let mut begin = to_guest();
-        begin.push(meta("l4proto", json!("tcp")));
+        begin.push(meta("l4proto", json!(TCP)));
         objects.push(rule("output", begin, [state("new"), accept()]));
         if self == Self::OpenWithEgress {
             let tap = || vec![meta("iifname", json!(TAP))];
-            let tcp = meta("l4proto", json!("tcp"));
+            let tcp = meta("l4proto", json!(TCP));
             let resolver = field("udp", "dport", json!(DNS_PORT));
             objects.push(rule("prerouting", tap(), [tcp, redirect(PROXY_PORT)]));
             objects.push(rule("prerouting", tap(), [resolver, redirect(DNS_PORT)]));
@@ -176,7 +179,8 @@ pub fn verify(policy: Policy) -> Result<(), PolicyError> {
         what: "reading it back",
         source,
     };
-    let listed = nft(&["-j", "list", "ruleset"], b"").map_err(failed)?;
+    let listed = ["-j", "--numeric-protocol", "list", "ruleset"];
+    let listed = nft(&listed, b"").map_err(failed)?;
     let listed: Value =
         serde_json::from_slice(&listed).map_err(|error| failed(io::Error::other(error)))?;
     match first_difference(&policy.objects(), &without_handles(listed)) {
