@@ -15,6 +15,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use crate::activity::InFlight;
+use crate::header::rewrite_trailers;
 use crate::limits::Limits;
 use crate::listen::Turn;
 use crate::pool::{Detached, Upstream};
@@ -50,6 +51,10 @@ impl RequestBody {
     pub(crate) const fn new(incoming: Incoming, progress: Option<Arc<BodyProgress>>) -> Self {
         Self { incoming, progress }
     }
+
+    pub(crate) fn progress(&self) -> Option<Arc<BodyProgress>> {
+        self.progress.clone()
+    }
 }
 
 impl Body for RequestBody {
@@ -60,7 +65,12 @@ impl Body for RequestBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let polled = Pin::new(&mut self.incoming).poll_frame(cx);
+        let mut polled = Pin::new(&mut self.incoming).poll_frame(cx);
+        if let Poll::Ready(Some(Ok(frame))) = &mut polled
+            && let Some(trailers) = frame.trailers_mut()
+        {
+            rewrite_trailers(trailers);
+        }
         if let Some(progress) = &self.progress {
             progress
                 .starved

@@ -77,6 +77,10 @@ pub(crate) async fn serve(
         }
     };
     *response.version_mut() = Version::HTTP_11;
+    if gateway.quit.is_cancelled() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(CONNECTION, close);
+    }
     std::mem::forget(pending);
     gateway.feed.counters().count_answer(response.status());
     response
@@ -98,6 +102,9 @@ async fn forward(
     request_id: &HeaderValue,
 ) -> Result<Response<AnswerBody>, Trouble> {
     let (mut parts, body) = request.into_parts();
+    // Known before anything is refused: what is left of a body decides how the connection closes.
+    let progress = (!body.is_end_stream()).then(Arc::default);
+    turn.client().watch_body(progress.as_ref());
     let host = header::take_host(
         &parts.method,
         parts.version,
@@ -111,7 +118,13 @@ async fn forward(
         Admission::Disabled => return Err(Trouble::AppDisabled),
         Admission::NoRelease => return Err(Trouble::NoRelease),
     }
-    let outgoing = prepare(turn.client(), parts, body, framing, request_id);
+    let outgoing = prepare(
+        turn.client(),
+        parts,
+        RequestBody::new(body, progress),
+        framing,
+        request_id,
+    );
     // From here the request is large or waits long: off the stack of the connection.
     let span = tracing::debug_span!("request", app = %target.app.key(), trace = ?request_id);
     let delivery = deliver(gateway, turn, &target, outgoing, request_id).instrument(span);
@@ -156,7 +169,7 @@ async fn find(gateway: &Gateway, host: &str) -> Result<Arc<Target>, Trouble> {
 fn prepare(
     client: &Client,
     mut parts: Parts,
-    body: Incoming,
+    body: RequestBody,
     framing: Framing,
     request_id: &HeaderValue,
 ) -> Outgoing {
@@ -174,12 +187,9 @@ fn prepare(
     );
     parts.version = Version::HTTP_11;
     parts.extensions.clear();
-    let progress = (framing != Framing::Empty).then(Arc::default);
-    client.watch_body(progress.as_ref());
-    let request = Request::from_parts(parts, RequestBody::new(body, progress.clone()));
     Outgoing {
-        request,
-        progress,
+        progress: body.progress(),
+        request: Request::from_parts(parts, body),
         upgrade,
     }
 }
@@ -377,6 +387,7 @@ fn answer(gateway: &Gateway, mut exchange: Exchange) -> Result<Response<AnswerBo
         });
         return Ok(exchange.response.map(|_| AnswerBody::Page(None)));
     }
+    header::settle_answer(exchange.response.headers_mut())?;
     let sent = exchange.progress.is_none_or(|progress| progress.is_ended());
     let transport = if sent {
         Transport::Here(exchange.upstream)

@@ -51,6 +51,10 @@ pub(crate) fn take_host(
     if hosts.next().is_some() {
         return Err(Trouble::HostRepeated);
     }
+    // A target without a slash names a tunnel, and only `OPTIONS *` a server.
+    if uri.scheme().is_none() && !uri.path().starts_with('/') && uri.path() != "*" {
+        return Err(Trouble::TargetInvalid);
+    }
     if let Some(authority) = uri.authority() {
         if first.is_none() && version >= Version::HTTP_11 {
             return Err(Trouble::HostMissing);
@@ -142,11 +146,7 @@ pub(crate) fn framing_of(headers: &HeaderMap, empty: bool) -> Result<Framing, Tr
         return Err(Trouble::FramingRefused);
     }
     if chunked {
-        let mut codings = tokens(headers, &TRANSFER_ENCODING);
-        let only_chunked = codings
-            .next()
-            .is_some_and(|coding| coding.eq_ignore_ascii_case("chunked"));
-        if !only_chunked || codings.next().is_some() {
+        if !is_chunked_alone(headers) {
             return Err(Trouble::FramingRefused);
         }
         return Ok(Framing::Chunked);
@@ -156,6 +156,34 @@ pub(crate) fn framing_of(headers: &HeaderMap, empty: bool) -> Result<Framing, Tr
     } else {
         Framing::Length
     })
+}
+
+/// Whether the body of an answer can be told from its head. One that is coded for transfer would
+/// lose the name of its coding here; the length beside chunks does not count (RFC 9112, 6.3), and
+/// must not be said again.
+pub(crate) fn settle_answer(headers: &mut HeaderMap) -> Result<(), Trouble> {
+    if headers.contains_key(TRANSFER_ENCODING) {
+        if !is_chunked_alone(headers) {
+            return Err(Trouble::AppBroke);
+        }
+        headers.remove(CONTENT_LENGTH);
+    }
+    Ok(())
+}
+
+fn is_chunked_alone(headers: &HeaderMap) -> bool {
+    let mut codings = tokens(headers, &TRANSFER_ENCODING);
+    let chunked = codings
+        .next()
+        .is_some_and(|coding| coding.eq_ignore_ascii_case("chunked"));
+    chunked && codings.next().is_none()
+}
+
+/// Takes from the trailers of a request what a client may not say in its head either.
+pub(crate) fn rewrite_trailers(trailers: &mut HeaderMap) {
+    remove_where(trailers, |name| {
+        is_hop_by_hop(name) || is_replaced(name) || name == HOST || name == CONTENT_LENGTH
+    });
 }
 
 /// Makes a client's headers those of the gateway's own request.
@@ -228,14 +256,15 @@ fn remove_hop_by_hop(headers: &mut HeaderMap, also: impl Fn(&HeaderName) -> bool
             headers.remove(name);
         }
     }
-    // Most messages have none of these: one walk over the few names there are is cheaper than a
-    // look-up of each that there could be.
-    let doomed: Vec<HeaderName> = headers
-        .keys()
-        .filter(|name| is_hop_by_hop(name) || also(name))
-        .cloned()
-        .collect();
-    for name in doomed {
+    remove_where(headers, |name| is_hop_by_hop(name) || also(name));
+}
+
+/// Most messages have none of what is to go: one walk over the few names there are is cheaper than
+/// a look-up of each that there could be.
+fn remove_where(headers: &mut HeaderMap, doomed: impl Fn(&HeaderName) -> bool) {
+    let names = headers.keys().filter(|name| doomed(name));
+    let names: Vec<HeaderName> = names.cloned().collect();
+    for name in names {
         headers.remove(name);
     }
 }

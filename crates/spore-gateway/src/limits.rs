@@ -27,11 +27,16 @@ pub struct Limits {
     pub body_stall_timeout: Duration,
     /// How long a client may take nothing of an answer that waits for it.
     pub answer_stall_timeout: Duration,
+    /// How long a client that was answered before it had sent all may go on sending.
+    pub linger_timeout: Duration,
     /// How long either end of an upgraded connection may take nothing of what waits for it.
     pub relay_stall_timeout: Duration,
     /// How long upgraded connections go on once the gateway quits: they have no end of their own
     /// to wait for, only bytes that are on their way.
     pub relay_grace: Duration,
+    /// How long a connection that has brought no request yet may bring its first one once the
+    /// gateway quits: its visitor would take the closing for an answer.
+    pub fresh_grace: Duration,
     /// How long a client's or an app's kernel may give no sign of life.
     pub dead_peer_timeout: Duration,
     /// Requests and upgrades in flight at once for one incarnation; beyond it the answer is 503.
@@ -57,8 +62,10 @@ impl Default for Limits {
             keep_alive_timeout: Duration::from_secs(75),
             body_stall_timeout: Duration::from_secs(60),
             answer_stall_timeout: Duration::from_secs(60),
+            linger_timeout: Duration::from_secs(2),
             relay_stall_timeout: Duration::from_secs(60),
             relay_grace: Duration::from_secs(1),
+            fresh_grace: Duration::from_secs(1),
             dead_peer_timeout: Duration::from_secs(120),
             in_flight_max: 2_048,
             idle_connections_max: 128,

@@ -91,6 +91,28 @@ impl Client {
         self.socket.cut();
     }
 
+    /// Ends when the connection is to take no further request: when the gateway quits, or a moment
+    /// later on a connection that was accepted for a first request which is still on its way.
+    async fn quit(&self, quit: &CancellationToken, fresh_grace: Duration) {
+        quit.cancelled().await;
+        if self.turns.load(Ordering::Relaxed) == 0 {
+            tokio::time::sleep(fresh_grace).await;
+        }
+    }
+
+    /// Whether the last request was answered before all of its body was read.
+    fn is_body_left(&self) -> bool {
+        let body = lock(&self.body);
+        body.as_ref().is_some_and(|progress| !progress.is_ended())
+    }
+
+    /// Takes what a client still sends that has been answered already, and throws it away. Closed
+    /// at once, the connection would be reset under the answer, which the client might never see
+    /// (RFC 9112, 9.6).
+    async fn linger(&self, timeout: Duration) {
+        drop(tokio::time::timeout(timeout, self.socket.swallow()).await);
+    }
+
     fn is_body_starved(&self) -> bool {
         lock(&self.body)
             .as_ref()
@@ -173,12 +195,16 @@ impl Connection {
         let mut clock = tokio::time::interval(watch.pace());
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut quitting = false;
+        let mut quit = pin!(client.quit(&self.quit, limits.fresh_grace));
         loop {
             tokio::select! {
                 biased;
                 result = connection.as_mut() => {
                     if let Err(error) = result {
                         tracing::debug!(%error, "a client's connection broke off");
+                        if error.is_parse() {
+                            client.linger(limits.linger_timeout).await;
+                        }
                         return;
                     }
                     break;
@@ -189,7 +215,7 @@ impl Connection {
                         return;
                     }
                 }
-                () = self.quit.cancelled(), if !quitting => {
+                () = quit.as_mut(), if !quitting => {
                     quitting = true;
                     connection.as_mut().graceful_shutdown();
                 }
@@ -198,6 +224,8 @@ impl Connection {
         let relay = lock(&client.relay).take();
         if let Some(relay) = relay {
             Box::pin(relay.run(&client.socket, limits, &self.quit)).await;
+        } else if client.is_body_left() {
+            client.linger(limits.linger_timeout).await;
         }
     }
 }
@@ -332,7 +360,7 @@ struct PerClient(Mutex<HashMap<IpAddr, u32>>);
 
 impl PerClient {
     fn take(this: &Arc<Self>, address: IpAddr, max: u32) -> Option<Place> {
-        let address = address.to_canonical();
+        let address = household(address);
         let mut counts = lock(&this.0);
         let count = counts.entry(address).or_insert(0);
         if *count >= max {
@@ -344,6 +372,18 @@ impl PerClient {
             counts: Arc::clone(this),
             address,
         })
+    }
+}
+
+/// The address that a client is counted by: a household or a rented machine has as many IPv6
+/// addresses as it likes below one /64.
+fn household(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let network = u128::from(address) >> 64 << 64;
+            IpAddr::V6(network.into())
+        }
+        address @ IpAddr::V4(_) => address,
     }
 }
 
@@ -362,6 +402,26 @@ impl Drop for Place {
             if *count == 0 {
                 counts.remove(&self.address);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::household;
+
+    #[test]
+    fn a_client_is_counted_by_what_it_cannot_change_at_will() {
+        for (address, counted) in [
+            ("192.0.2.7", "192.0.2.7"),
+            ("::ffff:192.0.2.7", "192.0.2.7"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+            ("2001:db8:1:2:ffff::", "2001:db8:1:2::"),
+        ] {
+            let address: IpAddr = address.parse().unwrap();
+            assert_eq!(household(address), counted.parse::<IpAddr>().unwrap());
         }
     }
 }

@@ -23,6 +23,7 @@ pub(crate) enum Trouble {
     HostMissing,
     HostRepeated,
     HostInvalid,
+    TargetInvalid,
     MethodRefused,
     FramingRefused,
     HostUnknown,
@@ -73,6 +74,7 @@ impl Trouble {
             Self::HostMissing
             | Self::HostRepeated
             | Self::HostInvalid
+            | Self::TargetInvalid
             | Self::MethodRefused
             | Self::FramingRefused
             | Self::ClientGone => self.caller_text(),
@@ -113,6 +115,11 @@ impl Trouble {
                 StatusCode::BAD_REQUEST,
                 "host_repeated",
                 "The request has more than one Host header. Send exactly one.",
+            ),
+            Self::TargetInvalid => (
+                StatusCode::BAD_REQUEST,
+                "target_invalid",
+                "The request's target is no path. Send one that begins with a slash.",
             ),
             Self::MethodRefused => (
                 StatusCode::METHOD_NOT_ALLOWED,

@@ -107,6 +107,19 @@ impl SocketHandle {
         .await
     }
 
+    /// Reads until the peer has closed its side, and keeps nothing. Legal once nobody else reads.
+    pub(crate) async fn swallow(&self) {
+        let stream = self.0.write.as_ref();
+        let mut waste = [0; 4096];
+        while stream.readable().await.is_ok() {
+            match stream.try_read(&mut waste) {
+                Ok(0) => return,
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return,
+                Ok(_) | Err(_) => {}
+            }
+        }
+    }
+
     /// Ends both directions now: whoever reads sees the end, whoever writes an error. Needed
     /// because a VM that is killed never says goodbye on its connections.
     pub(crate) fn cut(&self) {

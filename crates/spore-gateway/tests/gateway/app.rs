@@ -213,9 +213,11 @@ async fn trailers(request: Request<Incoming>) -> Response<AnyBody> {
     sender.send(Frame::data("body".into())).await.unwrap();
     let mut back = HeaderMap::new();
     back.insert("x-sum", given.get("x-sum").unwrap().clone());
+    let names: Vec<_> = given.keys().map(http::HeaderName::as_str).collect();
+    back.insert("x-seen", names.join(" ").parse().unwrap());
     sender.send(Frame::trailers(back)).await.unwrap();
     let mut response = Response::new(Channel(receiver).boxed_unsync());
-    let name = "x-sum".parse().unwrap();
+    let name = "x-sum, x-seen".parse().unwrap();
     response.headers_mut().insert("trailer", name);
     response
 }

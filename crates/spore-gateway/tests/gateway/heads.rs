@@ -21,10 +21,13 @@ async fn a_host_is_found_in_every_shape_it_may_have() {
         "GET http://app.localhost/tag HTTP/1.1\r\nHost: app.localhost\r\n\r\n",
         "GET http://app.localhost:8080/tag HTTP/1.1\r\nHost: other.localhost\r\n\r\n",
         "GET http://app.localhost/tag HTTP/1.0\r\n\r\n",
+        "GET HTTPS://APP.localhost./tag HTTP/1.1\r\nHost: app.localhost\r\n\r\n",
+        // A bare line feed ends a line as well (RFC 9112, 2.2).
+        "GET /tag HTTP/1.1\nHost: app.localhost\n\n",
     ] {
         assert_eq!(exchange(&rig, head).await.text(), "app", "{head}");
     }
-    assert_eq!(app.requests("/tag"), 6);
+    assert_eq!(app.requests("/tag"), 8);
 }
 
 #[tokio::test]
@@ -52,9 +55,19 @@ async fn a_host_that_is_missing_repeated_or_invalid_is_a_400() {
         assert!(answer.text().contains(code), "{lines}: {}", answer.text());
         assert_eq!(answer.header("connection").unwrap(), "close");
     }
+    for head in [
+        "GET /tag HTTP/1.0\r\n\r\n",
+        "GET http://app.localhost/tag HTTP/1.1\r\n\r\n",
+        "GET http://user@app.localhost/tag HTTP/1.1\r\nHost: app.localhost\r\n\r\n",
+        "GET http:///tag HTTP/1.1\r\nHost: app.localhost\r\n\r\n",
+        "GET app.localhost:80 HTTP/1.1\r\nHost: app.localhost\r\n\r\n",
+        "GET tag HTTP/1.1\r\nHost: app.localhost\r\n\r\n",
+    ] {
+        assert_eq!(exchange(&rig, head).await.status, 400, "{head}");
+    }
     let tunnel = "CONNECT app.localhost:443 HTTP/1.1\r\nHost: app.localhost\r\n\r\n";
     assert_eq!(exchange(&rig, tunnel).await.status, 405);
-    assert_eq!(app.requests("/tag"), 0);
+    assert_eq!((app.requests("/tag"), app.requests("/")), (0, 0));
 }
 
 #[tokio::test]
@@ -75,6 +88,9 @@ async fn shapes_that_smuggle_are_refused_or_cannot_be_misread() {
         "X: 1\r\n Transfer-Encoding: chunked\r\n",
         "X: 1\r\n\tmore\r\n",
         "Content-Length: 5\r\nX\0: 1\r\n",
+        "Content-Length: 5\r\nX: a\rTransfer-Encoding: chunked\r\n",
+        "Content-Length: 99999999999999999999\r\n",
+        "Content-Length:\r\n",
     ] {
         let head = format!("POST /tag HTTP/1.1\r\nHost: app.localhost\r\n{lines}\r\nhello");
         let answer = exchange(&rig, &head).await;
@@ -113,7 +129,7 @@ async fn hop_by_hop_headers_stay_and_claims_about_the_client_are_replaced() {
          X-Mine: 1\r\nKeep-Alive: timeout=5\r\nProxy-Connection: keep-alive\r\nTE: gzip\r\n\
          Proxy-Authorization: basic x\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n\
          X-Forwarded-For: 6.6.6.6\r\nX-Forwarded-Host: evil\r\nX-Forwarded-Proto: https\r\n\
-         X-Forwarded-Port: 1\r\nForwarded: for=6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\n\
+         X-Forwarded-Port: 1\r\nX_Forwarded_For: 6.6.6.6\r\nX_Real-IP: 6.6.6.6\r\nForwarded: for=6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\n\
          X-Request-Id: mine\r\nX-Kept: yes\r\n\r\n",
     )
     .await;
@@ -233,4 +249,53 @@ async fn heads_beyond_the_limits_are_refused() {
         assert!(client.head().await.starts_with("HTTP/1.1 431"));
     }
     assert_eq!(app.requests("/tag"), 0);
+}
+
+#[tokio::test]
+async fn chunks_that_could_be_read_in_two_ways_end_the_connection() {
+    let (rig, _daemon, app) = serving(Limits::default()).await;
+    for chunks in [
+        "5\nhello\n0\n\n",
+        "5\r\nhello0\r\n\r\n",
+        "0x5\r\nhello\r\n0\r\n\r\n",
+        "+5\r\nhello\r\n0\r\n\r\n",
+        "-5\r\nhello\r\n0\r\n\r\n",
+        "10000000000000005\r\nhello\r\n0\r\n\r\n",
+        "5;a\nb\r\nhello\r\n0\r\n\r\n",
+    ] {
+        let mut client = Client::connect(rig.address).await;
+        client
+            .send(format!(
+                "POST /sink HTTP/1.1\r\nHost: app.localhost\r\nTransfer-Encoding: chunked\r\n\r\n\
+                 {chunks}GET /smuggled HTTP/1.1\r\nHost: app.localhost\r\n\r\n"
+            ))
+            .await;
+        let said = String::from_utf8(client.rest().await).unwrap();
+        assert!(!said.contains(" 200 "), "{chunks:?}: {said}");
+        assert!(said.matches("HTTP/1.1 ").count() <= 1, "{chunks:?}: {said}");
+    }
+    assert_eq!(app.requests("/smuggled"), 0);
+}
+
+#[tokio::test]
+async fn a_client_cannot_say_behind_its_body_what_it_may_not_say_before() {
+    let (rig, _daemon, _app) = serving(Limits::default()).await;
+    let answer = exchange(
+        &rig,
+        "POST /trailers HTTP/1.1\r\nHost: app.localhost\r\nTransfer-Encoding: chunked\r\n\
+         Trailer: X-Sum, X-Forwarded-For, X_Real_IP, Host\r\nTE: trailers\r\n\r\n\
+         1\r\na\r\n0\r\nX-Sum: 42\r\nX-Forwarded-For: 6.6.6.6\r\nX_Real_IP: 6.6.6.6\r\n\
+         Host: evil\r\nConnection: x-sum\r\n\r\n",
+    )
+    .await;
+    assert_eq!(answer.header("x-sum").unwrap(), "42");
+    assert_eq!(answer.header("x-seen").unwrap(), "x-sum");
+}
+
+#[tokio::test]
+async fn the_whole_server_may_be_asked_for() {
+    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let asterisk = "OPTIONS * HTTP/1.1\r\nHost: app.localhost\r\n\r\n";
+    assert_eq!(exchange(&rig, asterisk).await.status, 404);
+    assert_eq!(app.requests("*"), 1);
 }

@@ -2,6 +2,8 @@
 //! loopback, clients speak raw HTTP/1.1.
 
 #[cfg(test)]
+mod answers;
+#[cfg(test)]
 mod app;
 #[cfg(test)]
 mod client;

@@ -136,3 +136,39 @@ async fn a_client_that_leaves_frees_its_app() {
         )
         .await;
 }
+
+#[tokio::test]
+async fn a_client_that_is_refused_while_it_sends_can_still_read_why() {
+    let limits = Limits {
+        linger_timeout: Duration::from_secs(10),
+        ..Limits::default()
+    };
+    let (rig, daemon, app) = serving(limits).await;
+    // Nobody knows the first host, the second head is none, the app of the third dies.
+    for (path, host, status) in [
+        ("/hang", "nobody.localhost", 404),
+        ("/hang", "app localhost", 400),
+        ("hang", "app.localhost", 400),
+        ("/hang", "app.localhost", 502),
+    ] {
+        let mut client = Client::connect(rig.address).await;
+        client
+            .send(format!(
+                "POST {path} HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n"
+            ))
+            .await;
+        if status == 502 {
+            app.asked("/hang").await;
+            daemon.gone("app", vm(1));
+        }
+        assert_eq!(client.answer().await.status, status);
+        for _ in 0..20 {
+            let chunk = format!("400\r\n{}\r\n", "x".repeat(0x400));
+            let sent = client.stream.write_all(chunk.as_bytes()).await;
+            assert!(sent.is_ok(), "reset under the answer {status}: {sent:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        client.stream.shutdown().await.unwrap();
+        assert_eq!(client.rest().await, b"");
+    }
+}
