@@ -17,7 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use spore_wire::gateway::{AppKey, FromGateway, PACKET_BYTES_MAX, ToGateway};
+use spore_wire::gateway::{Activity, AppKey, FromGateway, PACKET_BYTES_MAX, ToGateway};
 use spore_wire::generation::{GENERATION, is_served};
 use spore_wire::id::VmId;
 use tokio::net::{TcpStream, UnixListener, UnixStream};
@@ -354,11 +354,7 @@ async fn refuse(
     socket: &PacketSocket,
     generation: u32,
 ) -> Result<(), SessionError> {
-    let hello = FromGateway::Hello {
-        generation: GENERATION,
-        warm: Vec::new(),
-    };
-    socket.send(&hello, None).await?;
+    say_hello(gateway, socket, Vec::new()).await?;
     let mut buffer = Vec::new();
     if let (ToGateway::Quit { drain_ms }, _) = socket.receive(&mut buffer).await? {
         gateway.quit(drain_ms);
@@ -371,7 +367,7 @@ async fn greet(gateway: &Gateway, socket: &PacketSocket) -> Result<(), SessionEr
     let now_ms = gateway.feed.now_ms();
     let mut warm = Vec::new();
     let mut rest = Vec::new();
-    let mut room = PACKET_BYTES_MAX - 256;
+    let mut room = (PACKET_BYTES_MAX - 256).saturating_sub(gateway.stamp.len());
     for app in gateway.apps.all() {
         for activity in app.activities(now_ms) {
             // The names, the id and at most 200 bytes of JSON around them.
@@ -384,12 +380,27 @@ async fn greet(gateway: &Gateway, socket: &PacketSocket) -> Result<(), SessionEr
             }
         }
     }
-    let generation = GENERATION;
-    say(socket, &FromGateway::Hello { generation, warm }).await?;
+    say_hello(gateway, socket, warm).await?;
     for activity in rest {
         say(socket, &FromGateway::Activity(activity)).await?;
     }
     Ok(())
+}
+
+async fn say_hello(
+    gateway: &Gateway,
+    socket: &PacketSocket,
+    warm: Vec<Activity>,
+) -> Result<(), SessionError> {
+    let hello = FromGateway::Hello {
+        generation: GENERATION,
+        warm,
+        stamp: gateway.stamp.clone(),
+    };
+    let listener = lock(&gateway.listener).clone();
+    let sent = socket.send(&hello, listener.as_deref());
+    let sent = tokio::time::timeout(FEED_STALL_TIMEOUT, sent).await;
+    Ok(sent.map_err(|_elapsed| SessionError::Deaf)??)
 }
 
 async fn read(

@@ -63,6 +63,9 @@ pub use route::HostTable;
 pub struct Config {
     /// What it may hold.
     pub limits: Limits,
+    /// What it calls itself towards daemons, in at most a few hundred bytes; they know by it
+    /// whether to replace it.
+    pub stamp: String,
 }
 
 /// Why a gateway did not start.
@@ -86,6 +89,9 @@ pub enum RunError {
 #[derive(Debug)]
 pub(crate) struct Gateway {
     limits: Arc<Limits>,
+    stamp: String,
+    /// The visitors' socket once more, for daemons; `None` once it quits.
+    listener: Mutex<Option<Arc<OwnedFd>>>,
     routes: route::Routes,
     apps: route::Apps,
     feed: Arc<feed::Feed>,
@@ -108,12 +114,15 @@ pub async fn run(
 ) -> Result<(), RunError> {
     let socket = |socket| move |source| RunError::Socket { socket, source };
     listener.set_nonblocking(true).map_err(socket("visitors"))?;
+    let again = listener.try_clone().map_err(socket("visitors"))?;
     let listener = TcpListener::from_std(listener).map_err(socket("visitors"))?;
     let control = std::os::unix::net::UnixListener::from(control_listener);
     control.set_nonblocking(true).map_err(socket("daemons"))?;
     let control = UnixListener::from_std(control).map_err(socket("daemons"))?;
     let gateway = Arc::new(Gateway {
         limits: Arc::new(config.limits),
+        stamp: config.stamp,
+        listener: Mutex::new(Some(Arc::new(again.into()))),
         routes: route::Routes::default(),
         apps: route::Apps::default(),
         feed: Arc::new(feed::Feed::new()),
@@ -140,6 +149,7 @@ impl Gateway {
     /// Stops accepting; what is in flight has `drain_ms` to end.
     fn quit(&self, drain_ms: u64) {
         *lock(&self.drain) = Duration::from_millis(drain_ms);
+        drop(lock(&self.listener).take());
         self.quit.cancel();
     }
 

@@ -2,15 +2,17 @@
 //!
 //! Spoken over a unix `SOCK_SEQPACKET` socket that the *gateway* listens on, in a folder only root
 //! can enter, so that a new daemon connects to the gateway its predecessor left. One packet is one
-//! JSON message of at most [`PACKET_BYTES_MAX`] bytes; [`ToGateway::Connected`] carries exactly one
-//! descriptor (SCM_RIGHTS). A newer connection replaces the older one.
+//! JSON message of at most [`PACKET_BYTES_MAX`] bytes. Two messages carry exactly one descriptor
+//! (SCM_RIGHTS): [`ToGateway::Connected`] a socket to an app, [`FromGateway::Hello`] the socket
+//! that the gateway listens on for visitors, so that the next gateway can listen on the same one. A
+//! newer connection replaces the older one.
 //!
 //! # Session
 //!
 //! ```text
 //!   daemon                                        gateway
 //!    │ Hello{generation} ───────────────────────▶  │
-//!    │ ◀────────── Hello{generation, warm}         │  what it still has from before
+//!    │ ◀────────── Hello{generation, warm} + fd    │  what it still has from before
 //!    │ Routes.. (whole table), RoutesEnd ───────▶  │  hosts not named are forgotten
 //!    │                                             │  request for a sleeping app
 //!    │ ◀──────────────────── Wake{app}             │  once, however many wait
@@ -141,6 +143,10 @@ pub enum FromGateway {
         generation: u32,
         /// The incarnations that it believes awake, with their activity.
         warm: Vec<Activity>,
+        /// What its daemon told it to call itself: program and configuration. A daemon that would
+        /// start another one replaces it.
+        #[serde(default)]
+        stamp: String,
     },
     /// A request came for an app that is not awake.
     Wake {

@@ -240,7 +240,8 @@ mod tests {
         checked::<FromGateway>(vec![
             (
                 "hello",
-                json!({"type": "hello", "generation": 1, "warm": [activity]}),
+                json!({"type": "hello", "generation": 1, "warm": [activity],
+            "stamp": "0.1.0 1.2.3 127.0.0.1:8080"}),
             ),
             ("wake", json!({"type": "wake", "app": "me/a"})),
             ("connect", json!({"type": "connect", "id": 4, "vm": vm})),

@@ -480,8 +480,12 @@ impl Platform {
         }
     }
 
-    /// Puts the program into the platform's folder, in place of what is there.
-    fn install(&self) -> Result<()> {
+    /// Puts the program into the platform's folder, in place of what is there: another file, as an
+    /// installed version is.
+    ///
+    /// # Errors
+    /// When it cannot be copied.
+    pub fn install(&self) -> Result<()> {
         // Copied by another process: were the file open for writing here while a story beside this
         // one starts a process, that would inherit it, and nobody could run the program.
         let mut copy = Command::new("cp");

@@ -161,6 +161,63 @@ async fn a_vm_killed_under_a_request_is_a_502_and_the_app_saw_it_once() -> Resul
     platform.end()
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newly_installed_version_takes_the_door_over_and_refuses_nobody() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let mut platform = Platform::start().await?;
+    deploy(&platform, "wordy")?;
+    let visitor = platform.visitor();
+    let first = visitor.get("wordy.localhost", "/").await?;
+    ensure!(first.status == 200, "{first:?}");
+    let old = gateway_pid(&platform)?;
+
+    platform.stop_daemon()?;
+    platform.start_daemon().await?;
+    let same = visitor.get("wordy.localhost", "/").await?;
+    ensure!(same.body == first.body, "{same:?}");
+    ensure!(
+        gateway_pid(&platform)? == old,
+        "the same version keeps its door"
+    );
+
+    platform.stop_daemon()?;
+    platform.install()?;
+    let (enough, told) = tokio::sync::oneshot::channel();
+    let visits = tokio::spawn(visit(visitor, first.body.clone(), told));
+    platform.start_daemon().await?;
+    until(
+        60,
+        || Ok(gateway_pid(&platform).is_ok_and(|pid| pid != old)),
+    )
+    .await?;
+    until(60, || Ok(!platform.pids()?.contains(&old))).await?;
+    // Some more, for the new one.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    drop(enough);
+    let visits = visits.await??;
+    ensure!(visits > 10, "{visits} visits say little");
+    platform.end()
+}
+
+/// Visits an app in a row, each time on a connection of its own, until told to stop; every visit
+/// must get this answer. Says how many there were.
+async fn visit(
+    visitor: Visitor,
+    body: String,
+    mut enough: tokio::sync::oneshot::Receiver<()>,
+) -> Result<usize> {
+    let mut visits = 0;
+    while enough.try_recv() == Err(tokio::sync::oneshot::error::TryRecvError::Empty) {
+        let answer = visitor.get("wordy.localhost", "/").await;
+        let answer = answer.with_context(|| format!("after {visits} visits"))?;
+        ensure!(answer.status == 200 && answer.body == body, "{answer:?}");
+        visits += 1;
+    }
+    Ok(visits)
+}
+
 /// A request that the app takes minutes for. A POST keeps part of its body back.
 async fn ask(visitor: Visitor, method: Method, host: String) -> Result<Answer> {
     if method == Method::GET {
@@ -220,22 +277,23 @@ async fn slow_visitors_hold_up_nobody(platform: &Platform) -> Result<()> {
 }
 
 fn gateway_memory_mib(platform: &Platform) -> Result<u64> {
-    for pid in platform.pids()? {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", gateway_pid(platform)?))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(kib.context("RssAnon")? / 1024)
+}
+
+fn gateway_pid(platform: &Platform) -> Result<i32> {
+    let is_gateway = |pid: &i32| {
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        if !command
+        command
             .split(|byte| *byte == 0)
             .any(|part| part == b"gateway")
-        {
-            continue;
-        }
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("RssAnon:"));
-        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-        return Ok(kib.context("RssAnon")? / 1024);
-    }
-    anyhow::bail!("no gateway runs")
+    };
+    let pid = platform.pids()?.into_iter().find(is_gateway);
+    pid.context("no gateway runs")
 }
 
 fn deploy(platform: &Platform, name: &str) -> Result<()> {

@@ -107,6 +107,7 @@ impl Gateway {
         let hello = FromGateway::Hello {
             generation: GENERATION,
             warm: warm.collect(),
+            stamp: String::new(),
         };
         drop(up.send(hello));
         let again: Vec<_> = inner.connects.iter().map(|(id, of)| (*id, of.vm)).collect();

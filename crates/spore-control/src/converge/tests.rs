@@ -572,6 +572,7 @@ async fn a_gateway_that_comes_back_is_told_everything_and_forgets_what_is_over()
     bench.control.door_event(FromGateway::Hello {
         generation: 1,
         warm,
+        stamp: String::new(),
     });
     bench.settle(10).await;
     let sent = bench.door.sent();

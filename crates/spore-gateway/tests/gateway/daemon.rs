@@ -34,6 +34,8 @@ pub(crate) struct Daemon {
     world: Arc<World>,
     task: JoinHandle<()>,
     pub(crate) warm: Vec<Activity>,
+    /// The socket that visitors come in by, as the gateway passed it on.
+    pub(crate) listener: OwnedFd,
 }
 
 #[derive(Default)]
@@ -80,15 +82,22 @@ impl Rig {
     }
 
     pub(crate) fn with_limits(limits: Limits) -> Self {
+        Self::on(std::net::TcpListener::bind("127.0.0.1:0").unwrap(), limits)
+    }
+
+    /// A gateway whose visitors come in by this socket.
+    pub(crate) fn on(listener: std::net::TcpListener, limits: Limits) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let control = folder.path().join("control.sock");
         let listening = packet_socket();
         rustix::net::bind(&listening, &SocketAddrUnix::new(&control).unwrap()).unwrap();
         rustix::net::listen(&listening, 8).unwrap();
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let run = tokio::spawn(async move {
-            let config = Config { limits };
+            let config = Config {
+                limits,
+                stamp: "a stamp".into(),
+            };
             spore_gateway::run(config, listener, listening)
                 .await
                 .unwrap();
@@ -110,10 +119,11 @@ impl Rig {
         let hello = ToGateway::Hello { generation };
         socket.send(&hello, None).await.unwrap();
         let mut buffer = Vec::new();
-        let (answer, _) = socket.receive::<FromGateway>(&mut buffer).await.unwrap();
-        let FromGateway::Hello { warm, .. } = answer else {
+        let (answer, listener) = socket.receive::<FromGateway>(&mut buffer).await.unwrap();
+        let FromGateway::Hello { warm, stamp, .. } = answer else {
             panic!("{answer:?} is no hello");
         };
+        assert_eq!(stamp, "a stamp");
         let (say, said) = mpsc::unbounded_channel();
         let world = Arc::new(World::default());
         let task = tokio::spawn(play(socket, said, Arc::clone(&world)));
@@ -122,6 +132,7 @@ impl Rig {
             world,
             task,
             warm,
+            listener: listener.expect("the listener comes with the hello"),
         };
         daemon.say(ToGateway::Routes { set: routes });
         daemon.say(ToGateway::RoutesEnd);

@@ -328,6 +328,37 @@ async fn quit_ends_the_gateway_after_what_is_in_flight() {
 }
 
 #[tokio::test]
+async fn the_next_gateway_has_the_same_door_and_nobody_is_refused() {
+    let (old, first, app) = serving(Limits::default()).await;
+    let address = old.address;
+    let mut busy = Client::connect(address).await;
+    busy.send(request("GET", "app", "/slow")).await;
+    app.asked("/slow").await;
+    let mut fresh = Client::connect(address).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let listener = std::net::TcpListener::from(first.listener.try_clone().unwrap());
+    first.say(ToGateway::Quit { drain_ms: 20_000 });
+    // The session goes on while what is in flight ends, so that its VM is known to be busy.
+    assert_eq!(first.reap("app", vm(1), false).await, Reap::Busy);
+    fresh.send(request("GET", "app", "/tag")).await;
+    let answer = fresh.answer().await;
+    assert_eq!(answer.text(), "app");
+    assert_eq!(answer.header("connection").unwrap(), "close");
+    let mut between = Client::connect(address).await;
+    between.send(request("GET", "app", "/tag")).await;
+    app.go_on();
+    assert_eq!(busy.answer().await.text(), "app");
+    old.ended().await;
+    let mut later = Client::connect(address).await;
+    later.send(request("GET", "app", "/tag")).await;
+    let new = Rig::on(listener, Limits::default());
+    let second = new.daemon(vec![route("app")]).await;
+    second.on_wake("app", vm(1), app.address);
+    assert_eq!(between.answer().await.text(), "app");
+    assert_eq!(later.answer().await.text(), "app");
+}
+
+#[tokio::test]
 async fn slow_and_silent_clients_are_cut() {
     let short = Duration::from_millis(200);
     let (rig, _daemon, app) = serving(Limits {
@@ -335,13 +366,15 @@ async fn slow_and_silent_clients_are_cut() {
         keep_alive_timeout: short,
         body_stall_timeout: short,
         answer_stall_timeout: short,
-        connections_per_client_max: 6,
+        connections_per_client_max: 7,
         ..Limits::default()
     })
     .await;
     let mut silent = Client::connect(rig.address).await;
     let mut slow_head = Client::connect(rig.address).await;
     slow_head.send("GET / HTT").await;
+    let dripping = Client::connect(rig.address).await;
+    let dripped = tokio::spawn(drip(dripping));
     let mut kept = Client::connect(rig.address).await;
     kept.get("app", "/tag").await;
     let mut slow_body = Client::connect(rig.address).await;
@@ -358,9 +391,19 @@ async fn slow_and_silent_clients_are_cut() {
     for client in [&mut silent, &mut slow_head, &mut kept, &mut slow_body] {
         assert_eq!(client.rest().await, b"");
     }
+    assert!(dripped.await.unwrap() < Duration::from_secs(3));
     tokio::time::sleep(4 * short).await;
     no_reader.rest().await;
     events.head().await;
     app.go_on();
     assert!(events.line().await.starts_with('9'));
+}
+
+/// Sends a head byte by byte for as long as it is listened to, and tells how long that was.
+async fn drip(mut client: Client) -> Duration {
+    let began = tokio::time::Instant::now();
+    while client.stream.write_all(b"x").await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    began.elapsed()
 }

@@ -51,6 +51,9 @@ pub(crate) struct Gateway {
     /// How its log looks
     #[arg(long)]
     log_format: LogFormat,
+    /// What it calls itself towards daemons
+    #[arg(long)]
+    stamp: String,
 }
 
 /// A VM's egress proxy (started by the daemon)
@@ -147,7 +150,7 @@ impl Gateway {
             filter: self.log,
             format: self.log_format,
         };
-        server::gateway(self.uid, &log)
+        server::gateway(self.uid, self.stamp, &log)
     }
 }
 

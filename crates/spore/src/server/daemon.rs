@@ -65,7 +65,8 @@ pub(crate) struct ServerOptions {
 /// # Errors
 /// When it cannot start; the message says what is missing and what to do.
 pub(crate) fn serve(config: &ServerConfig, options: &ServerOptions) -> Result<()> {
-    log::to_stderr(&config.log);
+    let file = log::LogFile::of_stderr(&up::daemon_log(config), config.log.format);
+    log::to_stderr(&config.log, file);
     harden()?;
     parts::folders(config)?;
     let program = up::trusted_program()?;

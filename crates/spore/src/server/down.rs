@@ -11,11 +11,8 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use spore_node::hypervisor::Hypervisor;
-use spore_wire::gateway::ToGateway;
-use spore_wire::generation::GENERATION;
 use spore_wire::node::StopMode;
 
-use super::gateway_process::GatewayProcess;
 use super::lock::{DaemonLock, Holder};
 use super::parts::{self, NodeParts};
 use super::unit::Unit;
@@ -67,7 +64,7 @@ pub(crate) fn down(config: &ServerConfig, file: Option<&Path>) -> Result<Down> {
         .enable_all()
         .build()?;
     let vms = runtime.block_on(async {
-        stop_gateway(&gateway).await?;
+        gateway.quit(GATEWAY_DRAIN).await?;
         stop_vms(parts::open_to_stop(config, &program).await?).await
     })?;
     if let Some(unit) = Unit::of(file) {
@@ -127,34 +124,6 @@ fn terminate(config: &ServerConfig, pid: i32) -> Result<()> {
         Ok(()) | Err(Errno::SRCH) => Ok(()),
         Err(error) => Err(error).context("tell the daemon to end"),
     }
-}
-
-async fn stop_gateway(gateway: &GatewayProcess) -> Result<()> {
-    if let Some(socket) = gateway.connect()? {
-        let socket = spore_gateway::packet::PacketSocket::new(socket)?;
-        let drain_ms = u64::try_from(GATEWAY_DRAIN.as_millis()).unwrap_or(u64::MAX);
-        let told = async {
-            socket
-                .send(
-                    &ToGateway::Hello {
-                        generation: GENERATION,
-                    },
-                    None,
-                )
-                .await?;
-            socket.send(&ToGateway::Quit { drain_ms }, None).await
-        };
-        if let Err(error) = told.await {
-            tracing::debug!(%error, "the gateway does not listen; it is killed");
-        }
-        if gateway
-            .wait_gone(GATEWAY_DRAIN + Duration::from_secs(1))
-            .is_ok()
-        {
-            return Ok(());
-        }
-    }
-    gateway.kill()
 }
 
 async fn stop_vms(parts: NodeParts) -> Result<usize> {

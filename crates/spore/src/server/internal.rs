@@ -11,8 +11,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use spore_node::confine::{Confinement, Network, confine, take_inherited};
 
-use super::gateway_process::{FEED_FD, HTTP_FD};
-use crate::log::{self, LogConfig};
+use super::gateway_process::{FEED_FD, HTTP_FD, OLDER_LOG_FD};
+use crate::log::{self, LogConfig, LogFile};
 
 /// The most descriptors of a gateway: a visitor's connection takes two.
 const GATEWAY_FILES_MAX: u64 = 65_536;
@@ -21,22 +21,26 @@ const GATEWAY_FILES_MAX: u64 = 65_536;
 ///
 /// # Errors
 /// When it was not started by a daemon, or cannot be confined.
-pub(crate) fn gateway(uid: u32, log: &LogConfig) -> Result<ExitCode> {
+pub(crate) fn gateway(uid: u32, stamp: String, log: &LogConfig) -> Result<ExitCode> {
     let http = take_inherited(HTTP_FD).context("the visitors' socket")?;
     let feed = take_inherited(FEED_FD).context("the daemon's socket")?;
+    let older_log = take_inherited(OLDER_LOG_FD).context("the older log")?;
     confine(&Confinement {
         uid,
-        keep: vec![http.as_raw_fd(), feed.as_raw_fd()],
+        keep: vec![http.as_raw_fd(), feed.as_raw_fd(), older_log.as_raw_fd()],
         network: Network::Empty,
         files_max: GATEWAY_FILES_MAX,
         file_bytes_max: None,
     })?;
-    log::to_stderr(log);
+    log::to_stderr(log, Some(LogFile::inherited(older_log, log.format)?));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("start the gateway's runtime")?;
-    let config = spore_gateway::Config::default();
+    let config = spore_gateway::Config {
+        stamp,
+        ..spore_gateway::Config::default()
+    };
     runtime.block_on(spore_gateway::run(config, TcpListener::from(http), feed))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -3,9 +3,9 @@
 //! Harmless when the daemon runs already. Never composes anything itself: it starts `spore server`
 //! and waits until that answers.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,6 +19,7 @@ use super::down::stop_daemon;
 use super::lock::{DaemonLock, Holder};
 use super::unit::Unit;
 use crate::config::ServerConfig;
+use crate::log;
 
 /// How long a daemon may take to answer: adopting many VMs takes a while.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -170,7 +171,8 @@ fn start_detached(
     program: &Path,
     invoker: Option<u32>,
 ) -> Result<Child> {
-    let log = open_log(&daemon_log(config))?;
+    let mut log = log::open(&daemon_log(config))?;
+    writeln!(log).context("write the daemon's log")?;
     let mut command = Command::new(program);
     command.arg("server");
     if let Some(file) = file {
@@ -189,18 +191,9 @@ fn start_detached(
     command.spawn().context("start the daemon")
 }
 
-fn daemon_log(config: &ServerConfig) -> PathBuf {
+/// Where the daemon's log is without systemd.
+pub(crate) fn daemon_log(config: &ServerConfig) -> PathBuf {
     config.log_dir.join("daemon.log")
-}
-
-fn open_log(path: &Path) -> Result<File> {
-    let mut options = OpenOptions::new();
-    options.create(true).append(true).mode(0o640);
-    let mut file = options
-        .open(path)
-        .with_context(|| format!("cannot open {}", path.display()))?;
-    writeln!(file).context("write the daemon's log")?;
-    Ok(file)
 }
 
 fn wait(config: &ServerConfig, mut started: Started) -> Result<Status> {

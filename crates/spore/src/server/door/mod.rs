@@ -7,24 +7,32 @@
 //! ```
 //!
 //! Decides nothing. When the gateway ends it is started again; when the link breaks it is made
-//! again, and control tells the new session everything.
+//! again, and control tells the new session everything. What is queued belongs to one session and
+//! goes with it, an open connection above all: to another gateway its number may mean another app.
+//!
+//! # Another gateway than this daemon would start
+//!
+//! An installed version or a changed address makes one (`GatewayProcess::stamp`). It is told to
+//! quit and keeps its session while it finishes what is in flight, so that its waiting requests are
+//! woken for and its busy VMs are not reaped. Visitors who come meanwhile wait in the visitors'
+//! socket, which stays open, for the next gateway.
+
+mod session;
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use spore_control::Control;
 use spore_control::door::Door;
-use spore_gateway::packet::{PacketError, PacketSocket};
-use spore_node::node::{Node, VmError};
+use spore_node::node::Node;
 use spore_wire::gateway::{FromGateway, ToGateway};
-use spore_wire::generation::{GENERATION, is_served};
-use spore_wire::id::VmId;
-use tokio::sync::mpsc;
+use spore_wire::generation::is_served;
 use tokio_util::sync::CancellationToken;
 
-use super::gateway_process::GatewayProcess;
+use self::session::{Session, Speaker};
+use super::gateway_process::{GatewayProcess, Greeted};
 
 /// The pause before a broken link is made again.
 const RELINK_PAUSE: Duration = Duration::from_millis(50);
@@ -32,181 +40,150 @@ const RELINK_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause, when the gateway cannot be started at all.
 const RELINK_PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// How long a gateway of another generation may finish what is in flight.
-const REPLACE_DRAIN_MS: u64 = 5_000;
+/// How long a gateway that is replaced may finish what is in flight. New visitors wait for as long.
+const REPLACE_DRAIN: Duration = Duration::from_secs(5);
 
-/// How long a VM may take to accept a connection, the rest of its way to ready included when the
-/// daemon has just adopted it.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
+/// Control's way to the gateway: to the session there is, or nowhere.
+#[derive(Debug, Default)]
+pub(crate) struct DoorQueue(Mutex<Option<Speaker>>);
 
-/// How long a gateway may take to answer a hello.
-const HELLO_PATIENCE: Duration = Duration::from_secs(5);
+impl Door for DoorQueue {
+    fn send(&self, message: ToGateway) {
+        let speaker = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Without a session it is lost: the next one is told everything.
+        if let Some(speaker) = &*speaker {
+            speaker.say(message, None);
+        }
+    }
+}
 
-/// What the link sends: a message, with a descriptor or without.
-type Outgoing = (ToGateway, Option<OwnedFd>);
-
-/// Control's way to the gateway.
-#[derive(Debug)]
-pub(crate) struct DoorQueue(mpsc::UnboundedSender<Outgoing>);
+impl DoorQueue {
+    fn lead_to(&self, speaker: Option<Speaker>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = speaker;
+    }
+}
 
 /// The link itself; [`Link::run`] keeps it up.
 #[derive(Debug)]
 pub(crate) struct Link {
     process: GatewayProcess,
-    queue: mpsc::UnboundedReceiver<Outgoing>,
-    answers: mpsc::UnboundedSender<Outgoing>,
+    door: Arc<DoorQueue>,
+    /// The visitors' socket, once there is one: it outlives every gateway.
+    listener: Option<OwnedFd>,
 }
 
-impl Door for DoorQueue {
-    fn send(&self, message: ToGateway) {
-        if self.0.send((message, None)).is_err() {
-            tracing::debug!("the gateway's link is closed; the daemon is stopping");
-        }
-    }
+/// Whether a gateway is to stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Term {
+    Stays,
+    Leaves,
 }
 
 /// A queue for control and the link that empties it.
 pub(crate) fn link(process: GatewayProcess) -> (Arc<DoorQueue>, Link) {
-    let (sender, queue) = mpsc::unbounded_channel();
+    let door = Arc::new(DoorQueue::default());
     let link = Link {
         process,
-        queue,
-        answers: sender.clone(),
+        door: Arc::clone(&door),
+        listener: None,
     };
-    (Arc::new(DoorQueue(sender)), link)
+    (door, link)
 }
 
 impl Link {
     /// Keeps the link up until `stop`; the gateway goes on without it.
     pub(crate) async fn run(mut self, control: Arc<Control>, node: Node, stop: CancellationToken) {
-        let mut pause = RELINK_PAUSE;
-        loop {
-            tokio::select! {
-                linked = self.greet() => match linked {
-                    Ok((socket, hello)) => {
-                        pause = RELINK_PAUSE;
-                        // What was queued before this session is told again behind its hello.
-                        while self.queue.try_recv().is_ok() {}
-                        control.door_event(hello);
-                        tokio::select! {
-                            error = self.session(&socket, &control, &node) => {
-                                tracing::warn!(%error, "the link to the gateway broke");
-                            }
-                            () = stop.cancelled() => return,
-                        }
-                    }
+        let kept = async {
+            let mut pause = RELINK_PAUSE;
+            loop {
+                match self.serve(&control, &node).await {
+                    Ok(()) => pause = RELINK_PAUSE,
                     Err(error) => {
                         tracing::warn!(error = %format!("{error:#}"), "no link to the gateway");
                         pause = (pause * 2).min(RELINK_PAUSE_MAX);
                     }
-                },
-                () = stop.cancelled() => return,
+                }
+                tokio::time::sleep(pause).await;
             }
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = stop.cancelled() => return,
-            }
+        };
+        tokio::select! {
+            () = kept => {}
+            () = stop.cancelled() => {}
         }
     }
 
-    /// A connection to a gateway that serves this daemon, and what it said first.
-    async fn greet(&self) -> Result<(PacketSocket, FromGateway)> {
-        let socket = self.socket()?;
-        let hello = ToGateway::Hello {
-            generation: GENERATION,
-        };
-        socket.send(&hello, None).await?;
-        let mut buffer = Vec::new();
-        let answer = socket.receive::<FromGateway>(&mut buffer);
-        let Ok(answer) = tokio::time::timeout(HELLO_PATIENCE, answer).await else {
-            self.process.kill()?;
-            bail!("the gateway did not answer within {HELLO_PATIENCE:?}; it is replaced");
-        };
-        let (hello, _none) = answer?;
-        let FromGateway::Hello { generation, .. } = &hello else {
-            bail!("the gateway did not begin with a hello");
-        };
-        if !is_served(*generation) {
-            let generation = *generation;
-            let quit = ToGateway::Quit {
-                drain_ms: REPLACE_DRAIN_MS,
-            };
-            socket.send(&quit, None).await?;
-            bail!("the gateway speaks generation {generation}; it is replaced");
+    /// One session, from the greeting to the end of the link.
+    async fn serve(&mut self, control: &Control, node: &Node) -> Result<()> {
+        let (greeted, term) = self.open().await?;
+        let (speaker, session) = Session::begin(greeted.socket, node.clone());
+        // Before control hears of the session: what it says then must arrive.
+        self.door.lead_to(Some(speaker));
+        control.door_event(greeted.hello);
+        let ended = session.run(|message| control.door_event(message));
+        if term == Term::Stays {
+            let error = ended.await;
+            self.door.lead_to(None);
+            tracing::warn!(%error, "the link to the gateway broke");
+            return Ok(());
         }
-        Ok((socket, hello))
+        let patience = REPLACE_DRAIN + Duration::from_secs(1);
+        let ended = tokio::time::timeout(patience, ended).await;
+        self.door.lead_to(None);
+        if ended.is_err() {
+            tracing::warn!("the gateway did not end in time");
+        }
+        self.process.see_off(Duration::ZERO)?;
+        tracing::info!("the gateway made room for another one");
+        Ok(())
     }
 
-    fn socket(&self) -> Result<PacketSocket> {
-        if let Some(socket) = self.process.connect()? {
-            return Ok(PacketSocket::new(socket)?);
+    /// A gateway that serves this daemon, found or started; or one that still has to leave.
+    async fn open(&mut self) -> Result<(Greeted, Term)> {
+        let found = match self.process.greet().await {
+            Ok(found) => found,
+            Err(error) => {
+                // One that does not listen any more is no use to anybody.
+                self.process.kill()?;
+                return Err(error.context("the gateway is replaced"));
+            }
+        };
+        let Some(mut greeted) = found else {
+            return self.start().await;
+        };
+        let had = greeted.listener.take().or_else(|| self.listener.take());
+        let FromGateway::Hello {
+            generation, stamp, ..
+        } = &greeted.hello
+        else {
+            return Ok((greeted, Term::Stays));
+        };
+        if is_served(*generation) && *stamp == self.process.stamp()? {
+            self.listener = had;
+            return Ok((greeted, Term::Stays));
         }
-        // A gateway that does not listen any more is no use to anybody.
+        // Made before the old one is told to go: a taken port leaves things as they are. One that
+        // passes no socket on has its own until it ends.
+        self.listener = had
+            .map(|had| self.process.listener(Some(had)))
+            .transpose()?;
+        tracing::info!(stamp, "another gateway is found; it makes room");
+        greeted.quit(REPLACE_DRAIN).await;
+        if is_served(*generation) {
+            return Ok((greeted, Term::Leaves));
+        }
+        drop(greeted);
+        self.process.see_off(REPLACE_DRAIN)?;
+        self.start().await
+    }
+
+    async fn start(&mut self) -> Result<(Greeted, Term)> {
         self.process.kill()?;
-        self.process.start()?;
-        let socket = self
-            .process
-            .connect()?
-            .context("the gateway that was started is not there")?;
-        Ok(PacketSocket::new(socket)?)
+        let listener = self.process.listener(self.listener.take())?;
+        let started = self.process.start(&listener);
+        self.listener = Some(listener);
+        started?;
+        let greeted = self.process.greet().await?;
+        let greeted = greeted.context("the gateway that was started is not there")?;
+        Ok((greeted, Term::Stays))
     }
-
-    /// Serves one session until the link breaks.
-    async fn session(
-        &mut self,
-        socket: &PacketSocket,
-        control: &Control,
-        node: &Node,
-    ) -> PacketError {
-        let mut buffer = Vec::new();
-        loop {
-            tokio::select! {
-                outgoing = self.queue.recv() => {
-                    let Some((message, fd)) = outgoing else { return PacketError::Closed };
-                    match socket.send(&message, fd.as_ref()).await {
-                        Ok(()) => {}
-                        // One message that cannot be said must not end what all apps live by.
-                        Err(PacketError::TooLarge) => {
-                            tracing::error!("a message to the gateway was too large and is lost");
-                        }
-                        Err(error) => return error,
-                    }
-                }
-                received = socket.receive::<FromGateway>(&mut buffer) => match received {
-                    Ok((FromGateway::Connect { id, vm }, _none)) => {
-                        self.connect(id, vm, node.clone());
-                    }
-                    Ok((message, _none)) => control.door_event(message),
-                    Err(error) => return error,
-                }
-            }
-        }
-    }
-
-    /// Connects to a VM beside the session, so that a slow guest holds up nobody else.
-    fn connect(&self, id: u64, vm: VmId, node: Node) {
-        let answers = self.answers.clone();
-        tokio::spawn(async move {
-            let connected = tokio::time::timeout(CONNECT_PATIENCE, node.connect(vm)).await;
-            let answer = match connected {
-                Ok(Ok(stream)) => match stream.into_std() {
-                    Ok(stream) => (ToGateway::Connected { id }, Some(OwnedFd::from(stream))),
-                    Err(error) => failed(id, &error.to_string(), false),
-                },
-                Ok(Err(error)) => {
-                    let gone = matches!(error, VmError::Unknown(_) | VmError::NotReady { .. });
-                    failed(id, &error.to_string(), gone)
-                }
-                Err(_elapsed) => failed(id, "the app does not accept connections", false),
-            };
-            if answers.send(answer).is_err() {
-                tracing::debug!("the gateway's link is closed; the daemon is stopping");
-            }
-        });
-    }
-}
-
-fn failed(id: u64, reason: &str, gone: bool) -> Outgoing {
-    let reason = reason.to_owned();
-    (ToGateway::ConnectFailed { id, reason, gone }, None)
 }
