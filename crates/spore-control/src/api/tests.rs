@@ -12,6 +12,8 @@ use axum::body::{Body, to_bytes};
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{Method, Request, StatusCode};
 use serde_json::{Value, json};
+use spore_api::limits::IDEMPOTENCY_S;
+use spore_wire::gateway::FromGateway;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tower::ServiceExt as _;
@@ -24,8 +26,9 @@ use crate::store::embedded::EmbeddedStore;
 use crate::store::memory::MemoryStore;
 use crate::store::record::account::{TokenRecord, token_key};
 use crate::store::record::app::{AppRecord, app_key};
-use crate::store::record::encode;
+use crate::store::record::idempotency::{IdempotencyRecord, idempotency_key};
 use crate::store::record::image::{ImageRecord, image_key};
+use crate::store::record::{encode, load};
 use crate::store::{SharedStore, Transaction, every};
 use crate::{Control, Parts};
 
@@ -278,15 +281,6 @@ async fn an_app_lives_and_dies_through_the_api() {
         bench.call("GET", "/api/v1/apps/notes", None).await.code(),
         "not_found"
     );
-    let metrics = bench.call("GET", "/metrics", None).await;
-    let metrics = String::from_utf8(metrics.body).unwrap();
-    for line in [
-        "spore_wake_seconds_bucket",
-        "spore_apps{state=\"awake\"} 0",
-        "spore_failures",
-    ] {
-        assert!(metrics.contains(line), "{line}: {metrics}");
-    }
     bench.control.stop().await;
 }
 
@@ -687,6 +681,168 @@ async fn a_create_with_a_key_is_made_once() {
         .map(|answer| answer.json()["id"].to_string())
         .collect();
     assert_eq!(ids.len(), 1, "{ids:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_counts_for_every_create_of_one_account_and_one_day() {
+    let bench = Bench::new().await;
+    bench.deploy("notes", |_| {}).await;
+    bench.deploy("notes", |_| {}).await;
+    let from = json!({"kind": "packages", "packages": ["python3"]});
+    let build = json!({"name": "mine/base", "from": from});
+    let back = json!({"to": 1});
+    for (path, key, body) in [
+        ("/api/v1/images", "build", &build),
+        ("/api/v1/apps/notes/rollback", "back", &back),
+    ] {
+        let create = || {
+            with(
+                request("POST", path, Some(body.clone())),
+                "idempotency-key",
+                key,
+            )
+        };
+        let first = bench.send(create()).await.json();
+        assert_eq!(
+            bench.until_over(&first).await["state"],
+            "succeeded",
+            "{path}"
+        );
+        let again = bench.send(create()).await.json();
+        let told = (&again["id"], &again["state"]);
+        assert_eq!(told, (&first["id"], &json!("succeeded")), "{path}");
+    }
+    let path = "/api/v1/apps/notes/releases";
+    let elsewhere = with(
+        request("POST", path, Some(spec())),
+        "idempotency-key",
+        "back",
+    );
+    assert_eq!(bench.send(elsewhere).await.code(), "idempotency_mismatch");
+
+    let me = "me".parse().unwrap();
+    let at = idempotency_key(&me, "back");
+    let stored = load::<IdempotencyRecord>(&*bench.store, &at).await.unwrap();
+    let mut record = stored.unwrap().record;
+    record.created_at_ms -= 1000 * i64::try_from(IDEMPOTENCY_S).unwrap() + 1000;
+    let write = Transaction::default().put(at, encode(&record));
+    bench.store.commit(write).await.unwrap();
+    let a_day_later = with(
+        request("POST", path, Some(spec())),
+        "idempotency-key",
+        "back",
+    );
+    let done = bench.send(a_day_later).await.json();
+    assert_eq!(bench.until_over(&done).await["result"], "3");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_tells_its_steps_as_they_come() {
+    let bench = Bench::new().await;
+    bench.nodes.act("notes", 1, Act::Ready(20_000));
+    let path = "/api/v1/apps/notes/releases";
+    let operation = bench.ok("POST", path, Some(spec())).await;
+    let id = operation["id"].as_str().unwrap();
+    let (mut seen, mut revision) = (Vec::new(), 0);
+    loop {
+        let path = format!("/api/v1/operations/{id}?wait_ms=30000&after={revision}");
+        let now = bench.ok("GET", &path, None).await;
+        let newer = now["revision"].as_u64().unwrap();
+        assert!(newer > revision, "an answer before there was news: {now}");
+        revision = newer;
+        let steps = now["steps"].as_array().unwrap().clone();
+        if now["state"] != "running" {
+            assert!(steps.iter().all(|step| step["ms"].is_u64()), "{now}");
+            assert!(
+                steps.iter().any(|step| step["ms"].as_u64() >= Some(20_000)),
+                "{now}"
+            );
+            break;
+        }
+        if let Some(last) = steps.last() {
+            assert_eq!(
+                last["ms"],
+                Value::Null,
+                "a step under way took no time yet: {now}"
+            );
+            seen.push(last["text"].as_str().unwrap().to_owned());
+        }
+    }
+    seen.dedup();
+    assert!(seen.contains(&"Booting it".to_owned()), "{seen:?}");
+    let path = format!("/api/v1/operations/{id}?wait_ms=30001");
+    assert_eq!(bench.call("GET", &path, None).await.code(), "invalid");
+}
+
+/// The series of a page of metrics, without their values.
+fn series(page: &str) -> std::collections::BTreeSet<&str> {
+    let lines = page.lines().filter(|line| !line.starts_with('#'));
+    lines
+        .filter_map(|line| Some(line.rsplit_once(' ')?.0))
+        .collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn metrics_tell_wakes_by_phase_requests_states_and_failures_and_no_names() {
+    let bench = Bench::new().await;
+    let page = async || String::from_utf8(bench.call("GET", "/metrics", None).await.body).unwrap();
+    bench.deploy("notes", |_| {}).await;
+    bench.nodes.act("notes", 2, Act::Crash);
+    bench.deploy("notes", |_| {}).await;
+    bench.nodes.act("none", 1, Act::NoRoom);
+    bench.deploy("none", |_| {}).await;
+    let counts = spore_wire::gateway::Counts {
+        by_class: [1, 2, 30, 4, 5, 6],
+        waited: 7,
+        refused_full: 8,
+        vm_died: 9,
+    };
+    for _report in 0..2 {
+        let counts = counts.clone();
+        bench.control.door_event(FromGateway::Counts(counts));
+    }
+    let told = page().await;
+    for line in [
+        "spore_wake_seconds_count{phase=\"boot\"} 1",
+        "spore_wake_seconds_sum{phase=\"boot\"} 0.002",
+        "spore_wake_seconds_count{phase=\"app\"} 1",
+        "spore_wake_seconds_sum{phase=\"total\"} 0.0025",
+        "spore_wake_seconds_bucket{le=\"0.005\",phase=\"total\"} 1",
+        "spore_requests_total{class=\"none\"} 2",
+        "spore_requests_total{class=\"2xx\"} 60",
+        "spore_requests_total{class=\"5xx\"} 12",
+        "spore_request_waits_total{outcome=\"waited\"} 14",
+        "spore_request_waits_total{outcome=\"refused_full\"} 16",
+        "spore_request_waits_total{outcome=\"vm_died\"} 18",
+        "spore_apps{state=\"awake\"} 1",
+        "spore_apps{state=\"new\"} 1",
+        "spore_apps{state=\"asleep\"} 0",
+        "spore_apps{state=\"waking\"} 0",
+        "spore_apps{state=\"draining\"} 0",
+        "spore_apps{state=\"disabled\"} 0",
+        "spore_apps{state=\"failing\"} 0",
+        "spore_failures_total{code=\"app_failed\"} 1",
+        "spore_failures_total{code=\"vm_failed\"} 1",
+        "spore_failures_total{code=\"no_capacity\"} 1",
+        "spore_api_calls_total{class=\"2xx\"}",
+    ] {
+        let found = told.lines().any(|found| found.starts_with(line));
+        assert!(found, "{line}: {told}");
+    }
+    for n in 0..20 {
+        bench.deploy(&format!("many-{n}"), |_| {}).await;
+    }
+    bench.ok("POST", "/api/v1/apps/notes/stop", None).await;
+    let more = page().await;
+    assert_eq!(series(&more), series(&told), "labels are of fixed sets");
+    assert!(more.contains("spore_apps{state=\"awake\"} 20"), "{more}");
+    assert!(!more.contains("notes") && !more.contains("many-"), "{more}");
+    let yours = with(
+        request("GET", "/metrics", None),
+        "authorization",
+        &format!("Bearer {YOUR_TOKEN}"),
+    );
+    assert_eq!(bench.send(yours).await.code(), "forbidden");
 }
 
 #[tokio::test(start_paused = true)]
