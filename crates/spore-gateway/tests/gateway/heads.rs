@@ -129,7 +129,8 @@ async fn hop_by_hop_headers_stay_and_claims_about_the_client_are_replaced() {
          X-Mine: 1\r\nKeep-Alive: timeout=5\r\nProxy-Connection: keep-alive\r\nTE: gzip\r\n\
          Proxy-Authorization: basic x\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n\
          X-Forwarded-For: 6.6.6.6\r\nX-Forwarded-Host: evil\r\nX-Forwarded-Proto: https\r\n\
-         X-Forwarded-Port: 1\r\nX_Forwarded_For: 6.6.6.6\r\nX_Real-IP: 6.6.6.6\r\nForwarded: for=6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\n\
+         X-Forwarded-Port: 1\r\nX_Forwarded_For: 6.6.6.6\r\nX_Real-IP: 6.6.6.6\r\n\
+         Forwarded: for=6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\n\
          X-Request-Id: mine\r\nX-Kept: yes\r\n\r\n",
     )
     .await;
