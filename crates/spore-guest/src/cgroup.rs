@@ -5,10 +5,13 @@
 //! ```text
 //!   /sys/fs/cgroup            the agent (the root group has no limits)
 //!   └── tenant                memory.max, pids.max, memory.events
-//!       ├── app               the app's processes
-//!       └── exec-N            one exec's processes
+//!       ├── app               the app's processes; pids.max
+//!       └── exec-N            one exec's processes; pids.max
 //! ```
-//! The limit sits on `tenant`, so that the agent always has memory to say what happened. With
+//! The limits sit on `tenant`, so that the agent always has memory and processes to say what
+//! happened. They are shares of what the kernel has left at boot: were they more than there is, a
+//! greedy app would not meet them but the kernel's own end, which thrashes for minutes before it
+//! kills anybody, and nobody could start a process any more, the agent included. With
 //! `memory.oom.group` the kernel ends a group as a whole instead of an arbitrary part of it.
 
 use std::fs::{self, File};
@@ -20,14 +23,24 @@ use thiserror::Error;
 
 use crate::sys;
 
-/// What the agent and the kernel keep for themselves, at least.
-const RESERVE_BYTES_MIN: u64 = 20 * 1024 * 1024;
+/// What the agent and the kernel may take beyond what they hold at boot, at least: file systems'
+/// caches, sockets, and what waits for the host.
+const RESERVE_BYTES_MIN: u64 = 16 * 1024 * 1024;
 
-/// The share of memory kept, once that is more.
+/// The share of free memory kept, once that is more.
 const RESERVE_DIVISOR: u64 = 16;
 
 /// The most processes and threads of a tenant in one VM.
 const PIDS_MAX: u64 = 8192;
+
+/// What a tenant may share out at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stock {
+    /// Memory that neither the kernel nor the agent holds.
+    pub memory_bytes: u64,
+    /// Processes and threads that the kernel has room for, its own included.
+    pub threads: u64,
+}
 
 /// Why the groups could not be made.
 #[derive(Debug, Error)]
@@ -43,7 +56,12 @@ pub struct CgroupError {
 #[derive(Clone, Debug)]
 pub enum Groups {
     /// Under this folder of a cgroup2 file system.
-    Unified(PathBuf),
+    Unified {
+        /// Whose groups they are.
+        tenant: PathBuf,
+        /// The most processes of one of them.
+        pids_max: u64,
+    },
     /// The kernel has no cgroup2 to use: a process group is all there is.
     ProcessGroups,
 }
@@ -62,15 +80,19 @@ impl Groups {
     ///
     /// # Errors
     /// [`CgroupError`] with the file that the kernel refused.
-    pub fn make(mount: &Path, memory_total_bytes: u64) -> Result<Self, CgroupError> {
+    pub fn make(mount: &Path, stock: Stock) -> Result<Self, CgroupError> {
         write(&mount.join("cgroup.subtree_control"), "+memory +pids")?;
         let tenant = mount.join("tenant");
         make(&tenant)?;
-        let max = memory_total_bytes.saturating_sub(reserve_bytes(memory_total_bytes));
-        write(&tenant.join("memory.max"), &max.to_string())?;
-        write(&tenant.join("pids.max"), &PIDS_MAX.to_string())?;
+        let pids_max = stock.pids_max();
+        write(&tenant.join("memory.max"), &stock.memory_max().to_string())?;
+        write(&tenant.join("pids.max"), &pids_max.to_string())?;
         write(&tenant.join("cgroup.subtree_control"), "+memory +pids")?;
-        Ok(Self::Unified(tenant))
+        Ok(Self::Unified {
+            tenant,
+            // An app at its limit leaves room for its owner's exec.
+            pids_max: three_quarters(pids_max),
+        })
     }
 
     /// Makes a group, or takes the one of that name that is left.
@@ -78,12 +100,13 @@ impl Groups {
     /// # Errors
     /// [`CgroupError`] with the file that the kernel refused.
     pub fn group(&self, name: &str) -> Result<Group, CgroupError> {
-        let Self::Unified(tenant) = self else {
+        let Self::Unified { tenant, pids_max } = self else {
             return Ok(Group::Session(None));
         };
         let path = tenant.join(name);
         make(&path)?;
         write(&path.join("memory.oom.group"), "1")?;
+        write(&path.join("pids.max"), &pids_max.to_string())?;
         Ok(Group::Cgroup(path))
     }
 
@@ -93,7 +116,7 @@ impl Groups {
     /// When the kernel does not offer it.
     pub fn memory_events(&self) -> io::Result<Option<File>> {
         match self {
-            Self::Unified(tenant) => File::open(tenant.join("memory.events")).map(Some),
+            Self::Unified { tenant, .. } => File::open(tenant.join("memory.events")).map(Some),
             Self::ProcessGroups => Ok(None),
         }
     }
@@ -134,6 +157,18 @@ impl Group {
         }
     }
 
+    /// The kills for want of memory in it so far; none where the kernel does not count them.
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        match self {
+            Self::Cgroup(path) => {
+                let events = fs::read_to_string(path.join("memory.events"));
+                events.map_or(0, |events| oom_kills(&events))
+            }
+            Self::Session(_) => 0,
+        }
+    }
+
     /// Whether no process is left in it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -170,8 +205,29 @@ pub fn oom_kills(events: &str) -> u64 {
         .unwrap_or(0)
 }
 
-fn reserve_bytes(total: u64) -> u64 {
-    (total / RESERVE_DIVISOR).max(RESERVE_BYTES_MIN)
+impl Stock {
+    /// The tenant's memory. A guest too small for the reserve gives half of what it has.
+    const fn memory_max(self) -> u64 {
+        let free = self.memory_bytes;
+        let share = free / RESERVE_DIVISOR;
+        let reserve = if share > RESERVE_BYTES_MIN {
+            share
+        } else {
+            RESERVE_BYTES_MIN
+        };
+        let rest = free.saturating_sub(reserve);
+        if rest > free / 2 { rest } else { free / 2 }
+    }
+
+    /// The tenant's processes and threads.
+    const fn pids_max(self) -> u64 {
+        let most = three_quarters(self.threads);
+        if most < PIDS_MAX { most } else { PIDS_MAX }
+    }
+}
+
+const fn three_quarters(number: u64) -> u64 {
+    number - number / 4
 }
 
 fn make(path: &Path) -> Result<(), CgroupError> {
@@ -195,7 +251,7 @@ fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{oom_kills, reserve_bytes};
+    use super::{PIDS_MAX, Stock, oom_kills};
 
     #[test]
     fn kills_are_read_and_group_kills_are_not_mistaken_for_them() {
@@ -205,9 +261,32 @@ mod tests {
         assert_eq!(oom_kills("oom_kill x"), 0);
     }
 
+    const fn memory_max_mib(free_mib: u64) -> u64 {
+        let stock = Stock {
+            memory_bytes: free_mib << 20,
+            threads: 0,
+        };
+        stock.memory_max() >> 20
+    }
+
     #[test]
-    fn a_small_guest_keeps_at_least_what_the_agent_needs() {
-        assert_eq!(reserve_bytes(100 << 20), 20 << 20);
-        assert_eq!(reserve_bytes(1 << 30), 64 << 20);
+    fn the_agent_keeps_a_reserve_and_the_tenant_at_least_half() {
+        assert_eq!(memory_max_mib(20), 10);
+        assert_eq!(memory_max_mib(66), 50);
+        assert_eq!(memory_max_mib(1024), 1024 - 64);
+    }
+
+    #[test]
+    fn the_kernel_has_room_for_more_processes_than_the_tenant_may_have() {
+        let pids_max = |threads| {
+            let memory_bytes = 0;
+            let stock = Stock {
+                memory_bytes,
+                threads,
+            };
+            stock.pids_max()
+        };
+        assert_eq!(pids_max(1657), 1243);
+        assert_eq!(pids_max(1_000_000), PIDS_MAX);
     }
 }

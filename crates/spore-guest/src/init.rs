@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   own root (memory) ─▶ kernel file systems ─▶ modules ─▶ switch root ─▶ port and disks there
-//!     ─▶ groups ─▶ tenant's view ─▶ network ─▶ session loop ─▶ power off
+//!     ─▶ tenant's view ─▶ network ─▶ groups ─▶ session loop ─▶ power off
 //! ```
 //! The agent's root is a memory file system of its own, since the kernel refuses to pivot away from
 //! the initramfs. A step that fails is said on the console and the VM ends: there is nobody to
@@ -25,7 +25,7 @@ use spore_wire::guest::PORT_NAME;
 use thiserror::Error;
 
 use crate::agent::{Agent, AgentStartError, Machine as _};
-use crate::cgroup::{CgroupError, Groups};
+use crate::cgroup::{CgroupError, Groups, Stock};
 use crate::guest::Guest;
 use crate::launch::Launcher;
 use crate::net::NetError;
@@ -99,10 +99,14 @@ fn serve() -> Result<(), InitError> {
     wait_for("network interface", || {
         fs::metadata(format!("/sys/class/net/{}", net::INTERFACE)).ok()
     })?;
-    let total_kib = procfs::memory_kib("MemTotal").unwrap_or(0);
-    let groups = Groups::make(Path::new("/sys/fs/cgroup"), total_kib * 1024)?;
     let view = View::make()?;
     net::bring_up()?;
+    // As late as possible, so that what the kernel took for disks and network is not given away.
+    let stock = Stock {
+        memory_bytes: procfs::memory_kib("MemAvailable").unwrap_or(0) * 1024,
+        threads: procfs::threads_max().unwrap_or(u64::MAX),
+    };
+    let groups = Groups::make(Path::new("/sys/fs/cgroup"), stock)?;
     let guest = Guest {
         root: view.root,
         launcher: Launcher {

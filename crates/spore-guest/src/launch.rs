@@ -314,11 +314,20 @@ fn bound() -> rustix::io::Result<()> {
         current: Some(OPEN_FILES_SOFT),
         maximum: Some(OPEN_FILES_HARD),
     };
-    // Only a privileged process may raise the hard limit; without the right the old one stays.
-    match setrlimit(Resource::Nofile, files) {
-        Ok(()) | Err(rustix::io::Errno::PERM) => Ok(()),
-        Err(errno) => Err(errno),
+    // The kernel's own count is per user: an app at that limit would lock its owner's exec out.
+    // Processes are bounded by their group.
+    let processes = Rlimit {
+        current: None,
+        maximum: None,
+    };
+    for (resource, limit) in [(Resource::Nofile, files), (Resource::Nproc, processes)] {
+        // Only a privileged process may raise a hard limit; without the right the old one stays.
+        match setrlimit(resource, limit) {
+            Ok(()) | Err(rustix::io::Errno::PERM) => {}
+            Err(errno) => return Err(errno),
+        }
     }
+    Ok(())
 }
 
 fn become_user(steps: &Steps) -> rustix::io::Result<()> {

@@ -10,6 +10,13 @@ pub fn memory_kib(name: &str) -> Option<u64> {
     value(&fs::read_to_string("/proc/meminfo").ok()?, name)
 }
 
+/// The processes and threads that the kernel has room for.
+#[must_use]
+pub fn threads_max() -> Option<u64> {
+    let text = fs::read_to_string("/proc/sys/kernel/threads-max").ok()?;
+    text.trim().parse().ok()
+}
+
 /// The processes with a command line, the caller aside: kernel threads and zombies have none.
 #[must_use]
 pub fn processes() -> u32 {

@@ -47,6 +47,8 @@ pub struct Runner {
     life: AppLife,
     plan: Option<Plan>,
     group: Option<Group>,
+    /// What the group had counted when the app was started last.
+    oom_kills: u64,
     captures: Vec<Capture>,
     check: Option<Check>,
     /// Health requests whose status is known and whose answer is still coming.
@@ -97,6 +99,7 @@ impl Default for Runner {
             life: AppLife::default(),
             plan: None,
             group: None,
+            oom_kills: 0,
             captures: Vec::new(),
             check: None,
             answered: Vec::new(),
@@ -207,6 +210,7 @@ impl Runner {
         if ours {
             // Its last words first: they say why.
             self.capture();
+            self.log_end(exit);
             self.step(guest, now_ms, AppEvent::Exited { pid: number, exit });
         }
         ours
@@ -285,6 +289,22 @@ impl Runner {
         }
     }
 
+    /// Says in the app's own log how it ended, unless it was told to.
+    fn log_end(&mut self, exit: Exit) {
+        if matches!(self.life.state(), AppState::Ending { .. }) {
+            return;
+        }
+        let kills = self.group.as_ref().map_or(0, Group::oom_kills);
+        let why = if kills > self.oom_kills {
+            ": it wanted more memory than its VM has (`resources.memory`)"
+        } else {
+            ""
+        };
+        let text = format!("spore: the app ended with {exit}{why}");
+        self.log
+            .push(clock::realtime_us(), OutputKind::Stderr, text.into());
+    }
+
     fn spawn(&mut self, guest: &mut Guest, now_ms: u64) -> Result<(), AgentError> {
         let Some(plan) = &self.plan else {
             return Ok(());
@@ -309,6 +329,7 @@ impl Runner {
                 stderr,
             },
         };
+        self.oom_kills = group.oom_kills();
         let pid = guest.start(&mut group, launch)?;
         self.group = Some(group);
         self.captures.extend(captures);

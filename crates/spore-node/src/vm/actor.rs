@@ -652,8 +652,7 @@ impl Actor {
             } else {
                 ": see its last lines"
             };
-            let text = effect::exit_text(*exit);
-            let message = format!("the app ended {failures} times in a row, with {text}{memory}");
+            let message = format!("the app ended {failures} times in a row, with {exit}{memory}");
             self.fail(VmFailureKind::App, message);
         }
         self.app.send_modify(|view| view.status = status);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use data_encoding::HEXLOWER;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use spore_wire::guest::{AgentHello, AppStatus, Exit, HOST_ADDRESS, StartApp, Thaw};
+use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw};
 use spore_wire::node::VmFailureKind;
 use spore_wire::secret::SecretBytes;
 use tokio::sync::{OwnedSemaphorePermit, watch};
@@ -405,23 +405,14 @@ fn verdict(view: &AppView, limits: &VmLimits) -> Verdict {
         AppStatus::Ready { .. } => Verdict::Ready,
         AppStatus::Backoff { failures, exit, .. } if *failures >= limits.app_start_failures_max => {
             Verdict::Failed(format!(
-                "the app ended {failures} times before it was ready, last with {}: see its last \
-                 lines",
-                exit_text(*exit)
+                "the app ended {failures} times before it was ready, last with {exit}: see its \
+                 last lines"
             ))
         }
         AppStatus::Stopped => Verdict::Failed("the app was stopped from inside".to_owned()),
         _ => view.unready.as_ref().map_or(Verdict::Unknown, |reason| {
             Verdict::Failed(format!("the app was not ready in its time: {reason}"))
         }),
-    }
-}
-
-pub(super) fn exit_text(exit: Exit) -> String {
-    match exit {
-        Exit::Code { code } => format!("exit code {code}"),
-        Exit::Signal { signal } => format!("signal {signal}"),
-        Exit::Timeout => "its time up".to_owned(),
     }
 }
 
