@@ -16,7 +16,7 @@ use crate::nodes::NodesError;
 use crate::secrets::{Place, SecretsError};
 use crate::store::StoreError;
 use crate::store::record::load;
-use crate::store::record::release::{ReleaseRecord, Rules};
+use crate::store::record::release::ReleaseRecord;
 use crate::store::record::secret::{SecretRecord, secret_key};
 
 /// What a start message has beside secrets, command and environment: what Spore sets itself, a
@@ -98,7 +98,7 @@ impl Converge {
         let release = release.ok_or(StartError::NoRelease { release: number })?;
         let secret_environment = self.secrets(app, &release.rules.secret_names).await?;
         let secret_files = self.secrets(app, &release.rules.secret_files).await?;
-        let mut process = self.process(app, &release);
+        let mut process = self.process(&release);
         process.secret_environment = secret_environment;
         process.secret_files = secret_files;
         let rules = release.rules;
@@ -122,12 +122,12 @@ impl Converge {
         })
     }
 
-    fn process(&self, app: &AppRef, release: &ReleaseRecord) -> Process {
+    fn process(&self, release: &ReleaseRecord) -> Process {
         let rules = &release.rules;
         let grace = self.inner.config.timing.stop_grace.as_millis();
         Process {
             command: rules.command.clone(),
-            environment: environment(app, release.number, rules),
+            environment: rules.environment.clone(),
             secret_environment: Vec::new(),
             secret_files: Vec::new(),
             user: None,
@@ -164,22 +164,6 @@ impl Converge {
         }
         Ok(opened)
     }
-}
-
-/// What every app finds, then what its manifest adds.
-fn environment(app: &AppRef, release: u64, rules: &Rules) -> Vec<(String, String)> {
-    let own = [
-        ("PORT", rules.port.to_string()),
-        ("SPORE_APP", app.app.to_string()),
-        ("SPORE_RELEASE", release.to_string()),
-        // The home of `DEFAULT_UID` may not exist in the image; /tmp is always writable.
-        ("HOME", "/tmp".to_owned()),
-        ("TZ", "UTC".to_owned()),
-    ];
-    let own = own.map(|(name, value)| (name.to_owned(), value));
-    own.into_iter()
-        .chain(rules.environment.iter().cloned())
-        .collect()
 }
 
 fn unasked(error: &StartError) -> Failure {

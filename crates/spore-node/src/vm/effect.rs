@@ -313,8 +313,9 @@ async fn start_app(
     )
 }
 
-/// The app's process as the agent is told. What Spore promises an app to find wins over what a
-/// release sets; a search path and a time zone are only defaults.
+/// The app's process as the agent is told: the one place that says what Spore promises an app to
+/// find, which wins over what a release sets; the time zone is only a default. `HOME` and `PATH` are
+/// the agent's, which knows the image and the user.
 fn start_of(record: &Record, secrets: &Secrets) -> StartApp {
     let process = &record.start.process;
     let owner = &record.start.owner;
@@ -329,17 +330,8 @@ fn start_of(record: &Record, secrets: &Secrets) -> StartApp {
         .filter(|(name, _value)| set.iter().all(|(taken, _)| taken != name))
         .cloned()
         .collect();
-    let defaults = [
-        (
-            "PATH",
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        ),
-        ("TZ", "UTC"),
-    ];
-    for (name, value) in defaults {
-        if environment.iter().all(|(taken, _)| taken != name) {
-            environment.push((name.to_owned(), value.to_owned()));
-        }
+    if environment.iter().all(|(taken, _)| taken != "TZ") {
+        environment.push(("TZ".to_owned(), "UTC".to_owned()));
     }
     environment.extend(set.map(|(name, value)| (name.to_owned(), value)));
     StartApp {
