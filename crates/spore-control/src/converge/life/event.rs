@@ -142,6 +142,22 @@ impl Life {
         life.status = Some(status);
         if life.phase == VmPhase::Ready && life.stage == Stage::Starting {
             self.serve(vm, now);
+        } else if life.phase == VmPhase::Draining && life.stage == Stage::Serving {
+            self.ending_by_itself(vm);
+        }
+    }
+
+    /// A VM that serves ends, and nobody asked for it: the gateway must send it nothing more, while
+    /// its node still removes it. What comes next begins once it is over.
+    fn ending_by_itself(&mut self, vm: VmId) {
+        if self.serving == Some(vm) {
+            self.serving = None;
+        }
+        if let Some(life) = self.vms.get_mut(&vm)
+            && core::mem::take(&mut life.told)
+        {
+            let reason = "it ended by itself; see `spore logs`".to_owned();
+            self.say(Effect::Gone { vm, reason });
         }
     }
 
