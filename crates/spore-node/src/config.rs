@@ -12,6 +12,7 @@ use spore_wire::id::{ImageId, VmId};
 
 use crate::capacity::CapacityLimits;
 use crate::clock::{Clock, HostClock};
+use crate::memory::{HostMemory, ProcMemory};
 use crate::vm::state::VmEffect;
 
 /// What a node is started with.
@@ -21,12 +22,14 @@ pub struct Config {
     pub runtime: PathBuf,
     /// `/var/log/spore/apps`: what apps print.
     pub logs: PathBuf,
-    /// What the host has to give. Its `overhead_mib` is replaced by the driver's.
+    /// What the host has to give. Its `overhead_mib` and `proxy_mib` are the driver's.
     pub capacity: CapacityLimits,
     /// VMs that may be on their way from nothing to their agent's first word at once.
     pub boots_max: usize,
     /// How long things may take.
     pub limits: VmLimits,
+    /// The host's memory as it is.
+    pub memory: Arc<dyn HostMemory>,
     /// The wall clock.
     pub clock: Arc<dyn Clock>,
     /// Told before and after each effect.
@@ -44,11 +47,13 @@ impl Config {
                 memory_mib,
                 memory_reserve_mib: (memory_mib / 8).clamp(256, 4096),
                 overhead_mib: 0,
+                proxy_mib: 0,
                 cpus: 256,
                 vms: 512,
             },
             boots_max: 4,
             limits: VmLimits::default(),
+            memory: Arc::new(ProcMemory),
             clock: Arc::new(HostClock),
             kill_points: Arc::new(NoKillPoints),
         }

@@ -15,6 +15,7 @@ pub mod image;
 pub mod jail;
 pub mod journal;
 pub mod log;
+pub mod memory;
 pub mod net;
 pub mod node;
 mod sys;

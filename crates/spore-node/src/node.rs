@@ -18,7 +18,7 @@ use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
-use crate::capacity::{Capacity, CapacityLimits, NoRoom};
+use crate::capacity::{Ask, Capacity, CapacityLimits, Egress, NoRoom};
 use crate::config::{Config, Images};
 use crate::hypervisor::{Hypervisor, Machine, ReleaseError, Swept, VmStats};
 use crate::journal::{Journal, JournalError, Record, RecordError};
@@ -75,6 +75,9 @@ pub enum StartError {
     /// The host has no room.
     #[error("the host has no room: {0}")]
     NoRoom(#[from] NoRoom),
+    /// The host does not say how much memory it has.
+    #[error("cannot read how much memory the host has available: is /proc mounted?")]
+    Memory(#[source] std::io::Error),
     /// The node does not have the image.
     #[error("this node does not have the image {0}: build or upload it first")]
     Image(ImageId),
@@ -91,7 +94,7 @@ impl StartError {
             kind: match self {
                 Self::NoRoom(_) => VmFailureKind::NoCapacity,
                 Self::Image(_) => VmFailureKind::Image,
-                Self::Name(_) => VmFailureKind::Boot,
+                Self::Name(_) | Self::Memory(_) => VmFailureKind::Boot,
             },
             message: self.to_string(),
             last_lines: Vec::new(),
@@ -140,6 +143,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn ask_of(start: &StartVm) -> Ask {
+    let egress = if start.egress.is_empty() {
+        Egress::None
+    } else {
+        Egress::Proxy
+    };
+    Ask {
+        resources: start.resources,
+        egress,
+    }
+}
+
 /// Removes a VM whose journal tells nothing, or says that it is to be quarantined.
 async fn discard(host: &Host, vm: VmId, error: &RecordError, adoption: &mut Adoption) {
     let reason = format!("its journal cannot be used: {}", chain(error));
@@ -185,6 +200,7 @@ impl Node {
         let records = journal.read_all()?;
         let limits = CapacityLimits {
             overhead_mib: u64::from(caps.overhead_mib),
+            proxy_mib: u64::from(caps.proxy_mib),
             ..config.capacity
         };
         let host = Arc::new(Host {
@@ -235,7 +251,7 @@ impl Node {
         let mut actors = Vec::new();
         for record in records {
             let vm = record.start.vm;
-            lock(&self.host.capacity).adopt(vm, record.start.resources);
+            lock(&self.host.capacity).adopt(vm, ask_of(&record.start));
             let first = VmEvent::Adopt(record.milestone);
             actors.push((vm, actor::spawn(&self.host, record, None, first)));
         }
@@ -297,7 +313,8 @@ impl Node {
             },
             egress: start.egress.clone(),
         };
-        capacity.admit(vm, start.resources)?;
+        let now = self.host.config.memory.now();
+        capacity.admit(vm, ask_of(&start), now.map_err(StartError::Memory)?)?;
         let record = Record::new(self.host.hypervisor.caps().name, &start, machine);
         actor::spawn(&self.host, record, Some(secrets), VmEvent::Start);
         drop(capacity);

@@ -133,6 +133,7 @@ impl Daemon {
         let mut config = NodeConfig::new(folder.join("run"), folder.join("log"), 0);
         config.capacity.memory_mib = ground.memory_mib;
         config.capacity.memory_reserve_mib = 0;
+        config.memory = Arc::new(ground.host.clone());
         config.kill_points = Arc::clone(fuse) as Arc<dyn KillPoints>;
         config.clock = Arc::clone(&ground.clock) as Arc<dyn spore_node::clock::Clock>;
         let hypervisor = Arc::new(ground.host.hypervisor());

@@ -133,6 +133,12 @@ pub trait Vm: Send + Sync + 'static {
 
     /// Resolves when the VMM's process is gone, however that came; at once if it already is.
     async fn exited(&self) -> VmExit;
+
+    /// Resolves, with why, when the VM runs and must not go on. The caller ends it: it can tell so
+    /// before connections die.
+    async fn unsound(&self) -> String {
+        core::future::pending().await
+    }
 }
 
 /// A byte stream to the agent.
@@ -151,6 +157,8 @@ pub struct Caps {
     pub boundary: Boundary,
     /// Host memory that a VM takes beyond its guest's, in MiB.
     pub overhead_mib: u32,
+    /// And that the egress proxy of one with grants takes, in MiB.
+    pub proxy_mib: u32,
     /// The guest kernel's release.
     pub kernel: String,
 }

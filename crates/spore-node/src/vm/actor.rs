@@ -140,6 +140,7 @@ pub(crate) struct Actor {
     events: VecDeque<VmEvent>,
     asking: Option<Asking>,
     exited: Option<BoxFuture<'static, VmExit>>,
+    unsound: Option<BoxFuture<'static, String>>,
     link_events: Option<mpsc::Receiver<LinkEvent>>,
     requests: mpsc::Receiver<VmRequest>,
     access: watch::Sender<Option<Access>>,
@@ -179,6 +180,7 @@ pub(crate) fn spawn(
         events: VecDeque::from([first]),
         asking: None,
         exited: None,
+        unsound: None,
         link_events: None,
         requests,
         access,
@@ -315,6 +317,10 @@ impl Actor {
                     self.exited = None;
                     self.events.push_back(VmEvent::Exited(effect::exit_failure(exit)));
                 }
+                cause = of(self.unsound.as_mut()) => {
+                    self.unsound = None;
+                    self.fail(VmFailureKind::Died, format!("the VM was ended: {cause}"));
+                }
                 Some(request) = self.requests.recv() => self.request(request),
                 event = heard(self.link_events.as_mut()) => self.link_event(event).await,
             }
@@ -326,11 +332,14 @@ impl Actor {
         let state = core::mem::replace(&mut self.state, VmState::Absent);
         let (state, effects) = state.step(event);
         self.state = state;
-        if !matches!(
+        let boots = matches!(
             self.state,
             VmState::Preparing { .. } | VmState::Booting { .. }
-        ) {
-            self.turn = None;
+        );
+        if !boots && self.turn.take().is_some() {
+            let capacity = &self.host.capacity;
+            let mut capacity = capacity.lock().unwrap_or_else(PoisonError::into_inner);
+            capacity.settle(self.record.start.vm);
         }
         if matches!(self.state, VmState::Releasing(_)) {
             self.access.send_replace(None);
@@ -426,6 +435,8 @@ impl Actor {
             Gain::Vm(vm) => {
                 let watched = Arc::clone(&vm);
                 self.exited = Some(async move { watched.exited().await }.boxed());
+                let watched = Arc::clone(&vm);
+                self.unsound = Some(async move { watched.unsound().await }.boxed());
                 self.vm = Some(vm);
             }
         }
@@ -438,6 +449,7 @@ impl Actor {
                 self.collector = None;
                 self.vm = None;
                 self.exited = None;
+                self.unsound = None;
             }
             _ => {}
         }

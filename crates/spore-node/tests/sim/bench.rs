@@ -65,6 +65,7 @@ pub(crate) struct Bench {
 
 pub(crate) async fn open(host: &SimHost, folder: &Path, crash: &Arc<Crash>) -> (Node, Adoption) {
     let mut config = Config::new(folder.join("run"), folder.join("log"), 4096);
+    config.memory = Arc::new(host.clone());
     config.kill_points = Arc::clone(crash) as Arc<dyn KillPoints>;
     Node::open(config, Arc::new(host.hypervisor()), Arc::new(AnyImage))
         .await

@@ -269,6 +269,29 @@ fn a_lost_session_comes_back_and_a_dead_vm_is_told() {
 }
 
 #[test]
+fn the_end_of_a_vm_that_must_not_go_on_is_told_before_it_is_killed() {
+    on_virtual_time(async {
+        let mut bench = Bench::new(16).await;
+        bench.node.start(start(vm(1), "hello")).unwrap();
+        until_phase(&bench.node, vm(1), VmPhase::Ready).await;
+        *bench.crash.at.lock().unwrap() = Some((VmEffect::Kill, KillPoint::Before));
+        bench.host.spoil_vm(vm(1), "its proxy ended");
+        bench.crash.happened.notified().await;
+        assert!(bench.host.running().contains_key(&vm(1)));
+        assert_eq!(bench.node.status(vm(1)).unwrap().phase, VmPhase::Draining);
+        bench.restart().await;
+        let failure = bench.node.stopped(vm(1)).await.unwrap().failure.unwrap();
+        assert_eq!(failure.kind, VmFailureKind::Died);
+        bench.nothing_is_left();
+        bench.node.start(start(vm(2), "hello")).unwrap();
+        until_phase(&bench.node, vm(2), VmPhase::Ready).await;
+        bench.host.spoil_vm(vm(2), "its proxy ended");
+        let failure = bench.node.stopped(vm(2)).await.unwrap().failure.unwrap();
+        assert!(failure.message.contains("its proxy ended"), "{failure:?}");
+    });
+}
+
+#[test]
 fn a_keep_awake_lease_is_told_and_runs_down() {
     on_virtual_time(async {
         let bench = Bench::new(8).await;

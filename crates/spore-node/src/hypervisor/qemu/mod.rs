@@ -203,6 +203,7 @@ impl Qemu {
             version,
             boundary: Boundary::None,
             overhead_mib: OVERHEAD_MIB,
+            proxy_mib: PROXY_MIB,
             kernel: config.kernel_release.clone(),
         };
         Ok(Self {

@@ -5,7 +5,7 @@
 //! ```text
 //!   Watching ──SHUTDOWN (guest's end)──▶ reads the console, `quit` ──▶ Watching
 //!       │ ├────asked for the console──▶ reads it ──▶ Watching
-//!       │ └────egress proxy gone──▶ kills the VMM ──▶ Watching
+//!       │ └────egress proxy gone──▶ says that the VM is unsound ──▶ Watching
 //!       └──process gone──▶ Over (exit published)
 //! ```
 //!
@@ -69,6 +69,7 @@ pub(super) struct QemuVm {
     policy: Policy,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     exit: watch::Receiver<Option<VmExit>>,
+    unsound: watch::Receiver<Option<String>>,
     orders: mpsc::Sender<Order>,
     /// Where it has grants.
     proxy: Option<Arc<EgressProxy>>,
@@ -80,7 +81,7 @@ pub(super) struct QemuVm {
 enum Order {
     /// The console's last lines.
     Console(oneshot::Sender<Vec<String>>),
-    /// To end the VM with this process, its egress proxy.
+    /// To miss this process, its egress proxy, when it ends.
     Miss(OwnedFd),
 }
 
@@ -120,6 +121,7 @@ impl QemuVm {
             monitor = Qmp::connect(&socket, GREETING_TIMEOUT) => monitor,
         };
         let (publish, exit) = watch::channel(None);
+        let (cause, unsound) = watch::channel(None);
         let (orders, asked) = mpsc::channel(4);
         let watcher = Watcher {
             rooms: Arc::clone(&rooms),
@@ -129,7 +131,7 @@ impl QemuVm {
             log,
             tail: Vec::new(),
             proxy: kept.map_err(silent("egress proxy"))?,
-            cause: None,
+            cause,
             asked,
         };
         Ok(Self {
@@ -144,6 +146,7 @@ impl QemuVm {
             vm,
             pidfd,
             exit,
+            unsound,
             orders,
             proxy: proxy.map(Arc::new),
         })
@@ -212,6 +215,16 @@ impl Vm for QemuVm {
             },
         }
     }
+
+    async fn unsound(&self) -> String {
+        let mut unsound = self.unsound.clone();
+        let said = unsound.wait_for(Option::is_some).await;
+        match said.ok().and_then(|cause| cause.clone()) {
+            Some(cause) => cause,
+            // The task that watches ends with the VMM, which is told otherwise.
+            None => core::future::pending().await,
+        }
+    }
 }
 
 /// The task of one VM.
@@ -227,8 +240,8 @@ struct Watcher {
     tail: Vec<String>,
     /// The egress proxy, once it serves.
     proxy: Option<Arc<AsyncFd<OwnedFd>>>,
-    /// Why the VMM was killed by this task.
-    cause: Option<String>,
+    /// Why the VM must not go on.
+    cause: watch::Sender<Option<String>>,
     asked: mpsc::Receiver<Order>,
 }
 
@@ -266,23 +279,20 @@ impl Watcher {
             }
             Order::Miss(proxy) => match watched(proxy) {
                 Ok(proxy) => self.proxy = Some(proxy),
-                Err(error) => self.end(format!("its egress proxy cannot be watched: {error}")),
+                Err(error) => self.give_up(format!("its egress proxy cannot be watched: {error}")),
             },
         }
     }
 
     fn miss_proxy(&mut self) {
         if let Some(proxy) = self.proxy.take() {
-            self.end(how_it_ended("its egress proxy", &proxy));
+            self.give_up(how_it_ended("its egress proxy", &proxy));
         }
     }
 
-    fn end(&mut self, cause: String) {
-        tracing::warn!(vm = %self.vm, cause, "the VM is killed");
-        self.cause = Some(cause);
-        if let Err(error) = kill_process(self.pidfd.get_ref()) {
-            tracing::error!(vm = %self.vm, %error, "cannot kill the VMM");
-        }
+    fn give_up(&self, cause: String) {
+        tracing::warn!(vm = %self.vm, cause, "the VM must not go on");
+        self.cause.send_replace(Some(cause));
     }
 
     /// The monitor, connected anew where the last command on it was given up.
@@ -340,7 +350,7 @@ impl Watcher {
             .was_out_of_memory(&name)
             .unwrap_or(false);
         let mut reason = how_it_ended("the VMM", &self.pidfd);
-        if let Some(cause) = &self.cause {
+        if let Some(cause) = &*self.cause.borrow() {
             reason = format!("{cause}; {reason}");
         }
         for (what, text) in [

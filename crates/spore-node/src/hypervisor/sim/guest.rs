@@ -32,6 +32,7 @@ pub(super) struct Guest {
     pub(super) over: CancellationToken,
     booted_at: Instant,
     exit: watch::Sender<Option<VmExit>>,
+    pub(super) unsound: watch::Sender<Option<String>>,
     session: Mutex<CancellationToken>,
     host: SimHost,
 }
@@ -70,6 +71,7 @@ impl Guest {
             over: CancellationToken::new(),
             booted_at: Instant::now() + Duration::from_millis(boot_ms),
             exit: watch::Sender::new(None),
+            unsound: watch::Sender::new(None),
             session: Mutex::default(),
             host: host.clone(),
         });

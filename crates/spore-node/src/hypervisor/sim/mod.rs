@@ -30,6 +30,7 @@ use super::{
     AgentStream, AttachError, BootError, Caps, Hypervisor, Identity, Left, Machine, PolicyError,
     PrepareError, Prepared, ReleaseError, Swept, Vm, VmExit, VmStats,
 };
+use crate::memory::{HostMemory, MemoryNow};
 use guest::Guest;
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -117,6 +118,16 @@ struct SimMachine {
     guest: Option<Arc<Guest>>,
 }
 
+/// Nobody else is on it.
+impl HostMemory for SimHost {
+    fn now(&self) -> io::Result<MemoryNow> {
+        Ok(MemoryNow {
+            available_mib: u64::MAX,
+            stalled_percent: 0,
+        })
+    }
+}
+
 impl SimHost {
     /// A machine whose chance comes from `seed`, without faults.
     #[must_use]
@@ -167,6 +178,7 @@ impl SimHost {
                 version: "simulated".to_owned(),
                 boundary: Boundary::None,
                 overhead_mib: 32,
+                proxy_mib: 8,
                 kernel: "simulated".to_owned(),
             },
         }
@@ -240,6 +252,13 @@ impl SimHost {
         if let Some(guest) = self.guest(vm) {
             self.strike(vm);
             guest.end_itself("crashed");
+        }
+    }
+
+    /// Takes away what a VM cannot go on without, as the end of its egress proxy would.
+    pub fn spoil_vm(&self, vm: VmId, cause: &str) {
+        if let Some(guest) = self.guest(vm) {
+            guest.unsound.send_replace(Some(cause.to_owned()));
         }
     }
 
@@ -524,6 +543,15 @@ impl Vm for SimVm {
 
     fn kill(&self) {
         self.guest.end("killed", false);
+    }
+
+    async fn unsound(&self) -> String {
+        let mut unsound = self.guest.unsound.subscribe();
+        let said = unsound.wait_for(Option::is_some).await;
+        match said.ok().and_then(|cause| cause.clone()) {
+            Some(cause) => cause,
+            None => core::future::pending().await,
+        }
     }
 
     async fn exited(&self) -> VmExit {
