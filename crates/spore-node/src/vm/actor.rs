@@ -13,7 +13,6 @@
 //!     └── the VMM's exit
 //! ```
 
-use core::panic::AssertUnwindSafe;
 use core::time::Duration;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,6 +35,7 @@ use super::effect::{self, AppView, Gain, Outcome};
 use super::guest::{AgentLink, LinkEvent, Patience, SessionTimes, chain, clean};
 use super::mask::Masking;
 use super::state::{BootStep, Ending, Failure, Milestone, ThawStep, VmEffect, VmEvent, VmState};
+use super::supervise;
 use super::tasks::{Scope, Tasks};
 use crate::capacity::Capacity;
 use crate::config::{Config, KillPoint};
@@ -203,7 +203,7 @@ pub(crate) fn spawn(
     register().insert(vm, handle.clone());
     let span = span_of(&actor.record.start);
     host.tasks
-        .spawn(supervise(Arc::clone(host), actor).instrument(span));
+        .spawn(supervise::run(Arc::clone(host), actor).instrument(span));
     handle
 }
 
@@ -215,54 +215,12 @@ fn span_of(start: &StartVm) -> Span {
     tracing::info_span!(parent: None, "vm", %vm, account = owner.account, app = owner.app, trace)
 }
 
-/// Runs an actor to its end, and cleans up after one that panics.
-async fn supervise(host: Arc<Host>, actor: Actor) {
-    let record = actor.record.clone();
-    let vm = record.start.vm;
-    let run = AssertUnwindSafe(Box::pin(actor.run())).catch_unwind();
-    if run.await.is_err() {
-        tracing::error!(%vm, "a VM's actor panicked; the VM is released");
-        clean_up(&host, record).await;
-    }
-    let mut actors = host.actors.lock().unwrap_or_else(PoisonError::into_inner);
-    actors.remove(&vm);
-}
-
-async fn clean_up(host: &Host, mut record: Record) {
-    let vm = record.start.vm;
-    record.milestone = Milestone::EndingFailed;
-    if let Err(error) = host.journal.write(&record) {
-        tracing::error!(%vm, error = %chain(&error), "the journal cannot be written");
-    }
-    while let Err(error) = host.hypervisor.release(vm).await {
-        tracing::error!(%vm, error = %chain(&error), "something of a VM is left; tried again");
-        tokio::time::sleep(Duration::from_secs(10)).await;
-    }
-    if let Err(error) = host.journal.remove(vm) {
-        tracing::error!(%vm, error = %chain(&error), "the journal cannot be removed");
-    }
-    give_back(host, vm);
-    let failure = VmFailure {
-        kind: VmFailureKind::Died,
-        message: "the node made a mistake and removed the VM: start another, and report the \
-                  node's log"
-            .to_owned(),
-        last_lines: Vec::new(),
-    };
-    let status = VmStatus {
-        failure: Some(failure),
-        phase: spore_wire::node::VmPhase::Failed,
-        ..status_of(host, &record)
-    };
-    host.board.publish(status, None);
-}
-
-fn give_back(host: &Host, vm: VmId) {
+pub(super) fn give_back(host: &Host, vm: VmId) {
     let mut capacity = host.capacity.lock().unwrap_or_else(PoisonError::into_inner);
     capacity.release(vm);
 }
 
-fn status_of(host: &Host, record: &Record) -> VmStatus {
+pub(super) fn status_of(host: &Host, record: &Record) -> VmStatus {
     VmStatus {
         vm: record.start.vm,
         owner: record.start.owner.clone(),
@@ -298,7 +256,7 @@ async fn heard(events: Option<&mut mpsc::Receiver<LinkEvent>>) -> LinkEvent {
 }
 
 impl Actor {
-    async fn run(mut self) {
+    pub(super) async fn run(mut self) {
         loop {
             while let Some(event) = self.events.pop_front() {
                 self.step(event).await;

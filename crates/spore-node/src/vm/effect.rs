@@ -314,8 +314,8 @@ async fn start_app(
 }
 
 /// The app's process as the agent is told: the one place that says what Spore promises an app to
-/// find, which wins over what a release sets; the time zone is only a default. `HOME` and `PATH` are
-/// the agent's, which knows the image and the user.
+/// find, which wins over what a release sets; the time zone is only a default. `HOME` and `PATH`
+/// are the agent's, which knows the image and the user.
 fn start_of(record: &Record, secrets: &Secrets) -> StartApp {
     let process = &record.start.process;
     let owner = &record.start.owner;

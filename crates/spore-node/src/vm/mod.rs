@@ -11,4 +11,5 @@ mod effect;
 pub mod guest;
 pub mod mask;
 pub mod state;
+mod supervise;
 pub(crate) mod tasks;
