@@ -24,6 +24,10 @@ const EDGE_MS: u64 = 8;
 /// How long a disturbance waits for a wake or a reap to be under way, in milliseconds.
 const DISTURB_MS: u64 = 3_000;
 
+/// Until an app sleeps after its last request, leases included: there may be room for three VMs
+/// only, and one app may never sleep.
+const ASLEEP: Duration = Duration::from_secs(90);
+
 /// Beyond every pause after a start that failed once or twice.
 const BREAKER: Duration = Duration::from_secs(30);
 
@@ -53,6 +57,7 @@ impl Life {
                 self.must_serve(app, answer);
             }
             self.lost_vm(app).await;
+            tokio::time::sleep(ASLEEP).await;
         }
         Ok(())
     }
@@ -133,6 +138,7 @@ impl Life {
             tokio::time::sleep(BREAKER).await;
             let answer = self.world.ask(app).await;
             self.must_serve(app, answer);
+            tokio::time::sleep(ASLEEP).await;
         }
         Ok(())
     }

@@ -8,7 +8,9 @@ use spore_wire::gateway::Activity;
 use spore_wire::id::VmId;
 use spore_wire::node::{StopMode, VmPhase, VmStatus};
 
-use super::{Breaker, Deploy, Effect, Failure, Life, Moment, Stage, Target, Vm, failure_of};
+use super::{
+    Breaker, Deploy, Effect, Failure, Life, Moment, Origin, Stage, Target, Vm, failure_of,
+};
 use crate::config::Timing;
 
 /// What happened.
@@ -122,6 +124,7 @@ impl Life {
         }
         let life = self.vms.entry(vm).or_insert_with(|| Vm {
             release: status.owner.release,
+            origin: Origin::Found,
             stage: Stage::Found,
             phase: status.phase,
             until: now.after(timing.boot_allowance),
@@ -174,6 +177,9 @@ impl Life {
             Stage::Trying | Stage::Healthy => {
                 self.fail_deploy(failure.clone().unwrap_or_else(ended));
             }
+            // The restart of a daemon ends what was half made. That tells nothing of the app, so who
+            // waits is told nothing of it: another is started.
+            Stage::Starting if life.origin == Origin::Found => {}
             Stage::Starting => {
                 self.start_failed(failure.clone().unwrap_or_else(ended), now, timing)
             }

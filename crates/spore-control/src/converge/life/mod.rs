@@ -213,6 +213,7 @@ pub struct Life {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Vm {
     pub(super) release: u64,
+    pub(super) origin: Origin,
     pub(super) stage: Stage,
     pub(super) phase: VmPhase,
     /// When this stage is over at the latest.
@@ -226,6 +227,15 @@ pub(super) struct Vm {
     /// Whether the gateway was told of it.
     pub(super) told: bool,
     pub(super) status: Option<VmStatus>,
+}
+
+/// Who started a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// This daemon.
+    Ours,
+    /// An earlier one; the node told of it.
+    Found,
 }
 
 /// Where a VM stands for control.

@@ -6,7 +6,7 @@ use spore_api::error::ErrorCode;
 use spore_wire::id::VmId;
 use spore_wire::node::{StopMode, VmPhase};
 
-use super::{Admission, Effect, Failure, Intent, Life, Moment, Stage, Step, Target, Vm};
+use super::{Admission, Effect, Failure, Intent, Life, Moment, Origin, Stage, Step, Target, Vm};
 use crate::config::Timing;
 
 impl Life {
@@ -299,6 +299,7 @@ impl Life {
         let until = now.after(timing.boot_allowance).after_ms(target.ready_ms);
         let life = Vm {
             release,
+            origin: Origin::Ours,
             stage,
             phase: VmPhase::Preparing,
             until,

@@ -571,6 +571,20 @@ fn a_reap_answered_busy_waits_for_the_end_of_what_is_known_to_be_busy() {
 }
 
 #[test]
+fn a_wake_outlives_a_vm_that_a_restart_of_the_daemon_left_half_made() {
+    let mut world = World::new(true);
+    run(&mut world, &[Act::Wake]);
+    let half_made = *world.node.keys().next().unwrap();
+    // The next daemon lists it, the gateway asks again, and the node takes it away.
+    run(&mut world, &[Act::Crash, Act::Die(0)]);
+    assert_eq!(world.waiting, 1, "who waits is not told of a restart");
+    let next = *world.node.keys().next().expect("another is started");
+    assert_ne!(half_made, next);
+    run(&mut world, &[Act::Die(0)]);
+    assert_eq!(world.waiting, 0, "a start of its own that fails is told");
+}
+
+#[test]
 fn a_list_that_was_on_its_way_does_not_turn_a_vm_back() {
     let mut world = World::new(true);
     run(
