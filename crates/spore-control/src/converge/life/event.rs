@@ -177,8 +177,8 @@ impl Life {
             Stage::Trying | Stage::Healthy => {
                 self.fail_deploy(failure.clone().unwrap_or_else(ended));
             }
-            // The restart of a daemon ends what was half made. That tells nothing of the app, so who
-            // waits is told nothing of it: another is started.
+            // The restart of a daemon ends what was half made. That tells nothing of the app, so
+            // who waits is told nothing of it: another is started.
             Stage::Starting if life.origin == Origin::Found => {}
             Stage::Starting => {
                 self.start_failed(failure.clone().unwrap_or_else(ended), now, timing)
