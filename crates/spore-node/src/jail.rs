@@ -35,7 +35,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
     sockopt,
 };
-use rustix::process::{Gid, Resource, Rlimit, Uid, pivot_root, setrlimit, setsid, umask};
+use rustix::process::{Gid, Uid, pivot_root, setsid, umask};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, LinkNameSpaceType, UnshareFlags, clear_ambient_capability_set,
     move_into_link_name_space, remove_capability_from_bounding_set, set_capabilities,
@@ -43,6 +43,7 @@ use rustix::thread::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::confine::limits::ProcessLimits;
 use crate::sys::{self, Forked};
 
 /// The most bytes of the launcher's message.
@@ -79,19 +80,7 @@ pub struct Jail {
     /// Its uid and gid.
     pub uid: u32,
     /// What it may use, beyond its cgroup.
-    pub limits: JailLimits,
-}
-
-/// Limits of setrlimit(2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JailLimits {
-    /// Open descriptors.
-    pub fds: u64,
-    /// Threads of its uid.
-    pub threads: u64,
-    /// The end of what it may write in a file: else a VMM that was taken over could make its
-    /// scratch disk larger than it was given.
-    pub file_bytes: u64,
+    pub limits: ProcessLimits,
 }
 
 /// What a launcher says to the daemon.
@@ -427,7 +416,11 @@ fn close_bind(to: &Path) -> io::Result<()> {
 
 /// The child: gives up everything and becomes the program. Returns only when that fails.
 fn become_vmm(jail: &Jail, fds: Vec<OwnedFd>, daemon: OwnedFd) -> ExitCode {
-    let given_up = give_up_limits(&jail.limits).and_then(|()| give_up_rights(jail.uid));
+    let limited = jail.limits.set().map_err(|error| Failure {
+        step: error.to_string(),
+        source: error.source,
+    });
+    let given_up = limited.and_then(|()| give_up_rights(jail.uid));
     if let Err(failure) = given_up {
         return tell_failure(&daemon, failure);
     }
@@ -446,27 +439,6 @@ fn become_vmm(jail: &Jail, fds: Vec<OwnedFd>, daemon: OwnedFd) -> ExitCode {
             source,
         },
     )
-}
-
-fn give_up_limits(limits: &JailLimits) -> Result<(), Failure> {
-    let both = |value: u64| Rlimit {
-        current: Some(value),
-        maximum: Some(value),
-    };
-    let all = [
-        // 1, not 0: a core_pattern that pipes ignores 0, and takes 1 as "do not dump"
-        // (fs/coredump.c, "RLIMIT_CORE is set to 1").
-        (Resource::Core, 1),
-        (Resource::Nofile, limits.fds),
-        (Resource::Nproc, limits.threads),
-        (Resource::Fsize, limits.file_bytes),
-        (Resource::Memlock, 0),
-        (Resource::Msgqueue, 0),
-    ];
-    for (resource, value) in all {
-        setrlimit(resource, both(value)).step(format!("limiting {resource:?}"))?;
-    }
-    Ok(())
 }
 
 fn give_up_rights(uid: u32) -> Result<(), Failure> {

@@ -276,6 +276,44 @@ pub(crate) fn set_neighbour(
     }
 }
 
+/// Any system call, in a process of its own: how tests see what a filter forbids.
+#[cfg(test)]
+pub(crate) mod probe {
+    use std::io;
+    use std::os::unix::process::ExitStatusExt;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::process::ExitStatus;
+
+    /// Makes a call with plain numbers for arguments, of which none is the address of anything.
+    pub(crate) fn call(number: i64, [a, b, c]: [u64; 3]) -> io::Result<i64> {
+        // SAFETY: the tests pass small numbers and zeros, which are no valid addresses, so the
+        // kernel reads and writes no memory; a call that ends the process ends a test's child.
+        let result = unsafe { libc::syscall(number, a, b, c, 0_u64, 0_u64, 0_u64) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(result)
+    }
+
+    /// Does `work` in a child, whose exit code is its result; 255 is a panic.
+    pub(crate) fn in_child(work: impl FnOnce() -> u8) -> ExitStatus {
+        // SAFETY: the child does what the tests ask for and leaves by `_exit`; memory that it
+        // allocates is fine, since glibc's fork takes malloc's locks over.
+        let pid = unsafe { libc::fork() };
+        assert!(pid >= 0, "{}", io::Error::last_os_error());
+        if pid == 0 {
+            let code = catch_unwind(AssertUnwindSafe(work)).unwrap_or(u8::MAX);
+            // SAFETY: ends the child without running what belongs to the parent.
+            unsafe { libc::_exit(code.into()) }
+        }
+        let mut status = 0;
+        // SAFETY: the pid is that of a child that nobody else waits for, and `status` lives.
+        let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        assert_eq!(waited, pid, "{}", io::Error::last_os_error());
+        ExitStatus::from_raw(status)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{hardware_address, interface_request, socket_address};

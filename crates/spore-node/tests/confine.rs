@@ -84,14 +84,19 @@ fn a_confined_process_has_its_uid_filter_and_nothing_else() {
         assert_ne!(namespace(&pid, kind), namespace("self", kind), "{kind}");
     }
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
-    let core = limits
-        .lines()
-        .find(|line| line.starts_with("Max core file size"))
-        .unwrap();
-    assert_eq!(
-        core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(),
-        ["1", "1"]
-    );
+    let limit = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace()
+            .skip(name.split(' ').count())
+            .take(2)
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    assert_eq!(limit("Max core file size"), "1 1");
+    assert_eq!(limit("Max open files"), "64 64");
+    assert_eq!(limit("Max processes"), "16 16");
+    assert_eq!(limit("Max locked memory"), "0 0");
+    assert_eq!(limit("Max msgqueue size"), "0 0");
     let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
     drop(child.stdin.take());

@@ -1,28 +1,21 @@
 //! How the proxy gives up what it does not need, before it has read a byte.
 //!
 //! Called by `main`, in a process with one thread: [`enter`] first of all, [`seal`] last. What
-//! every helper process gives up is [`crate::confine`]'s; added here are limits that fit a proxy,
-//! and a second filter: the only new sockets are TCP and UDP ones. In the host's network
+//! every helper process gives up is [`crate::confine`]'s; added here is another filter: the only
+//! new sockets are TCP and UDP ones. In the host's network
 //! namespace that matters, since abstract unix sockets and netlink are found there without any
 //! file. Never loosens anything.
 
 use std::collections::BTreeMap;
 
-use rustix::process::{Resource, Rlimit, setrlimit};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
 use thiserror::Error;
 
-use super::blob::CONNECTIONS_MAX;
+use crate::confine::limits::ProcessLimits;
 use crate::confine::{ConfineError, Confinement, Network, confine};
-
-/// The most descriptors: two per connection, and room for the rest.
-const FILES_MAX: u64 = CONNECTIONS_MAX as u64 * 2 + 128;
-
-/// The most memory of its own (heap and private mappings).
-const DATA_BYTES_MAX: u64 = 256 * 1024 * 1024;
 
 /// Why the proxy could not be confined.
 #[derive(Debug, Error)]
@@ -33,9 +26,6 @@ pub enum CageError {
     /// The threads could not be counted.
     #[error("cannot list the threads of the egress proxy: is /proc mounted?")]
     CountThreads(#[source] std::io::Error),
-    /// A limit was refused.
-    #[error("cannot limit the egress proxy")]
-    Limit(#[source] rustix::io::Errno),
     /// The common part failed.
     #[error(transparent)]
     Confine(#[from] ConfineError),
@@ -59,20 +49,11 @@ pub fn enter(uid: u32, keep: &[i32]) -> Result<(), CageError> {
     if threads != 1 {
         return Err(CageError::Threads(threads));
     }
-    for (resource, most) in [(Resource::Data, DATA_BYTES_MAX), (Resource::Nproc, 0)] {
-        let limit = Rlimit {
-            current: Some(most),
-            maximum: Some(most),
-        };
-        setrlimit(resource, limit).map_err(CageError::Limit)?;
-    }
     confine(&Confinement {
         uid,
         keep: keep.to_vec(),
         network: Network::Host,
-        files_max: FILES_MAX,
-        // A file that outgrows a limit ends its writer (SIGXFSZ); the log is bounded by `tally`.
-        file_bytes_max: None,
+        limits: ProcessLimits::EGRESS,
     })?;
     Ok(())
 }

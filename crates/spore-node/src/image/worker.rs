@@ -17,11 +17,11 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::process::ExitCode;
 
-use nix::sys::resource::{Resource, setrlimit};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::pack::{PackError, PackRequest, Packed, pack};
+use crate::confine::limits::ProcessLimits;
 use crate::confine::{ConfineError, Confinement, Network, confine};
 
 /// The image's descriptor.
@@ -32,13 +32,6 @@ pub const SPOOL_FD: RawFd = 4;
 
 /// The most bytes of a request.
 const REQUEST_BYTES_MAX: u32 = 64 * 1024;
-
-/// Address space: names of the most entries, a zstd window, blocks. What a stream can make the
-/// worker allocate ends here.
-const MEMORY_BYTES_MAX: u64 = 2 * 1024 * 1024 * 1024;
-
-/// CPU time: packing 16 GiB takes minutes; a stream that makes us spin ends here.
-const CPU_SECONDS_MAX: u64 = 3600;
 
 /// What the node asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -176,28 +169,19 @@ fn reopen(fd: RawFd, what: &'static str) -> Result<File, WorkerError> {
 
 fn give_up(request: &WorkerRequest, image: &File, spool: &File) -> Result<(), WorkerError> {
     match request.uid {
-        None if rustix::process::geteuid().is_root() => return Err(WorkerError::Root),
-        None => {}
-        Some(uid) => confine(&Confinement {
+        None if rustix::process::geteuid().is_root() => Err(WorkerError::Root),
+        // A test without root: nothing to give up.
+        None => Ok(()),
+        Some(uid) => Ok(confine(&Confinement {
             uid,
             keep: vec![image.as_raw_fd(), spool.as_raw_fd()],
             network: Network::Empty,
-            files_max: 16,
-            file_bytes_max: Some(request.pack.limits.total_bytes_max.saturating_mul(2)),
-        })?,
+            limits: ProcessLimits {
+                file_bytes: Some(request.pack.limits.total_bytes_max.saturating_mul(2)),
+                ..ProcessLimits::PACKER
+            },
+        })?),
     }
-    let limits = [
-        (Resource::RLIMIT_AS, MEMORY_BYTES_MAX),
-        (Resource::RLIMIT_CPU, CPU_SECONDS_MAX),
-        (Resource::RLIMIT_NPROC, 0),
-    ];
-    for (resource, most) in limits {
-        setrlimit(resource, most, most).map_err(|errno| WorkerError::Start {
-            what: "limits",
-            source: errno.into(),
-        })?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

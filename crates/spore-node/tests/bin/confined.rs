@@ -5,6 +5,7 @@
 
 use std::io::{BufRead, Write};
 
+use spore_node::confine::limits::ProcessLimits;
 use spore_node::confine::{Confinement, Network, confine};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -16,8 +17,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         uid: 213_000,
         keep: Vec::new(),
         network,
-        files_max: 64,
-        file_bytes_max: Some(4096),
+        limits: ProcessLimits {
+            files: 64,
+            ..ProcessLimits::GATEWAY
+        },
     })?;
     let mut out = std::io::stdout();
     writeln!(out, "confined")?;

@@ -21,6 +21,7 @@ use spore_control::config::{Config as ControlConfig, Timing};
 use spore_control::secrets::KeyFile;
 use spore_control::store::embedded::EmbeddedStore;
 use spore_control::{Control, Parts as ControlParts};
+use spore_node::confine::limits::no_core_file;
 use spore_node::image::debian::DebianBuilder;
 use spore_node::image::packer::Packer;
 use tokio::net::{TcpStream, UnixStream};
@@ -99,16 +100,10 @@ pub(crate) fn harden() -> Result<()> {
         // A container may hide its first process; whoever made it decides about its mounts.
         Err(error) => tracing::debug!(%error, "the first process cannot be compared with"),
     }
-    // No core file may hold a key. A limit of 1, not 0, stops a piped core_pattern too.
-    setrlimit(Resource::RLIMIT_CORE, 1, 1).or_else(|_low| not_dumpable())?;
-    not_dumpable()?;
+    // No core file may hold a key.
+    no_core_file()?;
     let (_soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("read limits")?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raise the limit of open files")
-}
-
-fn not_dumpable() -> Result<()> {
-    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
-        .context("keep this process's memory out of core files")
 }
 
 fn give_token(token: &Zeroizing<String>, uid: u32, program: &Path) {

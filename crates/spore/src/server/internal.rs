@@ -9,13 +9,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use spore_node::confine::limits::ProcessLimits;
 use spore_node::confine::{Confinement, Network, confine, take_inherited};
 
 use super::gateway_process::{FEED_FD, HTTP_FD, OLDER_LOG_FD};
 use crate::log::{self, LogConfig, LogFile};
-
-/// The most descriptors of a gateway: a visitor's connection takes two.
-const GATEWAY_FILES_MAX: u64 = 65_536;
 
 /// `spore gateway`: the door.
 ///
@@ -29,8 +27,7 @@ pub(crate) fn gateway(uid: u32, stamp: String, log: &LogConfig) -> Result<ExitCo
         uid,
         keep: vec![http.as_raw_fd(), feed.as_raw_fd(), older_log.as_raw_fd()],
         network: Network::Empty,
-        files_max: GATEWAY_FILES_MAX,
-        file_bytes_max: None,
+        limits: ProcessLimits::GATEWAY,
     })?;
     log::to_stderr(log, Some(LogFile::inherited(older_log, log.format)?));
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -40,8 +40,9 @@ use super::{
     ReleaseError, Swept, Vm, VmFds, process,
 };
 use crate::cgroup::Limits;
+use crate::confine::limits::ProcessLimits;
 use crate::egress::launch::EgressLauncher;
-use crate::jail::{self, Jail, JailLimits, Launch};
+use crate::jail::{self, Jail, Launch};
 use crate::{sys, tool};
 
 /// Memory of a VMM beyond its guest's: QEMU itself and its translated code.
@@ -52,9 +53,6 @@ const OVERHEAD_THREADS: u32 = 80;
 
 /// Memory of an egress proxy beside its VMM, socket buffers included where the kernel counts them.
 const PROXY_MIB: u32 = 32;
-
-/// Descriptors of a VMM; a quiet one has about thirty.
-const FDS_MAX: u64 = 128;
 
 /// What of QEMU's own output is kept.
 const LOG_BYTES: u64 = 64 * 1024;
@@ -444,11 +442,10 @@ impl Shared {
             program: self.config.qemu.clone(),
             arguments: arguments(&machine.resources, &disks, self.tsc_khz),
             uid: prepared.uid,
-            limits: JailLimits {
-                fds: FDS_MAX,
-                threads: u64::from(limits.pids),
-                file_bytes: FILE_BYTES_MIN.max(u64::from(machine.resources.disk_mib) * MIB),
-            },
+            limits: ProcessLimits::vmm(
+                u64::from(limits.pids),
+                FILE_BYTES_MIN.max(u64::from(machine.resources.disk_mib) * MIB),
+            ),
         }
     }
 

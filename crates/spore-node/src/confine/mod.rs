@@ -9,24 +9,24 @@
 //! 1. close every descriptor that was not announced (needs `/proc`);
 //! 2. own mount, ipc, uts and, unless asked otherwise, network namespace (needs `CAP_SYS_ADMIN`);
 //! 3. an empty, read-only root (`CAP_SYS_ADMIN`);
-//! 4. limits; `RLIMIT_CORE` is 1, not 0: the kernel writes core files under a limit of 0 to a piped
-//!    `core_pattern`, and refuses to when the limit is 1 (Linux `fs/coredump.c`); where the limit
-//!    is 0 already, being not dumpable (step 5) is what stops it;
+//! 4. limits ([`limits`]);
 //! 5. an empty bounding set (`CAP_SETPCAP`), no supplementary groups, own gid and uid (which drops
-//!    the other capability sets), `no_new_privs`;
-//! 6. a seccomp filter that ends the process at system calls it can have no use for.
+//!    the other capability sets), `no_new_privs`, not dumpable;
+//! 6. a seccomp filter (`filter.rs`) that ends the process at system calls it can have no use for.
 
-use std::collections::BTreeMap;
 use std::os::fd::{OwnedFd, RawFd};
 
 use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use rustix::thread::CapabilitySet;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use thiserror::Error;
+
+mod filter;
+pub mod limits;
+
+use limits::{LimitError, ProcessLimits, no_core_file};
 
 /// What a helper process keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,10 +37,8 @@ pub struct Confinement {
     pub keep: Vec<RawFd>,
     /// The network it sees.
     pub network: Network,
-    /// The most descriptors it may have open.
-    pub files_max: u64,
-    /// The most bytes it may write to one file; `None` is no limit.
-    pub file_bytes_max: Option<u64>,
+    /// What it may use: a row of the table.
+    pub limits: ProcessLimits,
 }
 
 /// The network a helper process sees.
@@ -66,6 +64,9 @@ pub enum ConfineError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// A limit was refused.
+    #[error("cannot confine the process")]
+    Limit(#[from] LimitError),
     /// The filter could not be built or installed.
     #[error("cannot confine the process: seccomp filter")]
     Filter(#[from] seccompiler::Error),
@@ -90,10 +91,9 @@ pub fn confine(confinement: &Confinement) -> Result<(), ConfineError> {
     }
     nix::sched::unshare(flags).map_err(step("own namespaces"))?;
     empty_root()?;
-    limit(confinement)?;
+    confinement.limits.set()?;
     drop_privileges(confinement.uid)?;
-    seccompiler::apply_filter_all_threads(&filter()?)?;
-    Ok(())
+    filter::install()
 }
 
 /// Takes over an inherited descriptor under a new number; the old number is closed by [`confine`],
@@ -153,24 +153,6 @@ fn empty_root() -> Result<(), ConfineError> {
     nix::unistd::chdir("/").map_err(step("enter the root"))
 }
 
-fn limit(confinement: &Confinement) -> Result<(), ConfineError> {
-    let mut limits = vec![
-        (Resource::RLIMIT_CORE, 1),
-        (Resource::RLIMIT_NOFILE, confinement.files_max),
-        (Resource::RLIMIT_MEMLOCK, 0),
-    ];
-    if let Some(bytes) = confinement.file_bytes_max {
-        limits.push((Resource::RLIMIT_FSIZE, bytes));
-    }
-    for (resource, most) in limits {
-        // What is lower already stays so: raising it may be refused, and is never needed.
-        let (_soft, hard) = getrlimit(resource).map_err(step("read limits"))?;
-        let most = most.min(hard);
-        setrlimit(resource, most, most).map_err(step("limits"))?;
-    }
-    Ok(())
-}
-
 fn drop_privileges(uid: u32) -> Result<(), ConfineError> {
     for capability in CapabilitySet::all().iter() {
         match rustix::thread::remove_capability_from_bounding_set(capability) {
@@ -190,69 +172,13 @@ fn drop_privileges(uid: u32) -> Result<(), ConfineError> {
         let left = std::io::Error::other("capabilities are left");
         return Err(step("drop capabilities")(left));
     }
-    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
-        .map_err(step("not dumpable"))
-}
-
-/// System calls that no helper needs and every exploit wants.
-const FORBIDDEN: &[i64] = &[
-    libc::SYS_execve,
-    libc::SYS_execveat,
-    libc::SYS_ptrace,
-    libc::SYS_process_vm_readv,
-    libc::SYS_process_vm_writev,
-    libc::SYS_pidfd_getfd,
-    libc::SYS_mount,
-    libc::SYS_umount2,
-    libc::SYS_move_mount,
-    libc::SYS_open_tree,
-    libc::SYS_fsopen,
-    libc::SYS_pivot_root,
-    libc::SYS_chroot,
-    libc::SYS_setns,
-    libc::SYS_unshare,
-    libc::SYS_bpf,
-    libc::SYS_perf_event_open,
-    libc::SYS_userfaultfd,
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
-    libc::SYS_keyctl,
-    libc::SYS_add_key,
-    libc::SYS_request_key,
-    libc::SYS_init_module,
-    libc::SYS_finit_module,
-    libc::SYS_delete_module,
-    libc::SYS_kexec_load,
-    libc::SYS_kexec_file_load,
-    libc::SYS_open_by_handle_at,
-    libc::SYS_personality,
-    libc::SYS_mknodat,
-    libc::SYS_setuid,
-    libc::SYS_setresuid,
-    libc::SYS_setgid,
-    libc::SYS_setresgid,
-    libc::SYS_capset,
-];
-
-fn filter() -> Result<BpfProgram, ConfineError> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
-    let rules = FORBIDDEN
-        .iter()
-        .map(|number| (*number, Vec::new()))
-        .collect::<BTreeMap<_, _>>();
-    let filter = SeccompFilter::new(
-        rules,
-        SeccompAction::Allow,
-        SeccompAction::KillProcess,
-        arch,
-    )?;
-    Ok(BpfProgram::try_from(filter)?)
+    Ok(no_core_file()?)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{ConfineError, Confinement, Network, confine, filter};
+    use super::limits::ProcessLimits;
+    use super::{ConfineError, Confinement, Network, confine};
 
     #[test]
     fn uid_zero_is_refused_before_anything_is_given_up() {
@@ -260,15 +186,9 @@ mod tests {
             uid: 0,
             keep: Vec::new(),
             network: Network::Empty,
-            files_max: 16,
-            file_bytes_max: None,
+            limits: ProcessLimits::PACKER,
         };
         assert!(matches!(confine(&root), Err(ConfineError::Root)));
         assert!(std::path::Path::new("/proc/self").exists());
-    }
-
-    #[test]
-    fn the_filter_compiles() {
-        assert!(filter().unwrap().len() > 30);
     }
 }
