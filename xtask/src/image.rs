@@ -5,9 +5,11 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use spore_node::cgroup::Cgroups;
 use spore_node::image::debian::{self, DebianBuilder};
+use spore_node::image::job::{BUILD_LIMITS, Job};
 use spore_node::image::packer::Packer;
-use spore_node::image::store::ImageStore;
+use spore_node::image::store::{Filing, ImageStore};
 use spore_node::image::worker;
 
 use crate::command;
@@ -20,6 +22,9 @@ const WORKER_UID: u32 = 200_000;
 
 /// Where mmdebstrap works: all its uids must be able to enter.
 const SCRATCH: &str = "/var/tmp";
+
+/// The cgroup that builds lie in.
+const CGROUP: &str = "spore-image";
 
 /// Builds the images; becomes root for it, since the worker gives up what only root has.
 pub(crate) fn build(recipes: &[String], dir: &Path) -> Result<()> {
@@ -42,11 +47,18 @@ pub(crate) fn build(recipes: &[String], dir: &Path) -> Result<()> {
     let builder = DebianBuilder {
         user: BUILD_USER.to_owned(),
         scratch: SCRATCH.into(),
+        owner: dir.to_owned(),
     };
+    let cgroups = Cgroups::open(CGROUP)?;
     for recipe in recipes {
         let packages = debian::recipe(recipe)?;
         let info = step(&format!("build image {recipe}"), || {
-            Ok(builder.build(&packages, &packer, &store, now_s()?)?)
+            let filing = Filing {
+                at_s: now_s()?,
+                bytes_max: u64::MAX,
+            };
+            let job = Job::begin(&cgroups, &BUILD_LIMITS)?;
+            Ok(builder.build(&packages, &packer, &store, filing, &job)?)
         })?;
         store.set_name(recipe, info.id)?;
         say(format!(
@@ -56,6 +68,7 @@ pub(crate) fn build(recipes: &[String], dir: &Path) -> Result<()> {
             info.entries
         ));
     }
+    cgroups.remove_parent()?;
     Ok(())
 }
 

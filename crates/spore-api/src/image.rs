@@ -14,7 +14,7 @@ pub struct Image {
     pub id: String,
     /// The file's size.
     pub bytes: u64,
-    /// RFC 3339, UTC.
+    /// When its content was made: RFC 3339, UTC.
     pub created_at: String,
     /// Apps whose releases use it.
     pub used_by: u64,
@@ -40,6 +40,8 @@ pub enum ImageFrom {
         /// Names as apt knows them.
         packages: Vec<String>,
     },
+    /// The packages of the base image of that name, as new as there are.
+    Base,
     /// A folder, from `POST /api/v1/sources?kind=root`.
     Source {
         /// Its id.

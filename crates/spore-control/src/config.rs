@@ -26,6 +26,8 @@ pub struct Config {
     pub warnings: Vec<String>,
     /// Policy of wakes, reaps and deploys.
     pub timing: Timing,
+    /// The most bytes of images that one account may have.
+    pub image_bytes_max: u64,
     /// The most requests that the gateway holds for one wake.
     pub waiters_max: u32,
 }
@@ -51,6 +53,8 @@ pub struct Timing {
     pub healthy_after: Duration,
     /// How often everything is looked at again without a signal.
     pub repair: Duration,
+    /// How often images that nothing needs are removed.
+    pub collect: Duration,
 }
 
 impl Default for Timing {
@@ -65,6 +69,7 @@ impl Default for Timing {
             backoff_most: Duration::from_secs(60),
             healthy_after: Duration::from_secs(60),
             repair: Duration::from_secs(30),
+            collect: Duration::from_secs(60 * 60),
         }
     }
 }

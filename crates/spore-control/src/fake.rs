@@ -65,6 +65,8 @@ pub(crate) struct NodeState {
     pub(crate) logs_stay: bool,
     /// A stop changes nothing.
     pub(crate) stops_hang: bool,
+    pub(crate) recipes: Vec<ImageRecipe>,
+    pub(crate) images: BTreeSet<ImageId>,
 }
 
 /// A node.
@@ -314,6 +316,7 @@ impl Nodes for FakeNodes {
         &self,
         mut body: ByteStream,
         kind: ImageKind,
+        bytes_max: u64,
     ) -> Result<ImageInfo, NodesError> {
         let mut bytes = Vec::new();
         body.read_to_end(&mut bytes).await.map_err(|error| {
@@ -323,18 +326,26 @@ impl Nodes for FakeNodes {
                 _ => NodesError::Invalid { message },
             }
         })?;
-        Ok(info(&bytes, kind))
+        let info = info(&bytes, kind);
+        let images = &mut self.state.lock().unwrap().images;
+        if info.bytes > bytes_max && !images.contains(&info.id) {
+            return Err(NodesError::OverQuota { bytes: info.bytes });
+        }
+        images.insert(info.id);
+        Ok(info)
     }
 
     async fn build_image(
         &self,
         recipe: ImageRecipe,
+        _bytes_max: u64,
         progress: mpsc::Sender<String>,
     ) -> Result<ImageInfo, NodesError> {
         drop(progress.send("Fetching packages".to_owned()).await);
         tokio::time::sleep(Duration::from_millis(20)).await;
         drop(progress.send("Packing".to_owned()).await);
         let text = format!("{recipe:?}");
+        self.state.lock().unwrap().recipes.push(recipe);
         if text.contains("nosuch") {
             let message = "there is no package `nosuch`".to_owned();
             return Err(NodesError::NotFound { message });
@@ -571,6 +582,7 @@ pub(crate) fn config() -> Config {
         version: "0.1.0".to_owned(),
         warnings: Vec::new(),
         timing: Timing::default(),
+        image_bytes_max: 1 << 30,
         waiters_max: 100,
     }
 }

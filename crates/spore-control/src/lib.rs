@@ -44,7 +44,7 @@ use converge::Converge;
 use door::Door;
 use nodes::{Nodes, NodesError};
 use secrets::KeyProvider;
-use store::record::image::{ImageRecord, image_key};
+use store::record::image::{ImageOrigin, ImageRecord, image_key};
 use store::record::{encode, load};
 use store::{CommitError, SharedStore, StoreError, Transaction};
 
@@ -111,6 +111,7 @@ impl Control {
         tracing::info!(apps, adopted, "control is up");
         let driver = converge.driver(receiver, feed, stopped.clone());
         let driver = tokio::spawn(driver.run());
+        tokio::spawn(converge.clone().collect_now_and_then(stopped.clone()));
         let api = api::Api::new(converge.clone(), stopped);
         Ok(Self {
             converge,
@@ -132,8 +133,19 @@ impl Control {
         self.converge.door_event(message);
     }
 
-    /// Gives an image of the node a name in the default account, unless the name is taken: how the
-    /// base images of an installation become known.
+    /// Whether a base image of the installation is to have its name: nothing has it, or this very
+    /// image, or an older one of the platform's. What an account gave the name to itself stays.
+    ///
+    /// # Errors
+    /// When the store cannot be used.
+    pub async fn wants_base(&self, name: &ImageName, info: &ImageInfo) -> Result<bool, StoreError> {
+        let key = image_key(&AccountName::default_account(), name);
+        let stored = load::<ImageRecord>(&*self.converge.inner.store, &key).await?;
+        Ok(stored.is_none_or(|stored| is_wanted(&stored.record, info)))
+    }
+
+    /// Gives an image of the node its name in the default account, if that wants it: how the base
+    /// images of an installation become known. Releases keep the image that they were made with.
     ///
     /// # Errors
     /// When the store cannot be used.
@@ -143,17 +155,22 @@ impl Control {
         info: &ImageInfo,
     ) -> Result<(), CommitError> {
         let key = image_key(&AccountName::default_account(), name);
+        let store = &self.converge.inner.store;
+        let stored = load::<ImageRecord>(&**store, &key).await?;
+        let version = match &stored {
+            Some(stored) if stored.record.id == info.id => return Ok(()),
+            Some(stored) if !is_wanted(&stored.record, info) => return Ok(()),
+            Some(stored) => stored.version,
+            None => 0,
+        };
         let record = ImageRecord {
             id: info.id,
             bytes: info.bytes,
-            created_at_ms: i64::try_from(info.made_at_s.saturating_mul(1000)).unwrap_or(i64::MAX),
+            created_at_ms: made_at_ms(info),
+            origin: ImageOrigin::Base,
         };
-        let store = &self.converge.inner.store;
-        if load::<ImageRecord>(&**store, &key).await?.is_none() {
-            store
-                .commit(Transaction::default().put(key, encode(&record)))
-                .await?;
-        }
+        let write = Transaction::default().when(&key, version);
+        store.commit(write.put(key, encode(&record))).await?;
         Ok(())
     }
 
@@ -172,4 +189,14 @@ impl Control {
             tracing::error!(%error, "the driver panicked");
         }
     }
+}
+
+/// Whether an installed image is to replace what has its name.
+fn is_wanted(there: &ImageRecord, info: &ImageInfo) -> bool {
+    let is_older = there.origin == ImageOrigin::Base && there.created_at_ms < made_at_ms(info);
+    there.id == info.id || is_older
+}
+
+fn made_at_ms(info: &ImageInfo) -> i64 {
+    i64::try_from(info.made_at_s.saturating_mul(1000)).unwrap_or(i64::MAX)
 }

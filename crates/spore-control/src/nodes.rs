@@ -78,28 +78,31 @@ pub trait Nodes: Send + Sync + 'static {
     /// When the log cannot be read.
     async fn logs(&self, wanted: LogsWanted) -> Result<mpsc::Receiver<LogLine>, NodesError>;
 
-    /// Makes an image of a tar.zst stream, refusing what its kind forbids.
+    /// Makes an image of a tar.zst stream, refusing what its kind forbids. A new one has at most
+    /// `bytes_max` bytes; one that the node has already may be larger.
     ///
     /// # Errors
-    /// When the stream is malformed, cut or over a limit.
+    /// When the stream is malformed, cut or over a limit; nothing is left then.
     async fn import_source(
         &self,
         body: ByteStream,
         kind: ImageKind,
+        bytes_max: u64,
     ) -> Result<ImageInfo, NodesError>;
 
-    /// Builds a root image; `progress` gets a line per step.
+    /// Builds a root image of at most `bytes_max` bytes; `progress` gets a line per step.
     ///
     /// # Errors
-    /// When it cannot be built.
+    /// When it cannot be built; nothing is left then.
     async fn build_image(
         &self,
         recipe: ImageRecipe,
+        bytes_max: u64,
         progress: mpsc::Sender<String>,
     ) -> Result<ImageInfo, NodesError>;
 
-    /// Removes images that are neither in `keep` nor used by a VM; answers what it removed, or
-    /// would remove.
+    /// Removes images that are neither in `keep` nor used by a VM nor made just now, which their
+    /// maker may not have written down yet; answers what it removed, or would remove.
     ///
     /// # Errors
     /// When a file cannot be removed.
@@ -205,6 +208,12 @@ pub enum NodesError {
         /// What is short, and what to do.
         message: String,
     },
+    /// So much is being done already that this would only wait.
+    #[error("{message}")]
+    Busy {
+        /// How much, and what to do.
+        message: String,
+    },
     /// No such VM.
     #[error("the VM {vm} is not there any more")]
     NoVm {
@@ -228,6 +237,12 @@ pub enum NodesError {
     TooLarge {
         /// Which limit.
         message: String,
+    },
+    /// A new image is larger than it may be; nothing of it is kept.
+    #[error("the image has {bytes} bytes, more than are left")]
+    OverQuota {
+        /// How many it has.
+        bytes: u64,
     },
     /// An image is missing or damaged.
     #[error("{message}")]

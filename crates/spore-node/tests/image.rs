@@ -7,28 +7,109 @@ mod image {
     use std::fs;
     use std::io::{self, Read};
     use std::path::PathBuf;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::time::Duration;
 
+    use spore_node::cgroup::Cgroups;
+    use spore_node::image::debian::DebianBuilder;
+    use spore_node::image::job::{Ended, Job, UPLOAD_LIMITS};
     use spore_node::image::pack::PackRequest;
     use spore_node::image::packer::{BuildError, Packer};
-    use spore_node::image::store::ImageStore;
-    use spore_wire::node::ImageKind;
+    use spore_node::image::store::{Filing, ImageStore, StoreError};
+    use spore_node::image::workshop::{Bounds, LaneBounds, WorkError, Workshop, WorkshopConfig};
+    use spore_wire::node::{ImageInfo, ImageKind};
+    use tokio::io::{AsyncRead, AsyncWriteExt as _, duplex};
 
     const WORKER_UID: u32 = 214_000;
 
     /// Of the worker that a test looks at while others run.
     const LOOKED_AT_UID: u32 = 214_001;
 
-    fn packer() -> Option<Packer> {
-        if !rustix::process::geteuid().is_root() {
-            println!("SKIPPED: the image worker is confined by root");
-            return None;
+    const FILING: Filing = Filing {
+        at_s: 42,
+        bytes_max: u64::MAX,
+    };
+
+    /// A store, and cgroups that are gone with the test.
+    struct Rig {
+        dir: tempfile::TempDir,
+        store: ImageStore,
+        cgroups: Cgroups,
+        packer: Packer,
+    }
+
+    impl Rig {
+        fn new() -> Option<Self> {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            if !rustix::process::geteuid().is_root() {
+                println!("SKIPPED: the image worker is confined by root");
+                return None;
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let parent = format!("spore-image-test-{}-{number}", std::process::id());
+            Some(Self {
+                store: ImageStore::open(dir.path()).unwrap(),
+                cgroups: Cgroups::open(&parent).unwrap(),
+                packer: Packer {
+                    program: PathBuf::from(env!("CARGO_BIN_EXE_spore-node-image-pack")),
+                    arguments: Vec::<OsString>::new(),
+                    uid: Some(WORKER_UID),
+                },
+                dir,
+            })
         }
-        Some(Packer {
-            program: PathBuf::from(env!("CARGO_BIN_EXE_spore-node-image-pack")),
-            arguments: Vec::<OsString>::new(),
-            uid: Some(WORKER_UID),
-        })
+
+        fn pack(
+            &self,
+            request: PackRequest,
+            archive: &mut dyn Read,
+            filing: Filing,
+        ) -> Result<ImageInfo, BuildError> {
+            let job = Job::begin(&self.cgroups, &UPLOAD_LIMITS).unwrap();
+            self.packer
+                .pack(&self.store, request, archive, filing, &job)
+        }
+
+        fn workshop(&self, idle: Duration, time: Duration) -> Workshop {
+            let lane = LaneBounds {
+                at_once: 1,
+                waiting: 0,
+                patience: Duration::from_secs(60),
+                time,
+            };
+            Workshop::new(WorkshopConfig {
+                images: self.store.clone(),
+                packer: self.packer.clone(),
+                builder: DebianBuilder {
+                    user: "nobody".to_owned(),
+                    scratch: self.dir.path().to_owned(),
+                    owner: self.dir.path().to_owned(),
+                },
+                cgroups: self.cgroups.clone(),
+                bounds: Bounds {
+                    uploads: lane,
+                    builds: lane,
+                    idle,
+                },
+            })
+        }
+
+        /// Nothing of any work: no file, no image, no cgroup, hence no process.
+        fn assert_nothing_left(&self) {
+            assert!(self.store.list().unwrap().is_empty());
+            let staged = fs::read_dir(self.dir.path().join("staging")).unwrap();
+            assert_eq!(staged.count(), 0);
+            assert_eq!(self.cgroups.list().unwrap(), [""; 0]);
+        }
+    }
+
+    impl Drop for Rig {
+        fn drop(&mut self) {
+            if let Err(error) = self.cgroups.remove_parent() {
+                assert!(std::thread::panicking(), "{error}");
+            }
+        }
     }
 
     fn archive() -> Vec<u8> {
@@ -43,46 +124,50 @@ mod image {
         builder.into_inner().unwrap()
     }
 
-    fn staged_files(store: &std::path::Path) -> usize {
-        fs::read_dir(store.join("staging")).unwrap().count()
-    }
-
     #[test]
     fn a_packed_upload_is_in_the_store_under_its_hash() {
-        let Some(packer) = packer() else { return };
-        let dir = tempfile::tempdir().unwrap();
-        let store = ImageStore::open(dir.path()).unwrap();
+        let Some(rig) = Rig::new() else { return };
         let request = PackRequest::of(ImageKind::Folder);
-        let info = packer
-            .pack(&store, request, &mut archive().as_slice(), 42)
+        let info = rig
+            .pack(request, &mut archive().as_slice(), FILING)
             .unwrap();
-        assert_eq!(store.verify(info.id).unwrap(), info);
+        assert_eq!(rig.store.verify(info.id).unwrap(), info);
         assert_eq!(
             (info.entries, info.made_at_s, info.kind),
             (2, 42, ImageKind::Folder)
         );
-        let again = packer
-            .pack(&store, request, &mut archive().as_slice(), 43)
-            .unwrap();
-        assert_eq!(again, info);
-        assert_eq!(staged_files(dir.path()), 0);
+        let later = Filing { at_s: 43, ..FILING };
+        let again = rig.pack(request, &mut archive().as_slice(), later);
+        assert_eq!(again.unwrap(), info);
+        rig.store.remove(info.id).unwrap();
+        rig.assert_nothing_left();
     }
 
     #[test]
     fn a_refused_upload_leaves_nothing_and_says_why() {
-        let Some(packer) = packer() else { return };
-        let dir = tempfile::tempdir().unwrap();
-        let store = ImageStore::open(dir.path()).unwrap();
+        let Some(rig) = Rig::new() else { return };
         let request = PackRequest::of(ImageKind::Folder);
-        let refused = packer
-            .pack(&store, request, &mut [0x42; 4096].as_slice(), 1)
+        let refused = rig
+            .pack(request, &mut [0x42; 4096].as_slice(), FILING)
             .unwrap_err();
         assert!(
             matches!(&refused, BuildError::Refused(why) if why.contains("tar")),
             "{refused}"
         );
-        assert!(store.list().unwrap().is_empty());
-        assert_eq!(staged_files(dir.path()), 0);
+        let small = Filing {
+            bytes_max: 10,
+            ..FILING
+        };
+        let refused = rig.pack(request, &mut archive().as_slice(), small);
+        let refused = refused.unwrap_err();
+        assert!(
+            matches!(
+                refused,
+                BuildError::Store(StoreError::OverBudget { max: 10, .. })
+            ),
+            "{refused}"
+        );
+        rig.assert_nothing_left();
     }
 
     #[test]
@@ -99,15 +184,13 @@ mod image {
                 Ok(count)
             }
         }
-        let Some(packer) = packer() else { return };
-        let dir = tempfile::tempdir().unwrap();
-        let store = ImageStore::open(dir.path()).unwrap();
+        let Some(rig) = Rig::new() else { return };
         // Whole as an archive: only the error tells that more was meant to come.
         let mut broken = Broken(archive());
         let request = PackRequest::of(ImageKind::Folder);
-        let refused = packer.pack(&store, request, &mut broken, 1).unwrap_err();
+        let refused = rig.pack(request, &mut broken, FILING).unwrap_err();
         assert!(matches!(refused, BuildError::Source(_)), "{refused}");
-        assert!(store.list().unwrap().is_empty());
+        rig.assert_nothing_left();
     }
 
     #[test]
@@ -128,19 +211,13 @@ mod image {
                 Ok(count)
             }
         }
-        let Some(packer) = packer() else { return };
-        let packer = Packer {
-            uid: Some(LOOKED_AT_UID),
-            ..packer
-        };
-        let dir = tempfile::tempdir().unwrap();
-        let store = ImageStore::open(dir.path()).unwrap();
+        let Some(mut rig) = Rig::new() else { return };
+        rig.packer.uid = Some(LOOKED_AT_UID);
         let mut looking = Looking {
             archive: io::Cursor::new(archive()),
             seen: None,
         };
-        packer
-            .pack(&store, PackRequest::of(ImageKind::Folder), &mut looking, 1)
+        rig.pack(PackRequest::of(ImageKind::Folder), &mut looking, FILING)
             .unwrap();
         let seen = looking.seen.expect("the worker was looked at");
         for line in [
@@ -155,6 +232,95 @@ mod image {
         assert!(seen.contains("root entries: 0"), "{seen}");
         assert!(seen.contains("descriptors: 0 1 2"), "{seen}");
         assert!(seen.contains("network: its own"), "{seen}");
+        let limits = [
+            ("Max processes", "0"),
+            ("Max address space", "2147483648"),
+            ("Max cpu time", "3600"),
+        ];
+        for (name, most) in limits {
+            let line = seen.lines().find(|line| line.starts_with(name)).unwrap();
+            assert_eq!(line[name.len()..].split_whitespace().next(), Some(most));
+        }
+        assert!(seen.contains("oom score: 800"), "{seen}");
+        let cgroups = seen.lines().filter(|line| line.contains("/image-")).count();
+        assert!(cgroups >= 1, "{seen}");
+    }
+
+    /// A body that gives the beginning of an archive, then what `more` writes.
+    fn body<F: Future<Output = ()> + Send + 'static>(
+        more: impl FnOnce(tokio::io::DuplexStream) -> F,
+    ) -> Box<dyn AsyncRead + Send + Unpin> {
+        let (to, from) = duplex(4096);
+        tokio::spawn(more(to));
+        Box::new(from)
+    }
+
+    /// A byte now and then, for ever.
+    async fn drip(mut to: tokio::io::DuplexStream) {
+        while to.write_all(b"x").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    const SHORT: Duration = Duration::from_millis(300);
+
+    #[tokio::test]
+    async fn a_silent_upload_is_given_up() {
+        let Some(rig) = Rig::new() else { return };
+        let silent = body(|to| async move {
+            std::future::pending::<()>().await;
+            drop(to);
+        });
+        let shop = rig.workshop(SHORT, LONG);
+        let error = shop.import(silent, ImageKind::Folder, FILING).await;
+        let error = error.unwrap_err();
+        assert!(
+            matches!(&error, WorkError::Build(BuildError::Source(cause))
+                if cause.kind() == io::ErrorKind::TimedOut),
+            "{error}"
+        );
+        rig.assert_nothing_left();
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_takes_too_long_is_ended_with_its_worker() {
+        let Some(rig) = Rig::new() else { return };
+        let shop = rig.workshop(LONG, SHORT);
+        let error = shop.import(body(drip), ImageKind::Folder, FILING).await;
+        let error = error.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                WorkError::Build(BuildError::Ended(Ended::Timeout(_)))
+            ),
+            "{error}"
+        );
+        rig.assert_nothing_left();
+        // Its place is free again.
+        let whole = Box::new(io::Cursor::new(archive()));
+        shop.import(whole, ImageKind::Folder, FILING).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn work_ends_when_its_caller_leaves_and_its_place_is_taken_until_then() {
+        let Some(rig) = Rig::new() else { return };
+        let shop = rig.workshop(LONG, LONG);
+        let mut first = Box::pin(shop.import(body(drip), ImageKind::Folder, FILING));
+        assert!(tokio::time::timeout(SHORT, &mut first).await.is_err());
+        assert_eq!(rig.cgroups.list().unwrap().len(), 1, "it works");
+        let second = shop.import(body(drip), ImageKind::Folder, FILING).await;
+        let second = second.unwrap_err();
+        assert!(matches!(second, WorkError::Busy { .. }), "{second}");
+        drop(first);
+        for _try in 0..500 {
+            if rig.cgroups.list().unwrap().is_empty() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        rig.assert_nothing_left();
     }
 
     /// What `/proc` says of the worker: status, its root, its descriptors and its network.
@@ -189,9 +355,14 @@ mod image {
                     "its own"
                 };
                 let fds: Vec<String> = fds.iter().map(u32::to_string).collect();
+                let read = |name| fs::read_to_string(path.join(name)).unwrap();
                 return format!(
-                    "{status}root entries: {root}\ndescriptors: {}\nnetwork: {links}\n",
-                    fds.join(" ")
+                    "{status}root entries: {root}\ndescriptors: {}\nnetwork: {links}\n{}{}\
+                     oom score: {}",
+                    fds.join(" "),
+                    read("limits"),
+                    read("cgroup"),
+                    read("oom_score_adj"),
                 );
             }
             std::thread::sleep(Duration::from_millis(10));

@@ -220,6 +220,11 @@ pub enum ImageRecipe {
         /// Names as apt knows them.
         packages: Vec<String>,
     },
+    /// A base image, of the packages that the node's own recipe of this name has.
+    Base {
+        /// Such as `debian/python3`.
+        name: String,
+    },
 }
 
 /// What an image is for.

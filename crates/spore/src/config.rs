@@ -100,6 +100,8 @@ pub(crate) struct ServerConfig {
     pub(crate) gateway_uid: u32,
     /// Memory that stays with the host, in MiB.
     pub(crate) memory_reserve_mib: u32,
+    /// The most that images of one account may take, in MiB.
+    pub(crate) image_quota_mib: u64,
     /// The guest kernel, an ELF file.
     pub(crate) kernel: PathBuf,
     /// The guest's first file system.
@@ -278,6 +280,7 @@ impl Default for ServerConfig {
             uid_count: 10_000,
             gateway_uid: 199_999,
             memory_reserve_mib: 512,
+            image_quota_mib: 64 * 1024,
             kernel: "/usr/local/lib/spore/guest/vmlinux".into(),
             initramfs: "/usr/local/lib/spore/guest/initramfs.cpio".into(),
             base_images: "/usr/local/lib/spore/images".into(),
@@ -288,7 +291,7 @@ impl Default for ServerConfig {
     }
 }
 
-const SERVER_KEYS: [&str; 18] = [
+const SERVER_KEYS: [&str; 19] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
@@ -300,6 +303,7 @@ const SERVER_KEYS: [&str; 18] = [
     "uid_count",
     "gateway_uid",
     "memory_reserve",
+    "image_quota",
     "kernel",
     "initramfs",
     "base_images",
@@ -364,6 +368,9 @@ impl ServerConfig {
         }
         if let Some(entry) = table.get("memory_reserve") {
             config.memory_reserve_mib = entry.mib(0..=1024 * 1024)?;
+        }
+        if let Some(entry) = table.get("image_quota") {
+            config.image_quota_mib = entry.mib(1..=1024 * 1024 * 1024)?.into();
         }
         if let Some(entry) = table.get("cgroup_parent") {
             config.cgroup_parent = cgroup(&entry)?;
@@ -512,6 +519,7 @@ mod tests {
             uid_count = 500
             gateway_uid = 299999
             memory_reserve = "1GiB"
+            image_quota = "2GiB"
             kernel = "/k"
             initramfs = "/i"
             base_images = "/b"
@@ -533,6 +541,7 @@ mod tests {
             uid_count: 500,
             gateway_uid: 299_999,
             memory_reserve_mib: 1024,
+            image_quota_mib: 2048,
             kernel: "/k".into(),
             initramfs: "/i".into(),
             base_images: "/b".into(),

@@ -248,6 +248,7 @@ fn config_of() -> spore_control::config::Config {
         version: "simulated".to_owned(),
         warnings: Vec::new(),
         timing: timing(),
+        image_bytes_max: u64::MAX,
         waiters_max: 40,
     }
 }

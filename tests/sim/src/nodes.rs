@@ -172,6 +172,7 @@ impl Nodes for SimNodes {
         &self,
         _body: ByteStream,
         _kind: ImageKind,
+        _bytes_max: u64,
     ) -> Result<ImageInfo, NodesError> {
         Err(not_here())
     }
@@ -179,6 +180,7 @@ impl Nodes for SimNodes {
     async fn build_image(
         &self,
         _recipe: ImageRecipe,
+        _bytes_max: u64,
         _progress: mpsc::Sender<String>,
     ) -> Result<ImageInfo, NodesError> {
         Err(not_here())

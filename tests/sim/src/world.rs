@@ -14,7 +14,7 @@ use spore_control::converge::AppRef;
 use spore_control::secrets::KeyFile;
 use spore_control::store::memory::MemoryStore;
 use spore_control::store::record::app::{AppRecord, app_key};
-use spore_control::store::record::image::{ImageRecord, image_key};
+use spore_control::store::record::image::{ImageOrigin, ImageRecord, image_key};
 use spore_control::store::record::release::{ReleaseRecord, release_key};
 use spore_control::store::record::{encode, load};
 use spore_control::store::{SharedStore, Transaction};
@@ -82,6 +82,7 @@ impl World {
             id: ImageId::from_hash([1; 32]),
             bytes: 10,
             created_at_ms: 0,
+            origin: ImageOrigin::Base,
         };
         let key = image_key(&AccountName::default_account(), &"debian/base".parse()?);
         let made = Transaction::default().put(key, encode(&image));

@@ -109,12 +109,14 @@ pub(super) fn stream(body: Body, limit: u64) -> impl AsyncRead + Send + Unpin + 
     // One byte more than allowed shows that there was more.
     Limited {
         inner: StreamReader::new(bytes).take(limit + 1),
+        limit,
     }
 }
 
 /// Fails instead of ending early when its limit is passed.
 struct Limited<R> {
     inner: tokio::io::Take<R>,
+    limit: u64,
 }
 
 impl<R: AsyncRead + Unpin> AsyncRead for Limited<R> {
@@ -125,7 +127,8 @@ impl<R: AsyncRead + Unpin> AsyncRead for Limited<R> {
     ) -> core::task::Poll<std::io::Result<()>> {
         let polled = core::pin::Pin::new(&mut self.inner).poll_read(context, buffer);
         if self.inner.limit() == 0 {
-            let error = std::io::Error::new(std::io::ErrorKind::FileTooLarge, "over the limit");
+            let message = format!("the body is over {} bytes: leave something out", self.limit);
+            let error = std::io::Error::new(std::io::ErrorKind::FileTooLarge, message);
             return core::task::Poll::Ready(Err(error));
         }
         polled

@@ -11,7 +11,7 @@ use spore_api::name::NameError;
 
 use crate::converge::RemovalError;
 use crate::converge::deploy::DeployError;
-use crate::converge::image::CollectError;
+use crate::converge::image::{CollectError, KeepError};
 use crate::converge::life::Failure;
 use crate::domain::RuleError;
 use crate::domain::app::RollbackError;
@@ -78,7 +78,7 @@ impl From<RuleError> for Fault {
         let code = match &error {
             RuleError::Invalid { .. } => ErrorCode::Invalid,
             RuleError::NotInThisVersion { .. } => ErrorCode::NotInThisVersion,
-            RuleError::Quota { .. } => ErrorCode::QuotaExceeded,
+            RuleError::Quota { .. } | RuleError::ImageBytes { .. } => ErrorCode::QuotaExceeded,
         };
         Self::new(code, error.to_string())
     }
@@ -138,6 +138,7 @@ impl From<DeployError> for Fault {
         match error {
             DeployError::UnderWay { .. }
             | DeployError::Contended { .. }
+            | DeployError::Moved { .. }
             | DeployError::Removing(_) => Self::new(ErrorCode::Conflict, message),
             DeployError::NoApp { .. } => Self::new(ErrorCode::NotFound, message),
             DeployError::Mismatch => Self::new(ErrorCode::IdempotencyMismatch, message),
@@ -173,10 +174,12 @@ impl From<NodesError> for Fault {
     fn from(error: NodesError) -> Self {
         let code = match &error {
             NodesError::NoCapacity { .. } => ErrorCode::NoCapacity,
+            NodesError::Busy { .. } => ErrorCode::TooManyRequests,
             NodesError::NoVm { .. } => ErrorCode::AppFailed,
             NodesError::NotFound { .. } => ErrorCode::NotFound,
             NodesError::Invalid { .. } => ErrorCode::Invalid,
             NodesError::TooLarge { .. } => ErrorCode::TooLarge,
+            NodesError::OverQuota { .. } => ErrorCode::QuotaExceeded,
             NodesError::DiskFull { .. } => ErrorCode::DiskFull,
             NodesError::Timeout { .. } => ErrorCode::Timeout,
             NodesError::Image { .. } | NodesError::Failed { .. } => ErrorCode::Internal,
@@ -189,8 +192,18 @@ impl From<CollectError> for Fault {
     fn from(error: CollectError) -> Self {
         match error {
             CollectError::Store(error) => error.into(),
-            CollectError::Commit(error) => error.into(),
             CollectError::Nodes(error) => error.into(),
+        }
+    }
+}
+
+impl From<KeepError> for Fault {
+    fn from(error: KeepError) -> Self {
+        match error {
+            KeepError::Rule(error) => error.into(),
+            KeepError::Store(error) => error.into(),
+            KeepError::Nodes(error) => error.into(),
+            KeepError::NoSource => Self::new(ErrorCode::Invalid, error.to_string()),
         }
     }
 }

@@ -65,6 +65,9 @@ pub(super) async fn build(
             package_names(&packages)?;
             ImageFromWhat::Recipe(ImageRecipe::Packages { packages })
         }
+        ImageFrom::Base => ImageFromWhat::Recipe(ImageRecipe::Base {
+            name: name.to_string(),
+        }),
         ImageFrom::Source { source } => ImageFromWhat::Source(source_id(&source)?),
     };
     let account = &caller.account;

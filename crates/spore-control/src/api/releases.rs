@@ -21,7 +21,7 @@ use super::operations::running;
 use super::page::page;
 use super::{Caller, Shared};
 use crate::clock::rfc3339;
-use crate::converge::deploy::NewRelease;
+use crate::converge::deploy::{Named, NewRelease};
 use crate::converge::{AppRef, Converge};
 use crate::domain::release::rules;
 use crate::store::record::image::{ImageRecord, image_key};
@@ -115,14 +115,19 @@ impl Converge {
                 return Err(Fault::new(ErrorCode::Invalid, message));
             }
         }
+        let image = Named {
+            id: image.record.id,
+            bytes: image.record.bytes,
+            key,
+        };
         Ok(NewRelease {
             rules,
-            image: image.record.id,
+            image,
             folder,
         })
     }
 
-    async fn folder(&self, app: &AppRef, source: &str) -> Result<ImageId, Fault> {
+    async fn folder(&self, app: &AppRef, source: &str) -> Result<Named, Fault> {
         let missing = || {
             let shown: String = source.chars().take(80).collect();
             let message =
@@ -137,7 +142,11 @@ impl Converge {
             let message = "`source` is a root file system: upload the app's folder instead";
             return Err(Fault::new(ErrorCode::Invalid, message));
         }
-        Ok(id)
+        Ok(Named {
+            id,
+            bytes: stored.record.bytes,
+            key,
+        })
     }
 }
 

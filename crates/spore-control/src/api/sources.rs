@@ -6,17 +6,12 @@ use http::header::CONTENT_LENGTH;
 use serde::Deserialize;
 use spore_api::error::ErrorCode;
 use spore_api::limits::SOURCE_BYTES_MAX;
-use spore_api::name::AccountName;
 use spore_api::release::Source;
-use spore_wire::node::{ImageInfo, ImageKind};
+use spore_wire::node::ImageKind;
 
 use super::body::{Query, stream};
 use super::error::Fault;
 use super::{Caller, Shared};
-use crate::converge::Converge;
-use crate::store::record::encode;
-use crate::store::record::source::{SourceRecord, source_key};
-use crate::store::{CommitError, Transaction};
 
 /// What an upload is for.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
@@ -60,34 +55,10 @@ pub(super) async fn import(
         SourceKind::Root => ImageKind::Root,
     };
     let body = Box::new(stream(request.into_body(), SOURCE_BYTES_MAX));
-    let info = api.converge.inner.nodes.import_source(body, kind).await?;
-    api.converge
-        .remember_source(&caller.account, kind, &info)
-        .await?;
+    let info = api.converge.import(&caller.account, kind, body).await?;
     Ok(Answer(Source {
         id: info.id.to_string(),
         bytes: info.bytes,
         entries: info.entries,
     }))
-}
-
-impl Converge {
-    /// Only this account may name the upload from now on.
-    async fn remember_source(
-        &self,
-        account: &AccountName,
-        kind: ImageKind,
-        info: &ImageInfo,
-    ) -> Result<(), CommitError> {
-        let record = SourceRecord {
-            kind,
-            bytes: info.bytes,
-            entries: info.entries,
-            created_at_ms: self.now_ms(),
-        };
-        let key = source_key(account, info.id);
-        let write = Transaction::default().put(key, encode(&record));
-        self.inner.store.commit(write).await?;
-        Ok(())
-    }
 }

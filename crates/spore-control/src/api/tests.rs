@@ -27,7 +27,7 @@ use crate::store::memory::MemoryStore;
 use crate::store::record::account::{TokenRecord, token_key};
 use crate::store::record::app::{AppRecord, app_key};
 use crate::store::record::idempotency::{IdempotencyRecord, idempotency_key};
-use crate::store::record::image::{ImageRecord, image_key};
+use crate::store::record::image::{ImageOrigin, ImageRecord, image_key};
 use crate::store::record::{encode, load};
 use crate::store::{SharedStore, Transaction, every};
 use crate::{Control, Parts};
@@ -103,6 +103,7 @@ impl Bench {
             id: spore_wire::id::ImageId::from_hash([1; 32]),
             bytes: 10,
             created_at_ms: 0,
+            origin: ImageOrigin::Base,
         };
         let me = "me".parse().unwrap();
         let image_at = image_key(&me, &"debian/python3".parse().unwrap());
@@ -1039,6 +1040,7 @@ async fn every_list_comes_in_pages_and_refuses_a_foreign_cursor() {
         id: spore_wire::id::ImageId::from_hash([2; 32]),
         bytes: 20,
         created_at_ms: 0,
+        origin: ImageOrigin::Own,
     };
     let write = Transaction::default().put(second, encode(&record));
     bench.store.commit(write).await.unwrap();

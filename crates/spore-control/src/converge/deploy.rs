@@ -18,6 +18,7 @@ use crate::operations::{Operations, Outcome};
 use crate::store::record::account::account_key;
 use crate::store::record::app::{AppRecord, app_key, apps_of};
 use crate::store::record::idempotency::{IdempotencyRecord, idempotency_key};
+use crate::store::record::image::{IMAGES, ImageRecord};
 use crate::store::record::operation::{OperationRecord, StoredOperationState, operation_key};
 use crate::store::record::release::{ReleaseRecord, Rules, StoredState, release_key, releases_of};
 use crate::store::record::removal::removal_key;
@@ -33,9 +34,20 @@ pub struct NewRelease {
     /// What runs and how.
     pub rules: Rules,
     /// The root file system.
-    pub image: ImageId,
+    pub image: Named,
     /// The app's folder.
-    pub folder: Option<ImageId>,
+    pub folder: Option<Named>,
+}
+
+/// An image that a release is to have.
+#[derive(Clone, Debug)]
+pub struct Named {
+    /// Which.
+    pub id: ImageId,
+    /// Its size.
+    pub bytes: u64,
+    /// The key of the record that gives it to the account.
+    pub key: String,
 }
 
 /// The client's key of a create, so that a repetition is the same create.
@@ -79,6 +91,12 @@ pub enum DeployError {
     /// The store did not serve.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// What it is made of is not what was named any more.
+    #[error("the release's {what} was removed or replaced meanwhile: deploy again")]
+    Moved {
+        /// Image or upload.
+        what: &'static str,
+    },
     /// Others changed the app at the same time, again and again.
     #[error("`{app}` is being changed by many calls at once: try again")]
     Contended {
@@ -126,15 +144,17 @@ impl Converge {
             let release = ReleaseRecord {
                 number: record.next_release,
                 state: StoredState::Pending,
-                image: new.image,
-                folder: new.folder,
+                image: new.image.id,
+                folder: new.folder.as_ref().map(|folder| folder.id),
+                image_bytes: new.image.bytes,
+                folder_bytes: new.folder.as_ref().map_or(0, |folder| folder.bytes),
                 rules: new.rules.clone(),
                 created_at_ms: self.now_ms(),
                 failure: None,
             };
             record.next_release += 1;
             let key = release_key(&app.account, &app.app, release.number);
-            let transaction = Transaction::default().put(key, encode(&release));
+            let transaction = self.holding(new).await?.put(key, encode(&release));
             let kind = "deploy";
             let try_it = self
                 .begin_try(
@@ -153,6 +173,25 @@ impl Converge {
         }
         let app = app.app.to_string();
         Err(DeployError::Contended { app })
+    }
+
+    /// A commit that is made only while the release's images are its account's: a collection that
+    /// does not see the release has not forgotten them either (`image.rs`).
+    async fn holding(&self, new: &NewRelease) -> Result<Transaction, DeployError> {
+        let mut transaction = Transaction::default();
+        let image = [("image", &new.image)];
+        let folder = new.folder.as_ref().map(|folder| ("upload", folder));
+        for (what, named) in image.into_iter().chain(folder) {
+            let entry = self.inner.store.get(&named.key).await?;
+            let entry = entry.ok_or(DeployError::Moved { what })?;
+            let is_moved = named.key.starts_with(IMAGES)
+                && decode::<ImageRecord>(&entry).map_err(StoreError::from)?.id != named.id;
+            if is_moved {
+                return Err(DeployError::Moved { what });
+            }
+            transaction = transaction.when(&named.key, entry.version);
+        }
+        Ok(transaction)
     }
 
     /// Begins to try an older release again; answers the operation.

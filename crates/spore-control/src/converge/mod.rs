@@ -100,6 +100,8 @@ pub(crate) struct Inner {
     pub(crate) chance: SharedChance,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) operations: Arc<Operations>,
+    /// Held while an account's bytes of images are counted and one is written down.
+    image_ledger: tokio::sync::Mutex<()>,
     /// In the order of names, so that a seed decides the same in every run.
     slots: Mutex<BTreeMap<AppRef, Slot>>,
     routes: Mutex<BTreeMap<AppRef, spore_wire::gateway::Admission>>,
@@ -169,6 +171,7 @@ impl Converge {
             chance: parts.chance,
             metrics: Arc::default(),
             operations: Arc::new(operations),
+            image_ledger: tokio::sync::Mutex::default(),
             slots: Mutex::default(),
             routes: Mutex::default(),
             forgetting: tokio::sync::Mutex::default(),

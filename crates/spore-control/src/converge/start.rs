@@ -177,12 +177,13 @@ fn unasked(error: &StartError) -> Failure {
 
 fn refused(error: &NodesError) -> Failure {
     let code = match error {
-        NodesError::NoCapacity { .. } => ErrorCode::NoCapacity,
+        NodesError::NoCapacity { .. } | NodesError::Busy { .. } => ErrorCode::NoCapacity,
         NodesError::DiskFull { .. } => ErrorCode::DiskFull,
         NodesError::Timeout { .. } => ErrorCode::Timeout,
         NodesError::NotFound { .. } | NodesError::Invalid { .. } => ErrorCode::AppFailed,
         NodesError::NoVm { .. }
         | NodesError::TooLarge { .. }
+        | NodesError::OverQuota { .. }
         | NodesError::Image { .. }
         | NodesError::Failed { .. } => ErrorCode::Internal,
     };

@@ -8,7 +8,7 @@ use spore_wire::id::VmId;
 use spore_wire::node::VmFailureKind;
 
 use super::AppRef;
-use super::deploy::{DeployError, NewRelease};
+use super::deploy::{DeployError, Named, NewRelease};
 use super::removal::RemovalError;
 use crate::clock::{HostClock, KernelChance};
 use crate::fake::{Act, FakeDoor, FakeNodes, MoodyStore, config};
@@ -16,6 +16,7 @@ use crate::operations::{Operations, Outcome};
 use crate::secrets::{KeyFile, KeyProvider};
 use crate::store::memory::MemoryStore;
 use crate::store::record::app::{AppRecord, app_key};
+use crate::store::record::image::{ImageOrigin, ImageRecord, image_key};
 use crate::store::record::operation::{OperationRecord, StoredOperationState, operation_key};
 use crate::store::record::release::StoredState;
 use crate::store::record::{encode, load};
@@ -131,19 +132,64 @@ async fn start(
         chance: Arc::new(KernelChance),
     };
     let control = Control::start(config(), parts).await.unwrap();
+    let image = ImageRecord {
+        id: crate::domain::release::sample(1).image,
+        bytes: 10,
+        created_at_ms: 0,
+        origin: ImageOrigin::Own,
+    };
+    let write = Transaction::default().put(image_at(), encode(&image));
+    store.commit(write).await.unwrap();
     door.attach(control.converge());
     control
+}
+
+/// Where the image of all releases here is recorded.
+fn image_at() -> String {
+    let me = "me".parse().unwrap();
+    image_key(&me, &"debian/python3".parse().unwrap())
 }
 
 fn release(change: impl FnOnce(&mut NewRelease)) -> NewRelease {
     let sample = crate::domain::release::sample(1);
     let mut new = NewRelease {
         rules: sample.rules,
-        image: sample.image,
+        image: Named {
+            id: sample.image,
+            bytes: 10,
+            key: image_at(),
+        },
         folder: None,
     };
     change(&mut new);
     new
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_is_made_only_of_what_is_still_there() {
+    let bench = Bench::new().await;
+    let notes = app("notes");
+    let deploy = async |new: NewRelease| {
+        bench
+            .control
+            .converge()
+            .deploy(&app("notes"), &new, None)
+            .await
+    };
+    // Written again with the same content, as by another upload of it: that is no change.
+    let entry = bench.store.get(&image_at()).await.unwrap().unwrap();
+    let again = Transaction::default().put(image_at(), entry.value);
+    bench.store.commit(again).await.unwrap();
+    let id = deploy(release(|_| {})).await.unwrap();
+    bench.over(&notes, &id).await;
+    let other = release(|new| new.image.id = spore_wire::id::ImageId::from_hash([9; 32]));
+    let moved = deploy(other).await.unwrap_err();
+    assert!(matches!(moved, DeployError::Moved { .. }), "{moved}");
+    let gone = Transaction::default().delete(image_at());
+    bench.store.commit(gone).await.unwrap();
+    let moved = deploy(release(|_| {})).await.unwrap_err();
+    assert!(moved.to_string().contains("deploy again"), "{moved}");
+    assert_eq!(bench.live(&notes).await, Some(1));
 }
 
 #[tokio::test(start_paused = true)]

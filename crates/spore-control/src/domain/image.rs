@@ -4,8 +4,8 @@ use spore_wire::id::ImageId;
 
 use super::RuleError;
 
-/// The most packages of one image.
-const PACKAGES_MAX: usize = 500;
+/// The most packages of one image; a node takes no more.
+const PACKAGES_MAX: usize = 200;
 
 /// Checks package names against Debian's rule, so that none is an option or a path.
 ///

@@ -32,6 +32,16 @@ pub enum RuleError {
         /// What to do instead.
         instead: String,
     },
+    /// The account may have no more bytes of images.
+    #[error("{}", image_bytes(*used, *more, *most))]
+    ImageBytes {
+        /// What it has.
+        used: u64,
+        /// What it wants besides; `None` when that is not known yet.
+        more: Option<u64>,
+        /// What it may have.
+        most: u64,
+    },
     /// A quota of the account is used up.
     #[error("the account has {used} {what}, and at most {most} are allowed: remove some first")]
     Quota {
@@ -65,6 +75,20 @@ impl RuleError {
             instead: instead.into(),
         }
     }
+}
+
+fn image_bytes(used: u64, more: Option<u64>, most: u64) -> String {
+    const MIB: u64 = 1024 * 1024;
+    let (used, most) = (used.div_ceil(MIB), most / MIB);
+    let more = match more {
+        Some(more) => format!(", and this one takes {} MiB more", more.div_ceil(MIB)),
+        None => ", and nothing is left".to_owned(),
+    };
+    format!(
+        "the account's images, uploads and releases take {used} MiB of the {most} MiB that they \
+         may have{more}: remove apps and images that are not needed, or raise `image_quota` in \
+         /etc/spore/spore.toml"
+    )
 }
 
 fn cut(value: &str) -> String {

@@ -306,6 +306,8 @@ mod tests {
             number,
             state: StoredState::Retired,
             image: ImageId::from_hash([1; 32]),
+            image_bytes: 0,
+            folder_bytes: 0,
             folder: None,
             rules: rules(&spec()).unwrap(),
             created_at_ms: 0,

@@ -267,9 +267,26 @@ impl Cgroups {
         }
     }
 
+    /// Kills what is in the cgroup `name` now. Whoever started it waits for it, and removes the
+    /// cgroup.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn kill(&self, name: &str) -> io::Result<()> {
+        self.signal(name).map(drop)
+    }
+
     /// Kills what is in the cgroup now, waits a moment for it to be gone and reaps it where it is
     /// a child of this process.
     fn kill_once(&self, name: &str) -> io::Result<()> {
+        for (_pid, pidfd) in &self.signal(name)? {
+            await_end(pidfd)?;
+        }
+        Ok(())
+    }
+
+    /// Kills what is in the cgroup now; answers what that was.
+    fn signal(&self, name: &str) -> io::Result<Vec<(Pid, OwnedFd)>> {
         let killed = self.members(name)?;
         for (_pid, pidfd) in &killed {
             kill_process(pidfd)?;
@@ -286,10 +303,7 @@ impl Cgroups {
                 _ => {}
             }
         }
-        for (_pid, pidfd) in &killed {
-            await_end(pidfd)?;
-        }
-        Ok(())
+        Ok(killed)
     }
 
     /// Every process in the cgroup `name`, in whichever tree it is there.

@@ -6,8 +6,10 @@
 //! | program | what | answer |
 //! |---|---|---|
 //! | forbidden | calls that no helper needs and every exploit wants | the process ends |
-//! | absent | `clone3`, whose flags lie in memory where no filter sees them | `ENOSYS`: libc falls back to `clone` |
+//! | absent | `clone3`, whose flags lie in memory where no filter sees them | `ENOSYS` |
 //! | x32 | the same calls by other numbers (x86-64 only) | the process ends |
+//!
+//! Told that there is no `clone3`, libc falls back to `clone`.
 
 use std::collections::BTreeMap;
 
@@ -136,8 +138,8 @@ fn program(
 }
 
 /// Ends the process at every call whose number has the x32 bit: such calls come with the
-/// architecture of x86-64 and with numbers that no list above has. By hand, since a range of numbers
-/// is nothing that `seccompiler` can say.
+/// architecture of x86-64 and with numbers that no list above has. By hand, since `seccompiler` has
+/// no words for a range of numbers.
 fn x32() -> BpfProgram {
     /// `__X32_SYSCALL_BIT` of `asm/unistd.h`.
     const X32: u32 = 0x4000_0000;

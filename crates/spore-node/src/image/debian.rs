@@ -5,17 +5,18 @@
 //! owns nothing on the host, never as root. The result goes to the packer as a stream; no tree is
 //! left on the host.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 use spore_wire::node::{ImageInfo, ImageKind};
 use thiserror::Error;
 
+use super::job::Job;
 use super::pack::PackRequest;
 use super::packer::{BuildError, Packer};
-use super::store::ImageStore;
+use super::store::{Filing, ImageStore};
 
 /// Packages of a named image, on top of Debian's essential ones.
 const RECIPES: &[(&str, &[&str])] = &[
@@ -61,6 +62,9 @@ pub struct DebianBuilder {
     /// Where a build's files are while it runs; all may enter it, since the user's whole range of
     /// uids must.
     pub scratch: PathBuf,
+    /// Whose builds these are: a folder that no other builder of this host has. Builders share the
+    /// scratch folder, and none may sweep what is another's.
+    pub owner: PathBuf,
 }
 
 /// Why nothing was built.
@@ -122,7 +126,8 @@ impl DebianBuilder {
         packages: &[String],
         packer: &Packer,
         store: &ImageStore,
-        made_at_s: u64,
+        filing: Filing,
+        job: &Job,
     ) -> Result<ImageInfo, DebianError> {
         check(packages)?;
         let user = nix::unistd::User::from_name(&self.user)
@@ -131,7 +136,7 @@ impl DebianBuilder {
             .ok_or_else(|| DebianError::NoUser(self.user.clone()))?;
         let start = |what| move |source| DebianError::Start { what, source };
         let scratch = tempfile::Builder::new()
-            .prefix("spore-build-")
+            .prefix(&self.prefix())
             .tempdir_in(&self.scratch)
             .map_err(start("make its folder"))?;
         nix::unistd::chown(scratch.path(), Some(user.uid), Some(user.gid))
@@ -152,16 +157,52 @@ impl DebianBuilder {
             // Without supplementary groups: the standard library clears them for root.
             command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
         }
-        let mut bootstrap = Bootstrap::start(&mut command)?;
+        let mut bootstrap = Bootstrap::start(&mut command, job)?;
         let request = PackRequest::of(ImageKind::Root);
-        let packed = packer.pack(store, request, &mut bootstrap, made_at_s);
+        let packed = packer.pack(store, request, &mut bootstrap, filing, job);
         let own_failure = bootstrap.failure.take();
         bootstrap.end();
-        scratch.close().map_err(start("remove its folder"))?;
-        match own_failure {
-            Some(error) => Err(error),
-            None => Ok(packed?),
+        if let Err(error) = scratch.close() {
+            // Something of a build that was ended may still write there; the next start removes it.
+            tracing::warn!(%error, "the folder of an image build is left for now");
         }
+        match (own_failure, job.ended()) {
+            (Some(error), None) => Err(error),
+            (_, Some(why)) => Err(BuildError::Ended(why).into()),
+            (None, None) => Ok(packed?),
+        }
+    }
+
+    /// How the names of its folders begin.
+    fn prefix(&self) -> String {
+        let owner = blake3::hash(self.owner.as_os_str().as_encoded_bytes()).to_hex();
+        format!("spore-build-{}-", &owner[..16])
+    }
+
+    /// Removes folders of builds that a killed daemon left. Legal while nothing is built, once what
+    /// was is ended.
+    ///
+    /// # Errors
+    /// When one cannot be removed.
+    pub fn sweep(&self) -> io::Result<()> {
+        let prefix = self.prefix();
+        for entry in std::fs::read_dir(&self.scratch)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if name.to_str().is_some_and(|name| name.starts_with(&prefix)) {
+                remove_folder(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes a folder, which never leads elsewhere: links in it are not followed.
+fn remove_folder(path: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        // Anybody may make a file or a link of the name.
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => std::fs::remove_file(path),
+        other => other,
     }
 }
 
@@ -184,8 +225,15 @@ fn check(packages: &[String]) -> Result<(), DebianError> {
     }
 }
 
+/// mmdebstrap behind a shell that waits for a line: until then it is put where it belongs. A
+/// daemon that dies before it says so ends the wait, and nothing starts.
 fn command(packages: &[String]) -> Command {
-    let mut command = Command::new("mmdebstrap");
+    let mut command = Command::new("/bin/sh");
+    command.args([
+        "-c",
+        "read -r go && exec mmdebstrap \"$@\" </dev/null",
+        "sh",
+    ]);
     // Guests mount a devtmpfs, so /dev stays empty: an image may have no device nodes.
     command.args([
         "--mode=unshare",
@@ -214,10 +262,10 @@ struct Bootstrap {
 }
 
 impl Bootstrap {
-    fn start(command: &mut Command) -> Result<Self, DebianError> {
+    fn start(command: &mut Command, job: &Job) -> Result<Self, DebianError> {
         let start = |what| move |source| DebianError::Start { what, source };
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -226,12 +274,17 @@ impl Bootstrap {
         let stdout = child.stdout.take().ok_or_else(gone)?;
         let stderr = child.stderr.take().ok_or_else(gone)?;
         let log = std::thread::spawn(move || last_lines(stderr));
-        Ok(Self {
+        let mut stdin = child.stdin.take().ok_or_else(gone)?;
+        let this = Self {
             child,
             stdout,
             log: Some(log),
             failure: None,
-        })
+        };
+        let placed = job.place(&this.child);
+        placed.map_err(start("put it into its cgroup"))?;
+        stdin.write_all(b"go\n").map_err(start("let it go"))?;
+        Ok(this)
     }
 
     /// Kills what is left of it, with everything that it started.
@@ -296,7 +349,13 @@ fn last_lines(mut from: impl Read) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{DebianError, check, command, last_lines, recipe};
+    use std::io::Read;
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+
+    use super::{Bootstrap, DebianBuilder, DebianError, check, command, last_lines, recipe};
+    use crate::cgroup::Cgroups;
+    use crate::image::job::{BUILD_LIMITS, Ended, Job};
 
     #[test]
     fn base_images_have_recipes() {
@@ -337,9 +396,71 @@ mod tests {
     #[test]
     fn mmdebstrap_never_runs_in_a_mode_that_needs_root() {
         let command = command(&["python3".to_owned()]);
+        assert_eq!(command.get_program(), "/bin/sh");
         let arguments: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
         assert!(arguments.contains(&"--mode=unshare".into()));
         assert!(arguments.contains(&"--include=python3".into()));
+    }
+
+    #[test]
+    fn what_a_killed_build_left_is_swept_and_what_is_anothers_stays() {
+        let scratch = tempfile::tempdir().unwrap();
+        let builder = |owner: &str| DebianBuilder {
+            user: "nobody".to_owned(),
+            scratch: scratch.path().to_owned(),
+            owner: owner.into(),
+        };
+        let ours = builder("/ours");
+        let path = |name: String| scratch.path().join(name);
+        let left = path(format!("{}left", ours.prefix()));
+        let link = path(format!("{}link", ours.prefix()));
+        let other = path(format!("{}left", builder("/others").prefix()));
+        let precious = path("precious".to_owned());
+        for folder in [&left, &other, &precious] {
+            std::fs::create_dir(folder).unwrap();
+            std::fs::write(folder.join("file"), "x").unwrap();
+        }
+        std::os::unix::fs::symlink(&precious, left.join("out")).unwrap();
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        ours.sweep().unwrap();
+        assert!(!left.exists() && link.symlink_metadata().is_err());
+        assert!(other.join("file").exists() && precious.join("file").exists());
+    }
+
+    #[test]
+    fn a_build_is_ended_with_everything_that_it_started() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: cgroups are root's");
+            return;
+        }
+        let parent = format!("spore-build-test-{}", std::process::id());
+        let cgroups = Cgroups::open(&parent).unwrap();
+        let job = Job::begin(&cgroups, &BUILD_LIMITS).unwrap();
+        let name = cgroups.list().unwrap().remove(0);
+        let is_a_vms = name.parse::<spore_wire::id::VmId>().is_ok();
+        assert!(
+            !is_a_vms,
+            "else no start of a daemon ends what is left of it"
+        );
+        let mut command = Command::new("/bin/sh");
+        // One that left the group and the session of the first, as maintainer scripts do.
+        let busy = "read -r go; setsid sleep 1000 & sleep 1000 & wait";
+        command.args(["-c", busy]).process_group(0);
+        let mut bootstrap = Bootstrap::start(&mut command, &job).unwrap();
+        while cgroups.members(&name).unwrap().len() < 2 {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        job.ender().end(Ended::Timeout(1));
+        job.ender().end(Ended::Cancelled);
+        assert!(bootstrap.read(&mut [0]).is_err());
+        assert_eq!(job.ended(), Some(Ended::Timeout(1)));
+        assert!(cgroups.members(&name).unwrap().is_empty());
+        // What is started for a job that was ended does not live either.
+        let late = Bootstrap::start(&mut command, &job);
+        assert!(matches!(late, Err(DebianError::Start { .. })));
+        drop(bootstrap);
+        drop(job);
+        cgroups.remove_parent().unwrap();
     }
 
     #[test]

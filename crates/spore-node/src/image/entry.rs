@@ -44,10 +44,11 @@ impl PackLimits {
                 file_bytes_max: 4 * GIB,
                 total_bytes_max: 16 * GIB,
             },
+            // What the interface promises (`spore_api::limits`): the program's tests compare.
             ImageKind::Folder => Self {
-                entries_max: 100_000,
-                file_bytes_max: GIB,
-                total_bytes_max: 2 * GIB,
+                entries_max: 200_000,
+                file_bytes_max: 4 * GIB,
+                total_bytes_max: 4 * GIB,
             },
         }
     }

@@ -11,6 +11,8 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`workshop`] | all image work of a daemon: how much at once, how long |
+//! | [`job`] | the processes of one piece of work: their cgroup, and the end of them all |
 //! | [`store`] | the folder of images: staged, synced, renamed, verified, collected |
 //! | [`packer`] | the node's side of packing: starts the worker, feeds it, files what it made |
 //! | [`worker`] | the confined process |
@@ -20,7 +22,9 @@
 
 pub mod debian;
 pub mod entry;
+pub mod job;
 pub mod pack;
 pub mod packer;
 pub mod store;
 pub mod worker;
+pub mod workshop;

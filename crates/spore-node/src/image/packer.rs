@@ -9,15 +9,16 @@ use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 
 use command_fds::{CommandFdExt, FdMapping};
 use spore_wire::node::ImageInfo;
 use thiserror::Error;
 
+use super::job::{Ended, Job, UPLOAD_LIMITS};
 use super::pack::PackRequest;
-use super::store::{ImageStore, StoreError};
+use super::store::{Filing, ImageStore, StoreError};
 use super::worker::{Answer, IMAGE_FD, SPOOL_FD, WorkerRequest};
 
 /// The most bytes of the worker's answer and of its log that are kept.
@@ -56,15 +57,25 @@ pub enum BuildError {
         /// Its last words.
         log: String,
     },
-    /// The worker could not be started or fed.
+    /// Somebody ended the work.
+    #[error("the image is not made: {0}")]
+    Ended(#[from] Ended),
+    /// The kernel ended the worker.
+    #[error(
+        "packing takes more memory than a worker gets ({} MiB): fewer files or shorter names \
+         take less",
+        UPLOAD_LIMITS.memory_bytes / (1024 * 1024)
+    )]
+    OutOfMemory,
+    /// The worker could not be started or limited.
     #[error("cannot {what} the image worker")]
     Worker {
-        /// Start, feed.
+        /// Start, limit.
         what: &'static str,
         /// What the kernel said.
         source: io::Error,
     },
-    /// The archive stopped coming.
+    /// The archive stopped coming; the cause's kind says whether it was over a limit.
     #[error("the archive could not be read to its end: send it again")]
     Source(#[source] io::Error),
     /// The store.
@@ -73,7 +84,7 @@ pub enum BuildError {
 }
 
 impl Packer {
-    /// Packs `archive` (tar or tar.zst) into an image of `store`.
+    /// Packs `archive` (tar or tar.zst) into an image of `store`, by a worker in `job`.
     ///
     /// # Errors
     /// [`BuildError`]; nothing is left in the store then.
@@ -82,41 +93,45 @@ impl Packer {
         store: &ImageStore,
         request: PackRequest,
         archive: &mut dyn Read,
-        made_at_s: u64,
+        filing: Filing,
+        job: &Job,
     ) -> Result<ImageInfo, BuildError> {
         let worker = |what| move |source| BuildError::Worker { what, source };
         let staged = store.stage()?;
         let image = staged.file().try_clone().map_err(worker("start"))?;
         let mut child = self.start(image.into(), store.spool()?.into())?;
         let outputs = collect(&mut child);
-        let fed = self.feed(&mut child, request, archive);
-        let status = match &fed {
-            // The archive ended in the middle: what the worker made of it is of no interest.
-            Err(BuildError::Source(_)) => child.kill().and_then(|()| child.wait()),
-            _ => child.wait(),
-        }
-        .map_err(worker("wait for"))?;
+        // It has read nothing yet, so nothing of it is elsewhere.
+        let fed = match job.place(&child) {
+            Ok(()) => self.feed(&mut child, request, archive),
+            Err(error) => Err(Unfed::NotPlaced(error)),
+        };
+        // What a worker makes of half an archive is of no interest; one that is gone, or reads
+        // what there is to its end, says more by how it ended.
+        let killed = match &fed {
+            Err(Unfed::NotPlaced(_) | Unfed::Source(_)) => child.kill(),
+            Ok(()) | Err(Unfed::Gone(_)) => Ok(()),
+        };
+        let status = killed.and_then(|()| child.wait());
         let [answer, log] = outputs.map(|output| output.join().unwrap_or_default());
-        let answer = match (serde_json::from_slice(&answer), fed) {
-            (_, Err(error @ BuildError::Source(_))) => return Err(error),
-            (Ok(answer), _) => answer,
-            // A worker that is gone cannot be fed; why it is gone says more.
-            (Err(_), _) => {
-                let log = String::from_utf8_lossy(&log).trim().to_owned();
-                return Err(BuildError::Died {
-                    status: status.to_string(),
-                    log,
-                });
-            }
+        if let Some(why) = job.ended() {
+            return Err(why.into());
+        }
+        let status = status.map_err(worker("wait for"))?;
+        match fed {
+            Ok(()) => {}
+            Err(Unfed::Source(error)) => return Err(BuildError::Source(error)),
+            Err(Unfed::NotPlaced(error)) => return Err(worker("limit")(error)),
+            Err(Unfed::Gone(error)) => tracing::debug!(%error, "the image worker left early"),
+        }
+        let Ok(answer) = serde_json::from_slice(&answer) else {
+            return Err(died(status, &log, job));
         };
         match answer {
             Answer::Packed(packed) if status.success() => {
-                Ok(staged.commit(request.kind, packed.entries, made_at_s)?)
+                Ok(staged.commit(request.kind, packed.entries, filing)?)
             }
-            Answer::Packed(_) => Err(BuildError::Died {
-                status: status.to_string(),
-                log: String::new(),
-            }),
+            Answer::Packed(_) => Err(died(status, &[], job)),
             Answer::Refused { message } => Err(BuildError::Refused(message)),
             Answer::Full => Err(BuildError::Full),
             Answer::Failed { message } => Err(BuildError::Failed(message)),
@@ -159,36 +174,53 @@ impl Packer {
         child: &mut Child,
         request: PackRequest,
         archive: &mut dyn Read,
-    ) -> Result<(), BuildError> {
-        let feed = |source| BuildError::Worker {
-            what: "feed",
-            source,
-        };
+    ) -> Result<(), Unfed> {
         let Some(mut stdin) = child.stdin.take() else {
-            return Err(feed(io::ErrorKind::BrokenPipe.into()));
+            return Err(Unfed::Gone(io::ErrorKind::BrokenPipe.into()));
         };
         let request = WorkerRequest {
             pack: request,
             uid: self.uid,
         };
-        let text = serde_json::to_vec(&request).map_err(|error| feed(error.into()))?;
+        let text = serde_json::to_vec(&request).map_err(|error| Unfed::Gone(error.into()))?;
         let length = u32::try_from(text.len()).unwrap_or(u32::MAX).to_le_bytes();
         stdin
             .write_all(&length)
             .and_then(|()| stdin.write_all(&text))
-            .map_err(feed)?;
+            .map_err(Unfed::Gone)?;
         let mut buffer = vec![0; 128 * 1024];
         loop {
             let count = match archive.read(&mut buffer) {
                 Ok(0) => return Ok(()),
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(BuildError::Source(error)),
+                Err(error) => return Err(Unfed::Source(error)),
             };
             stdin
                 .write_all(buffer.get(..count).unwrap_or_default())
-                .map_err(feed)?;
+                .map_err(Unfed::Gone)?;
         }
+    }
+}
+
+/// Why a worker did not get its whole archive.
+enum Unfed {
+    /// It could not be put into its job.
+    NotPlaced(io::Error),
+    /// The archive broke off.
+    Source(io::Error),
+    /// It does not read any more.
+    Gone(io::Error),
+}
+
+/// A worker that ended without an answer.
+fn died(status: ExitStatus, log: &[u8], job: &Job) -> BuildError {
+    if job.was_out_of_memory() {
+        return BuildError::OutOfMemory;
+    }
+    BuildError::Died {
+        status: status.to_string(),
+        log: String::from_utf8_lossy(log).trim().to_owned(),
     }
 }
 

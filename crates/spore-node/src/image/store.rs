@@ -9,13 +9,17 @@
 //! ```
 //!
 //! An image exists once its `.json` does, so a crash leaves either a whole image or a file that
-//! [`ImageStore::sweep`] removes. Files are never written again.
+//! [`ImageStore::sweep`] removes. Files are never written again; the time of the `.json` says when
+//! the image was last filed, since the same content filed again is wanted again. Filing and
+//! removing exclude each other.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use spore_wire::id::ImageId;
 use spore_wire::node::{ImageInfo, ImageKind};
@@ -35,6 +39,8 @@ const NAME_BYTES_MAX: usize = 100;
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     folder: PathBuf,
+    /// Held while an image is filed or removed.
+    filing: Arc<Mutex<()>>,
 }
 
 /// Whether a collection removes anything.
@@ -63,6 +69,14 @@ pub enum StoreError {
     /// A name that cannot be a file's name.
     #[error("`{0}` is no image name: `group/name` of a-z, 0-9, `.` and `-` is expected")]
     Name(String),
+    /// It is larger than whoever wants it may have.
+    #[error("the image has {bytes} bytes, and at most {max} are allowed")]
+    OverBudget {
+        /// How many it has.
+        bytes: u64,
+        /// How many there may be.
+        max: u64,
+    },
     /// A file of the store cannot be read or written.
     #[error("cannot {what} {path}")]
     File {
@@ -83,6 +97,15 @@ pub enum StoreError {
     },
 }
 
+/// What an image that is filed must keep to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filing {
+    /// Now, in seconds since the Unix epoch.
+    pub at_s: u64,
+    /// The most bytes of a new one. What is there already takes none.
+    pub bytes_max: u64,
+}
+
 /// An image that is being written; dropped, nothing is left of it.
 #[derive(Debug)]
 pub struct Staged<'a> {
@@ -100,10 +123,18 @@ impl ImageStore {
         for part in [folder.clone(), folder.join(STAGING), folder.join(NAMES)] {
             fs::create_dir_all(&part).map_err(file("make", &part))?;
         }
-        Ok(Self { folder })
+        Ok(Self {
+            folder,
+            filing: Arc::default(),
+        })
     }
 
-    /// Removes what a crash left. Legal only while nobody stages: at the daemon's start.
+    fn filing(&self) -> MutexGuard<'_, ()> {
+        self.filing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes what a crash left: unfinished files, halves of images, names of nothing. Legal only
+    /// while nobody stages: at the daemon's start.
     ///
     /// # Errors
     /// [`StoreError::File`].
@@ -112,9 +143,18 @@ impl ImageStore {
             fs::remove_file(&path).map_err(file("remove", &path))?;
         }
         for path in entries(&self.folder)? {
-            let is_image = path.extension().is_some_and(|extension| extension == "img");
-            if is_image && !path.with_extension("json").exists() {
+            let other = match path.extension().and_then(|extension| extension.to_str()) {
+                Some("img") => "json",
+                Some("json") => "img",
+                _ => continue,
+            };
+            if !path.with_extension(other).exists() {
                 fs::remove_file(&path).map_err(file("remove", &path))?;
+            }
+        }
+        for (name, id) in self.names()? {
+            if !self.info_path(id).exists() {
+                self.forget_name(&name)?;
             }
         }
         Ok(())
@@ -199,11 +239,15 @@ impl ImageStore {
     /// # Errors
     /// [`StoreError::Missing`] and [`StoreError::File`].
     pub fn remove(&self, id: ImageId) -> Result<(), StoreError> {
+        let _alone = self.filing();
         self.get(id)?;
+        self.remove_filed(id)
+    }
+
+    fn remove_filed(&self, id: ImageId) -> Result<(), StoreError> {
         for (name, named) in self.names()? {
             if named == id {
-                let path = self.name_path(&name)?;
-                fs::remove_file(&path).map_err(file("remove", &path))?;
+                self.forget_name(&name)?;
             }
         }
         // The description first: without it, what is left is swept.
@@ -213,20 +257,40 @@ impl ImageStore {
         sync_folder(&self.folder)
     }
 
-    /// Removes, or only names, every image that is neither in `keep` nor has a name.
+    /// Removes, or only names, every image that is neither in `keep` nor has a name, and was last
+    /// filed before `filed_before_s`: of a younger one, whoever wants it may not have said so yet.
     ///
     /// # Errors
     /// [`StoreError::File`] and [`StoreError::Info`].
-    pub fn gc(&self, keep: &BTreeSet<ImageId>, mode: GcMode) -> Result<Vec<ImageInfo>, StoreError> {
+    pub fn gc(
+        &self,
+        keep: &BTreeSet<ImageId>,
+        filed_before_s: u64,
+        mode: GcMode,
+    ) -> Result<Vec<ImageInfo>, StoreError> {
+        let _alone = self.filing();
         let named: BTreeSet<ImageId> = self.names()?.into_iter().map(|(_, id)| id).collect();
-        let mut garbage = self.list()?;
-        garbage.retain(|image| !keep.contains(&image.id) && !named.contains(&image.id));
+        let mut garbage = Vec::new();
+        for image in self.list()? {
+            let is_wanted = keep.contains(&image.id) || named.contains(&image.id);
+            if !is_wanted && self.filed_at_s(image.id)? < filed_before_s {
+                garbage.push(image);
+            }
+        }
         if mode == GcMode::Remove {
             for image in &garbage {
-                self.remove(image.id)?;
+                self.remove_filed(image.id)?;
             }
         }
         Ok(garbage)
+    }
+
+    fn filed_at_s(&self, id: ImageId) -> Result<u64, StoreError> {
+        let path = self.info_path(id);
+        let filed = fs::metadata(&path).and_then(|found| found.modified());
+        let filed = filed.map_err(file("look at", &path))?;
+        let since = filed.duration_since(SystemTime::UNIX_EPOCH);
+        Ok(since.map_or(0, |since| since.as_secs()))
     }
 
     /// Points a name such as `debian/python3` to an image.
@@ -242,6 +306,20 @@ impl ImageStore {
         writeln!(staged, "{id}").map_err(file("write", &path))?;
         publish(staged, &path)?;
         sync_folder(&self.folder.join(NAMES))
+    }
+
+    /// Takes a name away; its image stays. Nothing to do if it is not there.
+    ///
+    /// # Errors
+    /// [`StoreError::Name`] and [`StoreError::File`].
+    pub fn forget_name(&self, name: &str) -> Result<(), StoreError> {
+        let path = self.name_path(name)?;
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(file("remove", &path)(error))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The image that a name points to, if it does.
@@ -310,12 +388,12 @@ impl Staged<'_> {
     /// description stays.
     ///
     /// # Errors
-    /// [`StoreError::File`].
+    /// [`StoreError::File`] and [`StoreError::OverBudget`].
     pub fn commit(
         self,
         kind: ImageKind,
         entries: u64,
-        made_at_s: u64,
+        filing: Filing,
     ) -> Result<ImageInfo, StoreError> {
         let Self {
             store,
@@ -327,8 +405,19 @@ impl Staged<'_> {
             .map_err(file("look at", staged.path()))?
             .len();
         let id = hash(content).map_err(file("read", staged.path()))?;
+        // Before others have to wait: it may be large.
+        content.sync_all().map_err(file("sync", staged.path()))?;
+        let _alone = store.filing();
+        let path = store.info_path(id);
+        let filed_at = SystemTime::UNIX_EPOCH + Duration::from_secs(filing.at_s);
         if let Ok(there) = store.get(id) {
+            let filed = File::open(&path).and_then(|info| info.set_modified(filed_at));
+            filed.map_err(file("change", &path))?;
             return Ok(there);
+        }
+        if bytes > filing.bytes_max {
+            let max = filing.bytes_max;
+            return Err(StoreError::OverBudget { bytes, max });
         }
         publish(staged, &store.path(id))?;
         let info = ImageInfo {
@@ -336,9 +425,8 @@ impl Staged<'_> {
             kind,
             bytes,
             entries,
-            made_at_s,
+            made_at_s: filing.at_s,
         };
-        let path = store.info_path(id);
         let staging = store.folder.join(STAGING);
         let mut described =
             NamedTempFile::new_in(&staging).map_err(file("make a file in", &staging))?;
@@ -347,6 +435,8 @@ impl Staged<'_> {
             source,
         })?;
         described.write_all(&text).map_err(file("write", &path))?;
+        let filed = described.as_file().set_modified(filed_at);
+        filed.map_err(file("change", &path))?;
         publish(described, &path)?;
         sync_folder(&store.folder)?;
         Ok(info)
@@ -419,7 +509,7 @@ mod tests {
     use spore_wire::id::ImageId;
     use spore_wire::node::{ImageInfo, ImageKind};
 
-    use super::{GcMode, ImageStore, StoreError};
+    use super::{Filing, GcMode, ImageStore, StoreError};
 
     fn store() -> (tempfile::TempDir, ImageStore) {
         let dir = tempfile::tempdir().unwrap();
@@ -427,10 +517,15 @@ mod tests {
         (dir, store)
     }
 
-    fn put(store: &ImageStore, content: &[u8], made_at_s: u64) -> ImageInfo {
+    fn put(store: &ImageStore, content: &[u8], at_s: u64) -> ImageInfo {
+        let bytes_max = u64::MAX;
+        file(store, content, Filing { at_s, bytes_max }).unwrap()
+    }
+
+    fn file(store: &ImageStore, content: &[u8], filing: Filing) -> Result<ImageInfo, StoreError> {
         let staged = store.stage().unwrap();
         staged.file().write_all(content).unwrap();
-        staged.commit(ImageKind::Folder, 3, made_at_s).unwrap()
+        staged.commit(ImageKind::Folder, 3, filing)
     }
 
     #[test]
@@ -475,9 +570,17 @@ mod tests {
         let staged = dir.path().join("images/staging/left");
         fs::write(&orphan, b"half").unwrap();
         fs::write(&staged, b"half").unwrap();
+        let half = put(&store, b"content lost", 1);
+        store.set_name("debian/whole", whole.id).unwrap();
+        store.set_name("debian/half", half.id).unwrap();
+        fs::remove_file(store.path(half.id)).unwrap();
         store.sweep().unwrap();
         assert!(!orphan.exists() && !staged.exists());
-        assert_eq!(store.list().unwrap(), [whole]);
+        assert_eq!(store.list().unwrap(), std::slice::from_ref(&whole));
+        assert_eq!(
+            store.names().unwrap(),
+            [("debian/whole".to_owned(), whole.id)]
+        );
     }
 
     #[test]
@@ -501,12 +604,59 @@ mod tests {
         store.set_name("debian/base", named.id).unwrap();
         let keep = BTreeSet::from([needed.id]);
         assert_eq!(
-            store.gc(&keep, GcMode::DryRun).unwrap(),
+            store.gc(&keep, 2, GcMode::DryRun).unwrap(),
             std::slice::from_ref(&garbage)
         );
         assert_eq!(store.list().unwrap().len(), 3);
-        assert_eq!(store.gc(&keep, GcMode::Remove).unwrap(), [garbage]);
+        assert_eq!(store.gc(&keep, 2, GcMode::Remove).unwrap(), [garbage]);
         assert_eq!(store.list().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_new_image_keeps_to_its_budget_and_one_that_is_there_takes_none() {
+        let (dir, store) = store();
+        let within = |bytes_max| Filing { at_s: 1, bytes_max };
+        let over = file(&store, b"content", within(6)).unwrap_err();
+        assert!(
+            matches!(over, StoreError::OverBudget { bytes: 7, max: 6 }),
+            "{over}"
+        );
+        assert!(store.list().unwrap().is_empty());
+        let staged = fs::read_dir(dir.path().join("images/staging")).unwrap();
+        assert_eq!(staged.count(), 0);
+        let there = file(&store, b"content", within(7)).unwrap();
+        assert_eq!(file(&store, b"content", within(0)).unwrap(), there);
+    }
+
+    #[test]
+    fn what_was_filed_just_now_is_no_garbage_even_when_it_was_there_long_ago() {
+        let (_dir, store) = store();
+        let first = put(&store, b"content", 100);
+        let collect = |before| store.gc(&BTreeSet::new(), before, GcMode::Remove).unwrap();
+        assert!(collect(100).is_empty());
+        // Uploaded again: whoever did is about to say what for.
+        assert_eq!(put(&store, b"content", 500), first);
+        assert!(collect(500).is_empty());
+        assert_eq!(store.verify(first.id).unwrap(), first);
+        assert_eq!(collect(501), [first]);
+        assert!(store.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn filing_and_collecting_the_same_content_at_once_leaves_all_of_it_or_nothing() {
+        let (_dir, store) = store();
+        std::thread::scope(|scope| {
+            let filing = scope.spawn(|| (0..50).for_each(|_| _ = put(&store, b"content", 1)));
+            while !filing.is_finished() {
+                store.gc(&BTreeSet::new(), 2, GcMode::Remove).unwrap();
+            }
+        });
+        for image in store.list().unwrap() {
+            assert_eq!(store.verify(image.id).unwrap(), image);
+        }
+        store.sweep().unwrap();
+        let last = put(&store, b"content", 1);
+        assert_eq!(store.verify(last.id).unwrap(), last);
     }
 
     #[test]

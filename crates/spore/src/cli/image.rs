@@ -41,12 +41,11 @@ struct Ls {}
 struct Build {
     /// The name it gets; what had it before loses it
     name: ImageName,
-    /// Debian packages, with what they need
+    /// Debian packages, with what they need; without them and --dir a base image is built anew
     #[arg(
         long,
         value_delimiter = ',',
         value_name = "PACKAGE,…",
-        required_unless_present = "dir",
         conflicts_with = "dir"
     )]
     packages: Vec<String>,
@@ -128,6 +127,7 @@ impl Build {
                 let source = upload::upload(context, &mut steps, folder, kind, None).await?;
                 ImageFrom::Source { source: source.id }
             }
+            None if self.packages.is_empty() => ImageFrom::Base,
             None => ImageFrom::Packages {
                 packages: self.packages,
             },

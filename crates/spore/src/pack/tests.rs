@@ -263,3 +263,71 @@ async fn a_file_that_shrinks_or_goes_is_an_error_with_its_name() {
         .unwrap();
     assert!(matches!(error, Err(PackError::Read { path, .. }) if path == "a"));
 }
+
+#[test]
+fn a_folder_that_is_not_there_or_is_none_is_said() {
+    let parent = folder(&[("file", "")]);
+    for name in ["missing", "file/below"] {
+        let error = list(&parent.path().join(name)).unwrap_err();
+        assert!(matches!(&error, PackError::Read { path, .. } if path.ends_with(name)));
+        assert!(error.to_string().starts_with("cannot read"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn odd_names_set_ids_hard_links_and_holes_go_up_as_what_they_are() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+    let folder = folder(&[("twice", "same"), ("set", "x")]);
+    let odd: [&[u8]; 3] = [b"a\tb\nc", b"not \xff utf-8", b"-rf"];
+    for name in odd {
+        fs::write(folder.path().join(OsStr::from_bytes(name)), "odd").unwrap();
+    }
+    fs::hard_link(folder.path().join("twice"), folder.path().join("again")).unwrap();
+    let set = folder.path().join("set");
+    fs::set_permissions(&set, fs::Permissions::from_mode(0o6755)).unwrap();
+    let holes = fs::File::create(folder.path().join("holes")).unwrap();
+    holes.set_len(1 << 20).unwrap();
+    let bytes = packed(list(folder.path()).unwrap()).await;
+    let mut archive = tar::Archive::new(zstd::Decoder::new(bytes.as_slice()).unwrap());
+    let mut seen = std::collections::BTreeMap::new();
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        assert_eq!(entry.header().entry_type(), tar::EntryType::Regular);
+        let (path, mode) = (entry.path_bytes().to_vec(), entry.header().mode().unwrap());
+        let mut text = Vec::new();
+        entry.read_to_end(&mut text).unwrap();
+        seen.insert(path, (mode, text));
+    }
+    for name in odd {
+        assert_eq!(seen[name].1, b"odd");
+    }
+    assert_eq!(seen[b"twice".as_slice()], seen[b"again".as_slice()]);
+    assert_eq!(seen[b"set".as_slice()].0, 0o755);
+    assert_eq!(seen[b"holes".as_slice()].1, vec![0; 1 << 20]);
+}
+
+#[test]
+fn a_device_node_is_refused_by_name() {
+    let folder = folder(&[("app.py", "")]);
+    let (kind, mode) = (rustix::fs::FileType::CharacterDevice, 0o600.into());
+    let null = rustix::fs::makedev(1, 3);
+    let path = folder.path().join("null");
+    if rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, null).is_err() {
+        println!("SKIPPED: only root makes device nodes");
+        return;
+    }
+    let error = list(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("null is a device"), "{error}");
+}
+
+#[test]
+fn a_folder_that_fits_here_fits_on_the_node() {
+    use spore_api::limits::{SOURCE_ENTRIES_MAX, SOURCE_UNPACKED_BYTES_MAX};
+    use spore_node::image::entry::PackLimits;
+    let node = PackLimits::of(spore_wire::node::ImageKind::Folder);
+    // The node counts the folder itself too, if the archive has it; this side never sends it.
+    assert_eq!(node.entries_max, SOURCE_ENTRIES_MAX);
+    assert_eq!(node.total_bytes_max, SOURCE_UNPACKED_BYTES_MAX);
+    assert_eq!(node.file_bytes_max, SOURCE_UNPACKED_BYTES_MAX);
+}

@@ -22,8 +22,6 @@ use spore_control::secrets::KeyFile;
 use spore_control::store::embedded::EmbeddedStore;
 use spore_control::{Control, Parts as ControlParts};
 use spore_node::confine::limits::no_core_file;
-use spore_node::image::debian::DebianBuilder;
-use spore_node::image::packer::Packer;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -36,12 +34,6 @@ use super::parts::{self, Parts};
 use super::{door, listen, token, up};
 use crate::config::ServerConfig;
 use crate::log;
-
-/// The user that builds images from packages.
-const BUILD_USER: &str = "spore-build";
-
-/// Where image builds work: all their uids must be able to enter.
-const BUILD_SCRATCH: &str = "/var/tmp";
 
 /// The most requests that wait for one wake.
 const WAITERS_MAX: u32 = 1_000;
@@ -234,15 +226,7 @@ async fn start_control(
     let host = Host {
         node: parts.node.clone(),
         images: parts.images.clone(),
-        packer: Packer {
-            program: parts.program.clone(),
-            arguments: parts::verb("image-pack"),
-            uid: Some(config.uid_first + config.uid_count - 1),
-        },
-        builder: DebianBuilder {
-            user: BUILD_USER.to_owned(),
-            scratch: BUILD_SCRATCH.into(),
-        },
+        workshop: parts.workshop.clone(),
     };
     let control = Control::start(
         control_config(config, token),
@@ -256,7 +240,7 @@ async fn start_control(
         },
     )
     .await?;
-    seed_images(parts, &control).await?;
+    seed_images(config, parts, &control).await?;
     Ok(Arc::new(control))
 }
 
@@ -277,26 +261,28 @@ fn control_config(config: &ServerConfig, token: Zeroizing<String>) -> ControlCon
             boot_allowance: config.boot_timeout + BOOT_SLACK,
             ..Timing::default()
         },
+        image_bytes_max: config.image_quota_mib * 1024 * 1024,
         waiters_max: WAITERS_MAX,
     }
 }
 
 /// Gives control the base images that came with the installation, under the names they were built
-/// with. An image that control knows under a name stays.
-async fn seed_images(parts: &Parts, control: &Control) -> Result<()> {
-    for (name, id) in parts.images.names().context("the image store")? {
+/// with, where they are newer than what has the name.
+async fn seed_images(config: &ServerConfig, parts: &Parts, control: &Control) -> Result<()> {
+    // Names are control's; those that an earlier version kept here would keep old images for ever.
+    for (name, _) in parts.images.names().context("the image store")? {
+        parts.images.forget_name(&name).context("the image store")?;
+    }
+    for (name, info) in parts::installed_images(&config.base_images)? {
         let Ok(name) = name.parse::<ImageName>() else {
-            tracing::warn!(
-                name,
-                "an image's name in the store is not one; it is left alone"
-            );
+            tracing::warn!(name, "an installed image's name is none; it is left alone");
             continue;
         };
-        let info = parts.images.get(id).context("the image store")?;
-        control
-            .ensure_image(&name, &info)
-            .await
-            .context("name the base images")?;
+        if control.wants_base(&name, &info).await? {
+            parts::copy_installed(&parts.images, &config.base_images, &info)?;
+            let named = control.ensure_image(&name, &info).await;
+            named.context("name the base images")?;
+        }
     }
     Ok(())
 }

@@ -70,6 +70,8 @@ pub(crate) fn down(config: &ServerConfig, file: Option<&Path>) -> Result<Down> {
     if let Some(unit) = Unit::of(file) {
         unit.stop_vms()?;
     }
+    let builds = parts::builder(config).sweep();
+    builds.context("remove what image builds left")?;
     gateway.clear()?;
     remove_socket(&config.runtime_dir.join("api.sock"))?;
     drop(lock);

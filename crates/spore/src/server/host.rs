@@ -15,10 +15,10 @@ use spore_control::nodes::{
     AfterTail, ByteStream, CollectMode, ExecInput, ExecOutput, ExecSession, LogsWanted, Nodes,
     NodesError, VmFeed, vm_feed,
 };
-use spore_node::image::debian::{DebianBuilder, DebianError};
-use spore_node::image::pack::PackRequest;
-use spore_node::image::packer::{BuildError, Packer};
-use spore_node::image::store::{GcMode, ImageStore, StoreError};
+use spore_node::image::debian::DebianError;
+use spore_node::image::packer::BuildError;
+use spore_node::image::store::{Filing, GcMode, ImageStore, StoreError};
+use spore_node::image::workshop::{WorkError, Workshop, packages};
 use spore_node::log::{Follow, Followed, LogError};
 use spore_node::node::{Node, StartError, VmError};
 use spore_node::vm::guest::{ExecStream, FileReader, GuestError};
@@ -30,13 +30,16 @@ use spore_wire::node::{
 };
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
-use tokio_util::io::{StreamReader, SyncIoBridge};
+use tokio_util::io::StreamReader;
 
 /// Messages of an exec that may wait on either side before the other is held up.
 const EXEC_QUEUE: usize = 16;
 
 /// Log lines that may wait for a slow reader before it is held up.
 const LOG_QUEUE: usize = 64;
+
+/// An image that was made so lately is no garbage: control may be about to write down whose it is.
+const UNCLAIMED_KEPT_S: u64 = 60;
 
 /// The bytes of one piece of a file on its way to a guest.
 const FILE_PIECE_BYTES: usize = 32 * 1024;
@@ -48,10 +51,8 @@ pub(crate) struct Host {
     pub(crate) node: Node,
     /// Its images.
     pub(crate) images: ImageStore,
-    /// How images are packed.
-    pub(crate) packer: Packer,
-    /// How images are built from packages.
-    pub(crate) builder: DebianBuilder,
+    /// How more are made.
+    pub(crate) workshop: Workshop,
 }
 
 #[async_trait]
@@ -160,40 +161,29 @@ impl Nodes for Host {
         &self,
         body: ByteStream,
         kind: ImageKind,
+        bytes_max: u64,
     ) -> Result<ImageInfo, NodesError> {
-        let (images, packer) = (self.images.clone(), self.packer.clone());
-        let mut archive = SyncIoBridge::new(body);
-        let request = PackRequest::of(kind);
-        blocking(move || packer.pack(&images, request, &mut archive, now_s()))
-            .await?
-            .map_err(|error| build_error(&error))
+        let at_s = now_s();
+        let filing = Filing { at_s, bytes_max };
+        let imported = self.workshop.import(body, kind, filing).await;
+        imported.map_err(|error| work_error(&error))
     }
 
     async fn build_image(
         &self,
         recipe: ImageRecipe,
+        bytes_max: u64,
         progress: mpsc::Sender<String>,
     ) -> Result<ImageInfo, NodesError> {
-        let ImageRecipe::Packages { packages } = recipe;
-        let text = format!("install {} and what they need", packages.join(", "));
+        let recipe = packages(recipe).map_err(|error| debian_error(&error))?;
+        let text = format!("install {} and what they need", recipe.join(", "));
         if progress.send(text).await.is_err() {
             tracing::debug!("nobody follows the build");
         }
-        let (images, packer) = (self.images.clone(), self.packer.clone());
-        let builder = self.builder.clone();
-        blocking(move || builder.build(&packages, &packer, &images, now_s()))
-            .await?
-            .map_err(|error| match error {
-                DebianError::Build(error) => build_error(&error),
-                DebianError::Recipe(_) | DebianError::Package(_) | DebianError::TooMany(_) => {
-                    NodesError::Invalid {
-                        message: error.to_string(),
-                    }
-                }
-                other => NodesError::Failed {
-                    message: chain(&other),
-                },
-            })
+        let at_s = now_s();
+        let filing = Filing { at_s, bytes_max };
+        let built = self.workshop.build(recipe, filing).await;
+        built.map_err(|error| work_error(&error))
     }
 
     async fn collect_images(
@@ -210,7 +200,8 @@ impl Nodes for Host {
             message: chain(&error),
         })?);
         let images = self.images.clone();
-        blocking(move || images.gc(&keep, mode))
+        let filed_before_s = now_s().saturating_sub(UNCLAIMED_KEPT_S);
+        blocking(move || images.gc(&keep, filed_before_s, mode))
             .await?
             .map_err(|error| store_error(&error))
     }
@@ -419,14 +410,51 @@ fn log_error(error: &LogError) -> NodesError {
     }
 }
 
-fn build_error(error: &BuildError) -> NodesError {
+fn work_error(error: &WorkError) -> NodesError {
+    let message = error.to_string();
     match error {
-        BuildError::Refused(_) | BuildError::Source(_) => NodesError::Invalid {
-            message: error.to_string(),
+        WorkError::Busy { .. } => NodesError::Busy { message },
+        WorkError::Build(error) => build_error(error),
+        WorkError::Debian(error) => debian_error(error),
+        WorkError::Cgroup(_) | WorkError::Thread(_) => NodesError::Failed {
+            message: chain(error),
         },
-        BuildError::Full => NodesError::DiskFull {
-            message: error.to_string(),
+    }
+}
+
+fn debian_error(error: &DebianError) -> NodesError {
+    match error {
+        DebianError::Build(error) => build_error(error),
+        DebianError::Recipe(_) | DebianError::Package(_) | DebianError::TooMany(_) => {
+            NodesError::Invalid {
+                message: error.to_string(),
+            }
+        }
+        other => NodesError::Failed {
+            message: chain(other),
         },
+    }
+}
+
+fn build_error(error: &BuildError) -> NodesError {
+    let message = error.to_string();
+    match error {
+        BuildError::Source(cause) if cause.kind() == io::ErrorKind::FileTooLarge => {
+            NodesError::TooLarge {
+                message: cause.to_string(),
+            }
+        }
+        // A silent sender reads why; how else a connection broke is nothing to act on.
+        BuildError::Source(cause) if cause.kind() == io::ErrorKind::TimedOut => {
+            NodesError::Invalid {
+                message: chain(error),
+            }
+        }
+        BuildError::Refused(_) | BuildError::Source(_) | BuildError::OutOfMemory => {
+            NodesError::Invalid { message }
+        }
+        BuildError::Full => NodesError::DiskFull { message },
+        BuildError::Ended(_) => NodesError::Timeout { message },
         BuildError::Store(error) => store_error(error),
         other => NodesError::Failed {
             message: chain(other),
@@ -436,6 +464,7 @@ fn build_error(error: &BuildError) -> NodesError {
 
 fn store_error(error: &StoreError) -> NodesError {
     match error {
+        StoreError::OverBudget { bytes, .. } => NodesError::OverQuota { bytes: *bytes },
         StoreError::File { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
             NodesError::DiskFull {
                 message: "the data disk is full: `spore image gc` or a larger disk helps".into(),

@@ -12,9 +12,13 @@ use spore_node::config::{Config as NodeConfig, Images};
 use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
-use spore_node::image::store::ImageStore;
+use spore_node::image::debian::DebianBuilder;
+use spore_node::image::packer::Packer;
+use spore_node::image::store::{Filing, ImageStore};
+use spore_node::image::workshop::{Bounds, Workshop, WorkshopConfig};
 use spore_node::node::{Adoption, Node};
 use spore_wire::id::ImageId;
+use spore_wire::node::ImageInfo;
 
 use super::gateway_process::GatewayProcess;
 use super::up::make_folder;
@@ -22,6 +26,12 @@ use crate::config::ServerConfig;
 
 /// Namespaces made ahead: a burst of wakes does not wait for them.
 const NAMESPACE_POOL: usize = 4;
+
+/// The user that builds images from packages.
+const BUILD_USER: &str = "spore-build";
+
+/// Where image builds work: all their uids must be able to enter.
+const BUILD_SCRATCH: &str = "/var/tmp";
 
 /// What a daemon and `spore down` both work with.
 #[derive(Debug)]
@@ -45,6 +55,8 @@ pub(crate) struct Parts {
     pub(crate) adoption: Adoption,
     /// The node's images.
     pub(crate) images: ImageStore,
+    /// How more are made.
+    pub(crate) workshop: Workshop,
 }
 
 /// Makes the folders that everything else stands in.
@@ -82,18 +94,24 @@ pub(crate) fn gateway(config: &ServerConfig, program: &Path) -> GatewayProcess {
 /// When the host lacks something; the message says what and what to do.
 pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Parts> {
     let images = ImageStore::open(config.data_dir.join("images")).context("the image store")?;
-    images.sweep().context("the image store")?;
-    import_base_images(&images, &config.base_images)?;
     let qemu = Qemu::open(qemu_config(config, &program))
         .await
         .context("the hypervisor")?;
     let files = Arc::new(ImageFiles(images.clone()));
-    let NodeParts { node, adoption, .. } = open_node(config, qemu, files).await?;
+    let NodeParts {
+        qemu,
+        node,
+        adoption,
+    } = open_node(config, qemu, files).await?;
+    // Work that an earlier daemon left was ended with the VMs that were not adopted.
+    let workshop = workshop(config, &program, &images, &qemu);
+    workshop.sweep().context("the image store")?;
     Ok(Parts {
         program,
         node,
         adoption,
         images,
+        workshop,
     })
 }
 
@@ -133,7 +151,8 @@ fn qemu_config(config: &ServerConfig, program: &Path) -> QemuConfig {
             data_dir: config.data_dir.clone(),
             cgroup_parent: config.cgroup_parent.clone(),
             uid_first: config.uid_first,
-            uid_count: config.uid_count,
+            // The last is the image workers' own.
+            uid_count: config.uid_count - 1,
             pool_size: NAMESPACE_POOL,
         },
         kernel: config.kernel.clone(),
@@ -143,6 +162,30 @@ fn qemu_config(config: &ServerConfig, program: &Path) -> QemuConfig {
         libraries: QemuConfig::debian_libraries(),
         launcher: launcher.to_vec(),
         egress: EgressLauncher::new(program, verb("egress")),
+    }
+}
+
+/// How images are made here.
+fn workshop(config: &ServerConfig, program: &Path, images: &ImageStore, qemu: &Qemu) -> Workshop {
+    Workshop::new(WorkshopConfig {
+        images: images.clone(),
+        packer: Packer {
+            program: program.to_owned(),
+            arguments: verb("image-pack"),
+            uid: Some(config.uid_first + config.uid_count - 1),
+        },
+        builder: builder(config),
+        cgroups: qemu.rooms().cgroups().clone(),
+        bounds: Bounds::default(),
+    })
+}
+
+/// How images are built from packages here.
+pub(crate) fn builder(config: &ServerConfig) -> DebianBuilder {
+    DebianBuilder {
+        user: BUILD_USER.to_owned(),
+        scratch: BUILD_SCRATCH.into(),
+        owner: config.data_dir.clone(),
     }
 }
 
@@ -170,30 +213,42 @@ impl Images for NoImages {
     }
 }
 
-/// Copies the base images of the installation into the store, under their names.
-fn import_base_images(images: &ImageStore, from: &Path) -> Result<()> {
+/// The base images that came with the installation, by name.
+///
+/// # Errors
+/// When they cannot be read.
+pub(crate) fn installed_images(from: &Path) -> Result<Vec<(String, ImageInfo)>> {
     if !from.is_dir() {
         tracing::warn!(folder = %from.display(), "no base images are installed there");
-        return Ok(());
+        return Ok(Vec::new());
     }
     let installed = ImageStore::open(from).context("the installed images")?;
+    let mut all = Vec::new();
     for (name, id) in installed.names().context("the installed images")? {
-        if images.resolve(&name)? == Some(id) {
-            continue;
-        }
-        if images.get(id).is_err() {
-            let info = installed.get(id).context("the installed images")?;
-            let staged = images.stage()?;
-            let mut file = File::open(installed.path(id)).context("an installed image")?;
-            std::io::copy(&mut file, &mut staged.file()).context("copy an installed image")?;
-            let copied = staged.commit(info.kind, info.entries, info.made_at_s)?;
-            ensure!(
-                copied.id == id,
-                "the installed image {name} is damaged: run `make up` again"
-            );
-        }
-        images.set_name(&name, id)?;
+        all.push((name, installed.get(id).context("the installed images")?));
     }
+    Ok(all)
+}
+
+/// Copies an installed image into the store, unless it is there.
+///
+/// # Errors
+/// When it cannot be copied, or is damaged.
+pub(crate) fn copy_installed(images: &ImageStore, from: &Path, info: &ImageInfo) -> Result<()> {
+    if images.get(info.id).is_ok() {
+        return Ok(());
+    }
+    let path = ImageStore::open(from)?.path(info.id);
+    let filing = Filing {
+        at_s: info.made_at_s,
+        bytes_max: u64::MAX,
+    };
+    let staged = images.stage()?;
+    let mut file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+    std::io::copy(&mut file, &mut staged.file()).context("copy an installed image")?;
+    let copied = staged.commit(info.kind, info.entries, filing)?;
+    let whole = copied.id == info.id;
+    ensure!(whole, "{} is damaged: run `make up` again", path.display());
     Ok(())
 }
 

@@ -13,8 +13,22 @@ pub struct ImageRecord {
     pub id: ImageId,
     /// The file's size.
     pub bytes: u64,
-    /// Milliseconds since the Unix epoch.
+    /// When its content was made, in milliseconds since the Unix epoch.
     pub created_at_ms: i64,
+    /// Whose choice it was.
+    #[serde(default)]
+    pub origin: ImageOrigin,
+}
+
+/// Whose choice the content behind a name was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageOrigin {
+    /// The platform's: a newer installation brings a newer one.
+    #[default]
+    Base,
+    /// The account's own: nobody else replaces it.
+    Own,
 }
 
 impl Record for ImageRecord {

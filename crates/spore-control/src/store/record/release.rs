@@ -18,6 +18,12 @@ pub struct ReleaseRecord {
     pub image: ImageId,
     /// The app's folder.
     pub folder: Option<ImageId>,
+    /// Bytes of the root file system; 0 in records of a version that did not count.
+    #[serde(default)]
+    pub image_bytes: u64,
+    /// Bytes of the folder, likewise.
+    #[serde(default)]
+    pub folder_bytes: u64,
     /// What runs and how.
     pub rules: Rules,
     /// Milliseconds since the Unix epoch.

@@ -34,6 +34,12 @@ pub fn source_key(account: &AccountName, id: ImageId) -> String {
     format!("{SOURCES}{account}/{id}")
 }
 
+/// The keys of an account's sources begin with it.
+#[must_use]
+pub fn sources_of(account: &AccountName) -> String {
+    format!("{SOURCES}{account}/")
+}
+
 /// The id in a source's key.
 #[must_use]
 pub fn id_of(key: &str) -> Option<ImageId> {

@@ -7,11 +7,13 @@
 //! A hard link becomes a second file with the same content, stored once: what a guest sees above
 //! an overlay is the same, since overlayfs breaks hard links of a lower layer on first write.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use backhand::compression::{CompressionOptions, Compressor, Lz4, Zstd};
 use backhand::{FilesystemCompressor, FilesystemWriter, NodeHeader};
@@ -27,6 +29,10 @@ const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// The largest window that a zstd frame may ask us to allocate: 128 MiB, what `zstd -19 --long`
 /// uses.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+
+/// The most bytes of a stream that may say something about one entry: headers with long names,
+/// attributes, a map of holes. They are kept in memory until the entry comes.
+const HEADER_BYTES_MAX: u64 = 1024 * 1024;
 
 /// The only version of LZ4 that SquashFS has (Linux `fs/squashfs/lz4_wrapper.c`).
 const LZ4_VERSION: u32 = 1;
@@ -85,6 +91,12 @@ pub enum PackError {
     /// The stream is no tar archive, or ends too early.
     #[error("the upload is not a whole tar or tar.zst archive: send it again")]
     Stream(#[source] io::Error),
+    /// The headers of an entry are longer than any name needs.
+    #[error(
+        "the archive says more than {HEADER_BYTES_MAX} bytes about one entry: shorten its name, \
+         or leave out its attributes"
+    )]
+    Header,
     /// A hard link to something that did not come before.
     #[error("`{link}` is a hard link to `{target}`, which is no earlier file of the archive")]
     LinkTarget {
@@ -218,12 +230,23 @@ fn read(request: &PackRequest, stream: impl Read, spool: &File) -> Result<Tree, 
         out: BufWriter::with_capacity(256 * 1024, spool),
         bytes: 0,
     };
-    let mut archive = tar::Archive::new(stream);
-    for (entry, count) in archive.entries().map_err(PackError::Stream)?.zip(1_u64..) {
-        let mut entry = entry.map_err(PackError::Stream)?;
+    let meter = Meter::default();
+    let mut archive = tar::Archive::new(Metered {
+        inner: stream,
+        meter: meter.clone(),
+    });
+    let mut entries = archive.entries().map_err(PackError::Stream)?;
+    for count in 1_u64.. {
+        meter.allow(HEADER_BYTES_MAX);
+        let Some(entry) = entries.next() else { break };
+        let mut entry = entry.map_err(|error| match meter.is_spent() {
+            true => PackError::Header,
+            false => PackError::Stream(error),
+        })?;
         if count > limits.entries_max {
             return Err(PackError::TooManyEntries(limits.entries_max));
         }
+        meter.allow(u64::MAX);
         let path = entry::image_path(&entry.path().map_err(PackError::Stream)?)?;
         let link = entry
             .link_name()
@@ -256,6 +279,43 @@ fn read(request: &PackRequest, stream: impl Read, spool: &File) -> Result<Tree, 
         }
     }
     Ok(tree)
+}
+
+/// How many bytes a stream may still give, shared by who reads it and who says so.
+#[derive(Clone, Default)]
+struct Meter(Rc<Cell<u64>>);
+
+impl Meter {
+    fn allow(&self, bytes: u64) {
+        self.0.set(bytes);
+    }
+
+    fn is_spent(&self) -> bool {
+        self.0.get() == 0
+    }
+}
+
+/// A stream that fails where its meter is spent.
+struct Metered<R> {
+    inner: R,
+    meter: Meter,
+}
+
+impl<R: Read> Read for Metered<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.meter.0.get();
+        if left == 0 {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let most = usize::try_from(left)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        let (wanted, _) = buffer.split_at_mut(most);
+        let count = self.inner.read(wanted)?;
+        self.meter
+            .allow(left - u64::try_from(count).unwrap_or(left));
+        Ok(count)
+    }
 }
 
 /// What another name of an earlier file has.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -235,7 +236,9 @@ fn what_leads_out_or_is_a_device_is_refused() {
         [file("a/../../x", "x")],
         [part("dev/null", EntryType::Char, 0o666)],
         [part("fifo", EntryType::Fifo, 0o644)],
+        [part("dev/sda", EntryType::Block, 0o600)],
         [link("l", EntryType::Link, "/etc/shadow")],
+        [link("l", EntryType::Link, "../shadow")],
         [Part {
             mode: 0o4755,
             ..file("setuid", "x")
@@ -294,6 +297,139 @@ fn every_limit_is_named_when_it_is_hit() {
         try_pack(&request, b"").err(),
         Some(PackError::BlockSize(5000))
     ));
+}
+
+/// Gives the same bytes for ever, and counts them.
+struct Endless<'a> {
+    piece: &'a [u8],
+    given: usize,
+}
+
+impl Read for Endless<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let at = self.given % self.piece.len();
+        let count = (&self.piece[at..]).read(buffer)?;
+        self.given += count;
+        Ok(count)
+    }
+}
+
+#[test]
+fn a_stream_without_end_is_given_up_at_the_limit() {
+    let mut request = PackRequest::of(Folder);
+    request.limits.entries_max = 100;
+    let whole = archive(&[file("f", "")]);
+    // Without the two blocks of zeros that end an archive.
+    let piece = &whole[..512];
+    let mut stream = Endless { piece, given: 0 };
+    let (spool, image) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    let error = pack(&request, &mut stream, &spool, &image).unwrap_err();
+    assert!(matches!(error, PackError::TooManyEntries(100)), "{error}");
+    assert!(stream.given < 1024 * 1024, "{}", stream.given);
+}
+
+#[test]
+fn a_bomb_takes_no_more_disk_than_an_image_may_have() {
+    let mut request = PackRequest::of(Folder);
+    request.limits.total_bytes_max = 1024 * 1024;
+    request.limits.file_bytes_max = 2 * 1024 * 1024;
+    let bomb = zstd::encode_all(archive(&[file("f", vec![0; 64 << 20])]).as_slice(), 3).unwrap();
+    assert!(bomb.len() < 64 * 1024);
+    let (spool, image) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    let error = pack(&request, bomb.as_slice(), &spool, &image).unwrap_err();
+    assert!(matches!(error, PackError::TooLarge(1_048_576)), "{error}");
+    assert!(spool.metadata().unwrap().len() <= 1024 * 1024);
+    assert_eq!(image.metadata().unwrap().len(), 0);
+}
+
+#[test]
+fn headers_that_say_megabytes_about_one_entry_are_refused_before_they_fill_the_memory() {
+    for kind in [
+        EntryType::GNULongName,
+        EntryType::GNULongLink,
+        EntryType::XHeader,
+    ] {
+        let long = Part {
+            body: vec![b'n'; 3 << 20],
+            ..part("././@LongLink", kind, 0o644)
+        };
+        let error = refused(Folder, &[long, file("f", "x")]);
+        assert!(matches!(error, PackError::Header), "{kind:?}: {error}");
+    }
+}
+
+#[test]
+fn names_may_be_any_bytes_and_as_long_as_linux_takes_them() {
+    let odd: [&[u8]; 4] = [b"tab\tnew\nline", b"not \xff utf-8", b"-rf", b"\x1b[31m"];
+    let longest = [b'n'; 255];
+    let mut builder = Builder::new(Vec::new());
+    for name in odd.into_iter().chain([longest.as_slice()]) {
+        let mut header = Header::new_gnu();
+        header.set_mode(0o644);
+        header.set_size(0);
+        let path = Path::new(std::ffi::OsStr::from_bytes(name));
+        builder
+            .append_data(&mut header, path, std::io::empty())
+            .unwrap();
+    }
+    let image = try_pack(&PackRequest::of(Folder), &builder.into_inner().unwrap()).unwrap();
+    let found: Vec<_> = read_back(&image).into_iter().map(|entry| entry.0).collect();
+    for name in odd.into_iter().chain([longest.as_slice()]) {
+        let path = Path::new("/").join(std::ffi::OsStr::from_bytes(name));
+        assert!(found.contains(&path), "{path:?} is not in {found:?}");
+    }
+    let mut builder = Builder::new(Vec::new());
+    let mut header = Header::new_gnu();
+    header.set_size(0);
+    let too_long = "n".repeat(256);
+    builder
+        .append_data(&mut header, too_long, std::io::empty())
+        .unwrap();
+    let error = try_pack(&PackRequest::of(Folder), &builder.into_inner().unwrap()).err();
+    assert!(matches!(error, Some(PackError::Entry(_))), "{error:?}");
+}
+
+/// A sparse file of GNU tar: `data` at `offset`, holes around it, `bytes` in all.
+fn sparse(offset: u64, data: &[u8], bytes: u64) -> Vec<u8> {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::GNUSparse);
+    header.set_mode(0o644);
+    header.set_size(u64::try_from(data.len()).unwrap());
+    let gnu = header.as_gnu_mut().unwrap();
+    gnu.name[..6].copy_from_slice(b"sparse");
+    gnu.realsize = octal(bytes);
+    gnu.sparse[0].offset = octal(offset);
+    gnu.sparse[0].numbytes = octal(u64::try_from(data.len()).unwrap());
+    // GNU tar ends the map with the end of the file.
+    gnu.sparse[1].offset = octal(bytes);
+    gnu.sparse[1].numbytes = octal(0);
+    header.set_cksum();
+    let mut builder = Builder::new(Vec::new());
+    builder.append(&header, data).unwrap();
+    builder.into_inner().unwrap()
+}
+
+fn octal(number: u64) -> [u8; 12] {
+    let mut field = [0; 12];
+    field[..11].copy_from_slice(format!("{number:011o}").as_bytes());
+    field
+}
+
+#[test]
+fn holes_of_a_sparse_file_are_zeros_and_count_as_bytes() {
+    let archive = sparse(4096, &[7; 512], 8192);
+    let image = try_pack(&PackRequest::of(Folder), &archive).unwrap();
+    let mut expected = vec![0; 8192];
+    expected[4096..4608].fill(7);
+    assert_eq!(read_back(&image)[1].5, expected);
+    let mut request = PackRequest::of(Folder);
+    request.limits.file_bytes_max = 1024 * 1024;
+    let huge = sparse(0, &[7; 512], 7 << 30);
+    let error = try_pack(&request, &huge).err();
+    assert!(
+        matches!(error, Some(PackError::FileTooLarge { max: 1_048_576, .. })),
+        "{error:?}"
+    );
 }
 
 #[test]
