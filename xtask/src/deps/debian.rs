@@ -11,7 +11,7 @@ use crate::command;
 use crate::progress::{say, step};
 
 /// Beyond Debian's essential packages: what Spore's own package would depend on, and what the
-/// story looks with.
+/// story looks with. Nothing else, so that what the daemon silently needs comes to light.
 const PACKAGES: &str = "ca-certificates,curl,e2fsprogs,initramfs-tools,iproute2,kmod,\
     linux-image-cloud-amd64,nftables,passwd,procps,qemu-system-x86,sudo,systemd-sysv,udev,\
     util-linux";

@@ -1,8 +1,8 @@
 //! `cargo xtask systemd-test`: Spore on a whole Debian whose first process is systemd, under QEMU.
 //!
-//! Run by people; not part of `cargo xtask test`, since VMs inside an emulated machine take
-//! minutes. Boots the machine that `deps/debian.rs` made, with the tree's program, the guest and an
-//! image on a second disk. What is looked at in there is in `story.rs`.
+//! Run by people; not part of `cargo xtask test`, since it takes minutes and a Debian that nothing
+//! else needs. Boots the machine that `deps/debian.rs` made, with the tree's program, the guest and
+//! an image on a second disk. What is looked at in there is in `story.rs`.
 
 pub(crate) mod story;
 
@@ -86,11 +86,6 @@ fn pack(dir: &Path, program: &Path, scratch: &Path, payload: &Path) -> Result<()
     for extension in ["img", "json"] {
         let file = Path::new("images").join(format!("{}.{extension}", id.trim()));
         copy(&dir.join(&file), &spore.join(&file))?;
-    }
-    let example = place::repository().join("examples/hello");
-    fs::create_dir(tree.join("hello"))?;
-    for name in ["app.py", "spore.toml"] {
-        copy(&example.join(name), &tree.join("hello").join(name))?;
     }
     command::run(
         Command::new("mke2fs")

@@ -59,6 +59,8 @@ impl Unit {
         }
         systemctl(["daemon-reload"])?;
         systemctl(["enable", "--quiet", DAEMON])?;
+        // A daemon that was stopped while it failed leaves its count of restarts behind.
+        systemctl(["reset-failed", DAEMON])?;
         systemctl(["start", "--no-block", DAEMON])
     }
 
@@ -84,7 +86,8 @@ impl Unit {
         }
     }
 
-    /// Gives the cgroup of the VMs back. Legal once no VM is left: whatever is in it is killed.
+    /// Gives the cgroup of the VMs back. Legal once no VM is left: what is in it would go on, and
+    /// nobody would know of it.
     ///
     /// # Errors
     /// When systemd cannot stop it.
@@ -103,13 +106,15 @@ impl Unit {
         let shown = output(
             Command::new("systemctl")
                 .args(["show", DAEMON])
-                .arg("--property=ActiveState,SubState,NRestarts,Result"),
+                .arg("--property=ActiveState,SubState,NRestarts,Result,Job"),
         )?;
         let value = |name: &str| {
             let mut lines = shown.lines().filter_map(|line| line.split_once('='));
             lines.find_map(|(key, value)| (key == name).then_some(value))
         };
-        let ended = matches!(value("ActiveState"), Some("failed" | "inactive"));
+        // Until its turn comes, a unit that is to be started is inactive and has a job.
+        let waits = !matches!(value("Job"), None | Some("" | "0"));
+        let ended = matches!(value("ActiveState"), Some("failed" | "inactive")) && !waits;
         let again = value("SubState") == Some("auto-restart") || value("NRestarts") != Some("0");
         Ok((ended || again).then(|| value("Result").unwrap_or("unknown").to_owned()))
     }
