@@ -113,8 +113,8 @@ pub enum ToGateway {
         app: AppKey,
         /// The incarnation.
         vm: VmId,
-        /// Whether to close even when requests are in flight (a stop that was asked for); what
-        /// is in flight goes on until it ends or the VM does.
+        /// Whether to close even when requests are in flight (a stop that was asked for, a VM
+        /// that its node ends); what is in flight goes on until it ends or the VM does.
         force: bool,
     },
     /// The incarnation is gone; its connections are dead.

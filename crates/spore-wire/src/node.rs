@@ -3,6 +3,8 @@
 //! Control decides *that* a VM runs and with which id; the node makes it so and reports. Names of
 //! accounts and apps travel only as labels: a node decides nothing by them.
 
+use core::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::egress::Grant;
@@ -10,6 +12,11 @@ use crate::gateway::Phase;
 use crate::guest::{AppStatus, Readiness};
 use crate::id::{ImageId, TraceId, VmId};
 use crate::secret::SecretBytes;
+
+/// How long a VM goes on that its node ends while it lives: the node tells
+/// [`VmPhase::Draining`] unasked, control has the gateway send nothing more to the VM and answers
+/// with a stop, and only that stop, or this span, has it killed.
+pub const FAREWELL_MAX: Duration = Duration::from_secs(1);
 
 /// Whose VM it is: labels for journals, logs and metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -90,7 +97,7 @@ pub enum VmPhase {
     Thawing,
     /// The app is ready.
     Ready,
-    /// It was asked to stop.
+    /// It was asked to stop, or it failed and is ended ([`FAREWELL_MAX`]).
     Draining,
     /// It stopped as asked; nothing of it is left.
     Stopped,

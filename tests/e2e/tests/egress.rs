@@ -273,12 +273,7 @@ async fn a_vm_ends_with_its_egress_proxy_and_the_next_one_has_its_own() -> Resul
         .await
         .context("the VM ends with it")?;
 
-    // Until the daemon has told the gateway, a request may still go out on a connection that was
-    // kept to the dead VM: it was sent, so it is not repeated for the visitor.
-    let mut woken = platform.visitor().get("granted.localhost", "/").await?;
-    if woken.status == 502 && woken.body.contains("vm_died") {
-        woken = platform.visitor().get("granted.localhost", "/").await?;
-    }
+    let woken = platform.visitor().get("granted.localhost", "/").await?;
     ensure!(woken.status == 200, "{woken:?}");
     let second = proxies(&platform)?;
     ensure!(second.len() == 1 && second != first, "{first:?} {second:?}");

@@ -1,5 +1,5 @@
 //! What a visitor must not notice: reaps, wakes, a slow host, a link that breaks, a daemon's end, a
-//! VM that died while it was idle.
+//! VM that its node ends under requests, one that died while it was idle.
 //!
 //! The last part of a life, in calm: no VM is harmed under a request and the owner is still, so
 //! every request is served. Requests come when the reap of their app is asked for, give or take
@@ -27,6 +27,15 @@ const DISTURB_MS: u64 = 3_000;
 /// Until an app sleeps after its last request, leases included: there may be room for three VMs
 /// only, and one app may never sleep.
 const ASLEEP: Duration = Duration::from_secs(90);
+
+/// Requests around the end of a VM, and before it.
+const AROUND_END: u32 = 40;
+const BEFORE_END: u32 = 10;
+
+/// Between two of them, and between the pieces of their bodies, in milliseconds: one is sent while
+/// every word of the farewell is on its way, and none stays as long as that may take.
+const AROUND_END_MS: u64 = 3;
+const PIECE_MS: u64 = 20;
 
 /// Beyond every pause after a start that failed once or twice.
 const BREAKER: Duration = Duration::from_secs(30);
@@ -56,10 +65,47 @@ impl Life {
                 let answer = visitor.await.context("a visitor panicked")?;
                 self.must_serve(app, answer);
             }
+            self.ended_vm(app).await?;
+            // It sleeps, or lived so long that the end before does not count.
+            tokio::time::sleep(ASLEEP).await;
             self.lost_vm(app).await;
             tokio::time::sleep(ASLEEP).await;
         }
         Ok(())
+    }
+
+    /// A VM must not go on, and requests keep coming: its node ends it, and each of them is served,
+    /// by it or by the next one.
+    async fn ended_vm(&mut self, app: &str) -> Result<()> {
+        let first = self.world.ask(app).await;
+        self.must_serve(app, first);
+        let mut visitors = Vec::new();
+        for number in 0..AROUND_END {
+            if number == BEFORE_END {
+                self.world
+                    .trace
+                    .say(format!("{app}: its VM must not go on"));
+                self.spoil(app);
+            }
+            let body = Body {
+                pieces: 4,
+                pause: self.chance.span(PIECE_MS),
+            };
+            visitors.push(tokio::spawn(self.world.ask_with(app, body)));
+            tokio::time::sleep(self.chance.span(AROUND_END_MS)).await;
+        }
+        for visitor in visitors {
+            let answer = visitor.await.context("a visitor panicked")?;
+            self.must_serve(app, answer);
+        }
+        Ok(())
+    }
+
+    fn spoil(&self, app: &str) {
+        let mut running = self.world.ground.watcher.running();
+        for (vm, _release) in running.remove(app).unwrap_or_default() {
+            self.world.ground.host.spoil_vm(vm, "its proxy ended");
+        }
     }
 
     /// An idle VM dies: who comes when that is known meets the next one.

@@ -134,8 +134,9 @@ pub trait Vm: Send + Sync + 'static {
     /// Resolves when the VMM's process is gone, however that came; at once if it already is.
     async fn exited(&self) -> VmExit;
 
-    /// Resolves, with why, when the VM runs and must not go on. The caller ends it: it can tell so
-    /// before connections die.
+    /// Resolves, with why, when the VM runs and must not go on. The caller ends it, and lets it run
+    /// for [`spore_wire::node::FAREWELL_MAX`] at most while it tells so: what it may not keep that
+    /// long is closed before.
     async fn unsound(&self) -> String {
         core::future::pending().await
     }

@@ -353,7 +353,7 @@ impl Actor {
             return Ok(());
         };
         let message = chain(&error);
-        if matches!(self.state, VmState::Releasing(_)) {
+        if matches!(self.state, VmState::Leaving(_) | VmState::Releasing(_)) {
             // Nothing is worse than to leave it running.
             tracing::error!(vm = %self.record.start.vm, %message, "a VM ends unjournaled");
             return Ok(());
@@ -656,7 +656,8 @@ impl Actor {
             ..status_of(&self.host, &self.record)
         };
         self.host.board.publish(status, self.awake_until);
-        if let VmState::Releasing(Ending::Failed(failure)) = &self.state {
+        if let VmState::Leaving(failure) | VmState::Releasing(Ending::Failed(failure)) = &self.state
+        {
             let message = self.masking.mask(&failure.message);
             let vm = self.record.start.vm;
             // Quoted: a guest's lines must not look like the daemon's own.

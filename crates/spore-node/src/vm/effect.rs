@@ -10,7 +10,7 @@ use data_encoding::HEXLOWER;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw};
-use spore_wire::node::VmFailureKind;
+use spore_wire::node::{FAREWELL_MAX, VmFailureKind};
 use spore_wire::secret::SecretBytes;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
@@ -69,6 +69,7 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
         VmEffect::Attach => attach(host, record).boxed(),
         VmEffect::Release => release(host, record, actor.releases).boxed(),
         VmEffect::ConnectAgent => connect_agent(actor.hello.subscribe()).boxed(),
+        VmEffect::Farewell => farewell().boxed(),
         VmEffect::AwaitReady => await_ready(actor.app.subscribe(), record, limits).boxed(),
         VmEffect::Thaw | VmEffect::OpenNetwork | VmEffect::StartApp | VmEffect::Shutdown => {
             let (Some(vm), Some(link)) = (actor.vm.clone(), actor.link.clone()) else {
@@ -419,6 +420,12 @@ async fn shutdown(record: Record, vm: Arc<dyn Vm>, link: AgentLink, limits: VmLi
     // Whether it went or must be killed, the release comes next.
     drop(tokio::time::timeout(limits.shutdown_slack, vm.exited()).await);
     VmEvent::ShutDown.into()
+}
+
+/// A stop by control ends this wait early.
+async fn farewell() -> Outcome {
+    tokio::time::sleep(FAREWELL_MAX).await;
+    VmEvent::FarewellOver.into()
 }
 
 /// Why a VM that was not asked to end is gone.

@@ -79,8 +79,10 @@ fn daemon_sigkill_at_every_effect_readopts_the_same_vm() {
         println!("SKIPPED: no initramfs or base image: run `make deps`");
         return;
     }
+    // A farewell is met only by a VM that fails and lives: the simulated machine has such.
     let points = VmEffect::ALL
         .into_iter()
+        .filter(|effect| *effect != VmEffect::Farewell)
         .flat_map(|effect| [(effect, Point::Before), (effect, Point::After)]);
     let todo = Mutex::new(points.collect::<VecDeque<_>>());
     let total = todo.lock().unwrap().len();

@@ -16,8 +16,9 @@ use spore_node::node::{Node, StartError};
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::{Exit, OutputKind, WriteFile};
 use spore_wire::id::ImageId;
-use spore_wire::node::{StopMode, VmFailureKind, VmPhase, VmStatus};
+use spore_wire::node::{FAREWELL_MAX, StopMode, VmFailureKind, VmPhase, VmStatus};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::Instant;
 
 use bench::{
     Bench, exec, must_adopt, on_virtual_time, start, until, until_phase, vm, walk, with_secret,
@@ -286,8 +287,14 @@ fn the_end_of_a_vm_that_must_not_go_on_is_told_before_it_is_killed() {
         bench.node.start(start(vm(2), "hello")).unwrap();
         until_phase(&bench.node, vm(2), VmPhase::Ready).await;
         bench.host.spoil_vm(vm(2), "its proxy ended");
+        let told = Instant::now();
+        until_phase(&bench.node, vm(2), VmPhase::Draining).await;
+        tokio::time::sleep(FAREWELL_MAX / 2).await;
+        assert!(bench.host.running().contains_key(&vm(2)), "nobody answered");
+        bench.node.stop(vm(2), StopMode::Kill).await.unwrap();
         let failure = bench.node.stopped(vm(2)).await.unwrap().failure.unwrap();
         assert!(failure.message.contains("its proxy ended"), "{failure:?}");
+        assert!(told.elapsed() < FAREWELL_MAX, "the answer ends the wait");
     });
 }
 
@@ -483,8 +490,8 @@ fn daemon_killed_at_every_effect_readopts_the_same_vm() {
     });
 }
 
-/// Lives until the daemon is frozen at `effect`, which is met on the way up, in a stop or after a
-/// crash of the VM.
+/// Lives until the daemon is frozen at `effect`, which is met on the way up, in a stop, after a
+/// crash of the VM or when it must not go on.
 async fn drive_into(bench: &Bench, effect: VmEffect) {
     let frozen = bench.crash.happened.notified();
     tokio::pin!(frozen);
@@ -494,6 +501,8 @@ async fn drive_into(bench: &Bench, effect: VmEffect) {
     }
     if effect == VmEffect::Journal(Milestone::EndingFailed) {
         bench.host.crash_vm(vm(1));
+    } else if effect == VmEffect::Farewell {
+        bench.host.spoil_vm(vm(1), "its proxy ended");
     } else {
         bench.node.stop(vm(1), StopMode::Graceful).await.unwrap();
     }

@@ -6,7 +6,7 @@
 use spore_api::error::ErrorCode;
 use spore_wire::gateway::Activity;
 use spore_wire::id::VmId;
-use spore_wire::node::{StopMode, VmPhase, VmStatus};
+use spore_wire::node::{FAREWELL_MAX, StopMode, VmPhase, VmStatus};
 
 use super::{
     Breaker, Deploy, Effect, Failure, Life, Moment, Origin, Stage, Target, Vm, failure_of,
@@ -140,28 +140,46 @@ impl Life {
             // Phases come in the order of a life: this is old news.
             return;
         }
+        let ends = status.phase == VmPhase::Draining && life.phase != status.phase;
         life.phase = status.phase;
         life.lease_until = now.after_ms(status.awake_for_ms);
         life.status = Some(status);
         if life.phase == VmPhase::Ready && life.stage == Stage::Starting {
             self.serve(vm, now);
-        } else if life.phase == VmPhase::Draining && life.stage == Stage::Serving {
-            self.ending_by_itself(vm);
+        } else if ends {
+            self.ends_unasked(vm, now);
         }
     }
 
-    /// A VM that serves ends, and nobody asked for it: the gateway must send it nothing more, while
-    /// its node still removes it. What comes next begins once it is over.
-    fn ending_by_itself(&mut self, vm: VmId) {
+    /// A VM is ended by its node, which waits to hear that no request comes any more: the gateway
+    /// closes, and what is in flight has half of that wait. What comes next begins once it is over.
+    fn ends_unasked(&mut self, vm: VmId, now: Moment) {
+        let Some(life) = self.vms.get_mut(&vm) else {
+            return;
+        };
+        match life.stage {
+            Stage::Serving | Stage::Closing { force: false } => {
+                life.stage = Stage::Leaving;
+                life.until = now.after(FAREWELL_MAX / 2);
+            }
+            Stage::Starting | Stage::Trying | Stage::Healthy => {}
+            // It is closed or stopped already, or taken in by the next step.
+            Stage::Closing { force: true } | Stage::Leaving | Stage::Stopping | Stage::Found => {
+                return;
+            }
+        }
+        let told = life.told;
         if self.serving == Some(vm) {
             self.serving = None;
         }
-        if let Some(life) = self.vms.get_mut(&vm)
-            && core::mem::take(&mut life.told)
-        {
-            let reason = "it ended by itself; see `spore logs`".to_owned();
-            self.say(Effect::Gone { vm, reason });
-        }
+        self.say(if told {
+            Effect::Close { vm, force: true }
+        } else {
+            Effect::Stop {
+                vm,
+                mode: StopMode::Kill,
+            }
+        });
     }
 
     /// A VM is over: what that means depends on where it stood.
@@ -183,7 +201,7 @@ impl Life {
             Stage::Starting => {
                 self.start_failed(failure.clone().unwrap_or_else(ended), now, timing)
             }
-            Stage::Serving => {
+            Stage::Serving | Stage::Leaving => {
                 let lived = life
                     .ready_at
                     .map_or(now, |at| at.after(timing.healthy_after));
@@ -240,9 +258,19 @@ impl Life {
 
     fn on_reaped(&mut self, vm: VmId, now: Moment, timing: &Timing) {
         // An answer that comes after its time still means that the gateway has closed.
-        let closed = |life: &Vm| matches!(life.stage, Stage::Closing { .. } | Stage::Serving);
-        if self.vms.get(&vm).is_some_and(closed) {
-            self.stop(vm, StopMode::Graceful, now, timing);
+        let Some(life) = self.vms.get(&vm) else {
+            return;
+        };
+        match life.stage {
+            Stage::Closing { .. } | Stage::Serving => {
+                self.stop(vm, StopMode::Graceful, now, timing);
+            }
+            // Its node waits for this word. Why it ends is counted when it is over.
+            Stage::Leaving | Stage::Starting if life.phase == VmPhase::Draining => {
+                let mode = StopMode::Kill;
+                self.say(Effect::Stop { vm, mode });
+            }
+            _ => {}
         }
     }
 
@@ -276,6 +304,7 @@ impl Life {
                 }
                 // The question may have been lost with the connection.
                 Stage::Closing { force } => self.say(Effect::Close { vm, force }),
+                Stage::Leaving => self.say(Effect::Close { vm, force: true }),
                 _ => {}
             }
         }
@@ -311,7 +340,7 @@ impl Life {
         if self
             .vms
             .get(&vm)
-            .is_some_and(|life| life.stage == Stage::Healthy)
+            .is_some_and(|life| life.stage == Stage::Healthy && life.phase == VmPhase::Ready)
         {
             self.serve(vm, now);
         }

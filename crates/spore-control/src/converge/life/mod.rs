@@ -13,9 +13,14 @@
 //!                     │  │ Ready, a candidate  │   │                         │ drain over
 //!                     │  └──────▶ Healthy ─────┼───┘ Promoted                ▼
 //!                     │             │          │                         Stopping ──▶ over
-//!                     ▼ too long    ▼ refused  ▼ died                        ▲
-//!                   Stopping      Stopping    over     sleep while Starting ─┘
+//!                     ▼ too long    ▼ refused  │                             ▲
+//!                   Stopping      Stopping     │       sleep while Starting ─┘
+//!                                              ▼ its node ends it, or it died
+//!                                           Leaving ──Reaped, or FAREWELL_MAX / 2──▶ over
 //! ```
+//!
+//! A VM that leaves is killed by its node only when it is told to stop: when the gateway has closed
+//! and nothing is in flight, or too long is. What is in flight then is cut.
 //!
 //! Invariants, each a property in the tests: outside a deploy at most one VM of an app is not
 //! over, and in one at most two; a wake is answered exactly once; an app that is idle and may
@@ -253,6 +258,8 @@ pub(super) enum Stage {
     Serving,
     /// The gateway was asked to close.
     Closing { force: bool },
+    /// Its node ends it; the gateway was asked to close.
+    Leaving,
     /// The node was asked to stop it.
     Stopping,
 }
@@ -354,7 +361,7 @@ impl Life {
         let vm = shown.and_then(|vm| self.vms.get(&vm));
         let standing = match vm.map(|vm| vm.stage) {
             Some(Stage::Serving | Stage::Healthy) => Standing::Awake,
-            Some(Stage::Closing { .. } | Stage::Stopping) => Standing::Draining,
+            Some(Stage::Closing { .. } | Stage::Leaving | Stage::Stopping) => Standing::Draining,
             Some(Stage::Starting | Stage::Trying | Stage::Found) => Standing::Waking,
             None if self.wake => Standing::Waking,
             None if self.breaker.failures > 0 => Standing::Failing,

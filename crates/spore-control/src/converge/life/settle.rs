@@ -183,8 +183,23 @@ impl Life {
             }
             Stage::Closing { force: true } => self.stop(vm, StopMode::Graceful, now, timing),
             Stage::Stopping => self.stop(vm, StopMode::Kill, now, timing),
+            Stage::Leaving => self.farewell_over(vm, now, timing),
             Stage::Found | Stage::Healthy | Stage::Serving => {}
         }
+    }
+
+    /// What is still in flight in a VM that its node ends goes with it.
+    fn farewell_over(&mut self, vm: VmId, now: Moment, timing: &Timing) {
+        let Some(life) = self.vms.get_mut(&vm) else {
+            return;
+        };
+        life.until = now.after(timing.stop_grace + super::STOP_ALLOWANCE);
+        if core::mem::take(&mut life.told) {
+            let reason = "it ended by itself; see `spore logs`".to_owned();
+            self.say(Effect::Gone { vm, reason });
+        }
+        let mode = StopMode::Kill;
+        self.say(Effect::Stop { vm, mode });
     }
 
     /// Closes an app that is idle.

@@ -8,9 +8,11 @@ use spore_api::error::ErrorCode;
 use spore_wire::gateway::{Activity, AppKey};
 use spore_wire::guest::AppStatus;
 use spore_wire::id::VmId;
-use spore_wire::node::{Boundary, Owner, VmFailure, VmFailureKind, VmPhase, VmStatus};
+use spore_wire::node::{
+    Boundary, FAREWELL_MAX, Owner, StopMode, VmFailure, VmFailureKind, VmPhase, VmStatus,
+};
 
-use super::{Admission, Effect, Event, Failure, Intent, Life, Moment, Stage, Target};
+use super::{Admission, Effect, Event, Failure, Intent, Life, Moment, Stage, Standing, Target};
 use crate::config::Timing;
 
 /// What chance may do.
@@ -27,6 +29,8 @@ enum Act {
     Remove,
     /// A VM of the node goes on by one phase.
     Move(u8),
+    /// A VM of the node is ended by it, and lives until it is stopped.
+    End(u8),
     /// A VM of the node dies.
     Die(u8),
     /// A VM of the node vanishes and a list shows it.
@@ -53,6 +57,7 @@ fn act() -> impl Strategy<Value = Act> {
         1 => Just(Act::Enable),
         1 => Just(Act::Remove),
         8 => proptest::prelude::any::<u8>().prop_map(Act::Move),
+        1 => proptest::prelude::any::<u8>().prop_map(Act::End),
         1 => proptest::prelude::any::<u8>().prop_map(Act::Die),
         1 => proptest::prelude::any::<u8>().prop_map(Act::Vanish),
         4 => Just(Act::Answer),
@@ -182,6 +187,11 @@ impl World {
             Act::Enable => self.admit(Admission::Enabled),
             Act::Remove => self.intent = Intent::Removed,
             Act::Move(n) => self.advance(n),
+            Act::End(n) => {
+                if let Some(vm) = self.vm(n) {
+                    self.tell(vm, VmPhase::Draining);
+                }
+            }
             Act::Die(n) => {
                 if let Some(vm) = self.vm(n) {
                     self.tell(vm, VmPhase::Failed);
@@ -312,6 +322,11 @@ impl World {
                 prop_assert!(self.node.contains_key(&vm), "a reminder to nobody");
             }
             Effect::Stop { vm, .. } => {
+                let stage = self.life.vms.get(&vm).map(|life| life.stage);
+                prop_assert!(
+                    stage != Some(Stage::Leaving) || self.awake != Some(vm),
+                    "a VM that leaves is stopped while the gateway sends requests to it"
+                );
                 if self.node.contains_key(&vm) {
                     self.tell(vm, VmPhase::Draining);
                 } else {
@@ -518,6 +533,65 @@ fn a_wake_after_a_vm_that_died_waits_for_the_next_one() {
     run(&mut world, &[Act::Move(0), Act::Move(0), Act::Move(0)]);
     assert_eq!(world.waiting, 0);
     assert!(world.life.awake().is_some_and(|vm| vm != first));
+}
+
+/// An app whose VM is ended by its node; what was decided at once.
+fn leaving() -> (World, VmId, Vec<Effect>) {
+    let mut world = World::new(true);
+    let ready = [Act::Wake, Act::Move(0), Act::Move(0), Act::Move(0)];
+    run(&mut world, &ready);
+    let vm = world.life.awake().unwrap();
+    world.tell(vm, VmPhase::Draining);
+    let effects = step(&mut world);
+    (world, vm, effects)
+}
+
+fn step(world: &mut World) -> Vec<Effect> {
+    let mut fresh = Some(VmId::from_bytes([99; 16]));
+    let timing = Timing::default();
+    let step = world
+        .life
+        .step(&world.intent, world.now, &timing, &mut fresh);
+    step.effects
+}
+
+#[test]
+fn a_vm_that_its_node_ends_is_stopped_once_the_gateway_has_closed() {
+    let (mut world, vm, effects) = leaving();
+    assert_eq!(effects, [Effect::Close { vm, force: true }]);
+    world.tell(vm, VmPhase::Draining);
+    world.on(Event::Wake);
+    assert_eq!(step(&mut world), [], "told once, and who comes is held");
+    assert_eq!(world.life.view().standing, Standing::Draining);
+    world.on(Event::DoorBack(Vec::new()));
+    let again = [Effect::Close { vm, force: true }];
+    assert_eq!(step(&mut world), again, "the question may have been lost");
+    world.on(Event::Reaped(vm));
+    let mode = StopMode::Kill;
+    assert_eq!(step(&mut world), [Effect::Stop { vm, mode }]);
+    world.tell(vm, VmPhase::Failed);
+    assert_eq!(world.life.breaker.failures, 1, "it counts as a death");
+    assert!(world.life.wake);
+}
+
+#[test]
+fn what_is_in_flight_in_a_vm_that_leaves_is_cut_before_its_node_kills_it() {
+    let (mut world, vm, _closed) = leaving();
+    world.now = world.now.after(FAREWELL_MAX / 2);
+    let effects = step(&mut world);
+    assert!(matches!(effects[0], Effect::Gone { vm: of, .. } if of == vm));
+    let mode = StopMode::Kill;
+    assert_eq!(effects[1..], [Effect::Stop { vm, mode }]);
+}
+
+#[test]
+fn a_vm_that_no_gateway_knows_is_stopped_when_its_node_ends_it() {
+    let mut world = World::new(true);
+    run(&mut world, &[Act::Wake, Act::Move(0), Act::Move(0)]);
+    let vm = *world.node.keys().next().unwrap();
+    world.tell(vm, VmPhase::Draining);
+    let mode = StopMode::Kill;
+    assert_eq!(step(&mut world), [Effect::Stop { vm, mode }]);
 }
 
 #[test]

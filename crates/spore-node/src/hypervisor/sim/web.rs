@@ -1,6 +1,7 @@
 //! What a simulated app answers: its VM's id, to whoever connects.
 //!
-//! Started by the guest at the first connection; ends with it, and cuts its connections then.
+//! Started by the guest at the first connection; ends with it. A killed VM says goodbye to nobody:
+//! what is connected in memory then stays open and silent.
 
 use core::net::{Ipv4Addr, SocketAddr};
 use std::io;
@@ -32,11 +33,15 @@ pub(super) async fn listen(guest: &Arc<Guest>) -> io::Result<SocketAddr> {
 
 /// The app's end of a connection that passes no socket is served; the other is given back.
 pub(super) fn dial(guest: &Arc<Guest>) -> DuplexStream {
-    let (ours, theirs) = tokio::io::duplex(HEAD_BYTES_MAX);
+    let (mut ours, theirs) = tokio::io::duplex(HEAD_BYTES_MAX);
     let tag = guest.vm.to_string();
-    guest.spawn(async move {
-        drop(answer(ours, &tag).await);
-    });
+    let over = guest.over.clone();
+    drop(tokio::spawn(async move {
+        let answered = over.run_until_cancelled(answer(&mut ours, &tag)).await;
+        if answered.is_none() {
+            drop(tokio::io::copy(&mut ours, &mut tokio::io::sink()).await);
+        }
+    }));
     theirs
 }
 

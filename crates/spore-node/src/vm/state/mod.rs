@@ -18,8 +18,10 @@
 //!                 │  any failure, exit    ├── Stop ──────────▶ Draining
 //!                 │  or Stop(kill)        │                      │
 //!                 └───────────┬───────────┴──────────────────────┘
-//!                             ▼
-//!                         Releasing ──released──▶ Stopped | Failed(reason)
+//!                             │   a failure of a VM that lives and may be sent requests
+//!                             ├──▶ Leaving
+//!                             ▼      │ Stop, exit, FAREWELL_MAX
+//!                         Releasing ◀┘ ──released──▶ Stopped | Failed(reason)
 //! ```
 //!
 //! Rules that the tests beside this file hold:
@@ -31,6 +33,8 @@
 //! - What must survive a crash is journaled before the effect that makes it so: a VM is named in
 //!   the journal before anything is made for it, and it is journaled as ending before it is
 //!   killed, so that no later daemon adopts what was meant to end.
+//! - A VM that lives and may be sent requests is not killed for a failure before its end was told
+//!   and control has stopped it, or had the time to.
 //! - The journal goes only when nothing is left, and the final state is told once, after that.
 //! - `Prepare` and `Boot` are never cut off: a stop waits for them, since a driver cut in the
 //!   middle might go on making things behind the release.
@@ -68,6 +72,8 @@ pub enum VmState {
     Ready,
     /// The guest was asked to power off.
     Draining,
+    /// Its end is told and it still runs, so that nobody meets a dead VM.
+    Leaving(Failure),
     /// Everything of it is being removed.
     Releasing(Ending),
     /// It stopped as asked; nothing of it is left.
@@ -201,6 +207,8 @@ pub enum VmEvent {
     AppReady,
     /// `Shutdown` is done, or it took too long.
     ShutDown,
+    /// `Farewell` took as long as it may.
+    FarewellOver,
     /// `Release` is done.
     Released,
     /// `Release` left something; it is tried again.
@@ -242,6 +250,8 @@ pub enum VmEffect {
     AwaitReady,
     /// Ask the guest to power off and wait for it. Asks.
     Shutdown,
+    /// Wait for control, which was told of the end, to stop the VM; not for long. Asks.
+    Farewell,
     /// Kill the VMM.
     Kill,
     /// Remove everything. Asks.
@@ -250,7 +260,7 @@ pub enum VmEffect {
 
 impl VmEffect {
     /// Every effect, in the order of a life: what a test that kills the daemon enumerates.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Journal(Milestone::Preparing),
         Self::TakeTurn,
         Self::Prepare,
@@ -271,6 +281,7 @@ impl VmEffect {
         Self::Shutdown,
         Self::Journal(Milestone::EndingStopped),
         Self::Journal(Milestone::EndingFailed),
+        Self::Farewell,
         Self::Kill,
         Self::Release,
         Self::RemoveJournal,
@@ -301,6 +312,7 @@ impl VmEffect {
             Self::StartApp => "start_app",
             Self::AwaitReady => "await_ready",
             Self::Shutdown => "shutdown",
+            Self::Farewell => "farewell",
             Self::Kill => "kill",
             Self::Release => "release",
         }
@@ -325,7 +337,7 @@ impl VmState {
             Self::Booting { .. } => VmPhase::Booting,
             Self::Thawing { .. } => VmPhase::Thawing,
             Self::Ready => VmPhase::Ready,
-            Self::Draining | Self::Releasing(_) => VmPhase::Draining,
+            Self::Draining | Self::Leaving(_) | Self::Releasing(_) => VmPhase::Draining,
             Self::Stopped => VmPhase::Stopped,
             Self::Failed(_) => VmPhase::Failed,
         }
@@ -350,6 +362,21 @@ impl VmState {
         )
     }
 
+    /// Whether a gateway may have connections to it: its app was started, perhaps by an earlier
+    /// daemon.
+    fn may_be_visited(&self) -> bool {
+        match self {
+            Self::Booting {
+                at: BootStep::Agent,
+                adopted: Some(milestone),
+                ..
+            } => *milestone >= Milestone::Started,
+            Self::Thawing { at } => *at == ThawStep::Ready,
+            Self::Ready => true,
+            _ => false,
+        }
+    }
+
     /// The next state and what to do, in order.
     ///
     /// # Panics
@@ -363,6 +390,7 @@ impl VmState {
             Self::Thawing { at } => thawing(at, event),
             Self::Ready => ready(event),
             Self::Draining => draining(event),
+            Self::Leaving(failure) => leaving(failure, &event),
             Self::Releasing(ending) => releasing(ending, &event),
             Self::Stopped | Self::Failed(_) => {
                 assert!(
@@ -375,6 +403,19 @@ impl VmState {
                 (self, Vec::new())
             }
         }
+    }
+
+    /// Ends it for a failure while it runs: it is told, and killed only once no request comes.
+    fn fail(self, failure: Failure) -> (Self, Vec<VmEffect>) {
+        if !self.may_be_visited() {
+            return self.end(Ending::Failed(failure));
+        }
+        let effects = vec![
+            VmEffect::Journal(Milestone::EndingFailed),
+            VmEffect::Report,
+            VmEffect::Farewell,
+        ];
+        (Self::Leaving(failure), effects)
     }
 
     /// Ends it: journaled first, then killed, then released.
@@ -504,6 +545,7 @@ fn booting(
     // Only a guest whose app may run has anything to lose by a kill.
     let worth_asking = adopted.is_some_and(|milestone| milestone >= Milestone::Started);
     match (at, event) {
+        (_, VmEvent::Failed(failure)) if stop.is_none() => state.fail(failure),
         (_, VmEvent::Failed(failure) | VmEvent::Exited(failure)) => {
             state.end(ending_of(stop, failure))
         }
@@ -572,11 +614,11 @@ fn agent_up(adopted: Option<Milestone>, seen: AgentSeen) -> (VmState, Vec<VmEffe
                 VmEffect::AwaitReady,
             ],
         ),
-        AppSeen::Absent | AppSeen::Stopped => VmState::Ready.end(Ending::Failed(Failure {
+        AppSeen::Absent | AppSeen::Stopped => VmState::Ready.fail(Failure {
             kind: VmFailureKind::Died,
             message: "the app no longer ran when the node was restarted: start another VM"
                 .to_owned(),
-        })),
+        }),
     }
 }
 
@@ -607,9 +649,8 @@ fn drain() -> (VmState, Vec<VmEffect>) {
 fn thawing(at: ThawStep, event: VmEvent) -> (VmState, Vec<VmEffect>) {
     let state = VmState::Thawing { at };
     match (at, event) {
-        (_, VmEvent::Failed(failure) | VmEvent::Exited(failure)) => {
-            state.end(Ending::Failed(failure))
-        }
+        (_, VmEvent::Failed(failure)) => state.fail(failure),
+        (_, VmEvent::Exited(failure)) => state.end(Ending::Failed(failure)),
         (ThawStep::App | ThawStep::Ready, VmEvent::Stop(StopMode::Graceful)) => drain(),
         (_, VmEvent::Stop(_)) => state.end(Ending::Stopped),
         (ThawStep::Thaw, VmEvent::Thawed) => to_network(),
@@ -638,9 +679,8 @@ fn thawing(at: ThawStep, event: VmEvent) -> (VmState, Vec<VmEffect>) {
 
 fn ready(event: VmEvent) -> (VmState, Vec<VmEffect>) {
     match event {
-        VmEvent::Failed(failure) | VmEvent::Exited(failure) => {
-            VmState::Ready.end(Ending::Failed(failure))
-        }
+        VmEvent::Failed(failure) => VmState::Ready.fail(failure),
+        VmEvent::Exited(failure) => VmState::Ready.end(Ending::Failed(failure)),
         VmEvent::Stop(StopMode::Graceful) => drain(),
         VmEvent::Stop(StopMode::Kill) => VmState::Ready.end(Ending::Stopped),
         other => unreachable!("{other:?} while ready"),
@@ -656,6 +696,18 @@ fn draining(event: VmEvent) -> (VmState, Vec<VmEffect>) {
         | VmEvent::Stop(StopMode::Kill) => VmState::Draining.end(Ending::Stopped),
         VmEvent::Stop(StopMode::Graceful) => (VmState::Draining, Vec::new()),
         other => unreachable!("{other:?} while draining"),
+    }
+}
+
+fn leaving(failure: Failure, event: &VmEvent) -> (VmState, Vec<VmEffect>) {
+    match event {
+        VmEvent::Stop(_) | VmEvent::FarewellOver | VmEvent::Exited(_) => (
+            VmState::Releasing(Ending::Failed(failure)),
+            vec![VmEffect::Kill, VmEffect::Release],
+        ),
+        // The first reason counts.
+        VmEvent::Failed(_) => (VmState::Leaving(failure), Vec::new()),
+        other => unreachable!("{other:?} while leaving"),
     }
 }
 

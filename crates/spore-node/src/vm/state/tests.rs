@@ -142,6 +142,11 @@ impl Run {
             | VmEffect::AwaitReady
             | VmEffect::Shutdown
             | VmEffect::Release => {}
+            VmEffect::Farewell => {
+                assert!(world.runs, "nobody is there to wait for");
+                assert_eq!(self.state.phase(), VmPhase::Draining);
+                assert_eq!(world.journal, Some(Milestone::EndingFailed));
+            }
         }
     }
 
@@ -187,6 +192,7 @@ impl Run {
             }
             VmEffect::AwaitReady => VmEvent::AppReady,
             VmEffect::Shutdown => VmEvent::ShutDown,
+            VmEffect::Farewell => VmEvent::FarewellOver,
             VmEffect::Release => {
                 world.made = false;
                 world.runs = false;
@@ -321,7 +327,11 @@ fn a_life_without_incident_goes_through_every_phase_in_order() {
 fn a_daemon_killed_under_any_effect_after_the_identity_adopts_the_vm() {
     let mut seen = 0;
     for effect in VmEffect::ALL {
-        if !effect.asks() || matches!(effect, VmEffect::Shutdown | VmEffect::Release) {
+        let of_an_end = matches!(
+            effect,
+            VmEffect::Shutdown | VmEffect::Farewell | VmEffect::Release
+        );
+        if !effect.asks() || of_an_end {
             continue;
         }
         for done in [false, true] {
@@ -372,6 +382,51 @@ fn a_kill_overtakes_a_drain() {
     assert_eq!(run.pending, Some(VmEffect::Shutdown));
     run.make(Move::Stop(StopMode::Kill));
     assert_eq!(run.pending, Some(VmEffect::Release));
+}
+
+#[test]
+fn a_vm_that_fails_while_it_serves_runs_until_control_has_stopped_it_or_its_time_is_over() {
+    for stopped in [true, false] {
+        let mut run = run_until(VmEffect::AwaitReady);
+        run.make(Move::Succeed);
+        run.make(Move::Unsound);
+        assert_eq!(run.pending, Some(VmEffect::Farewell));
+        assert_eq!(run.state.phase(), VmPhase::Draining);
+        assert!(run.world.runs, "nobody was told yet");
+        run.feed(VmEvent::Failed(failure()));
+        assert!(run.world.runs, "a second reason shortens nothing");
+        if stopped {
+            run.make(Move::Stop(StopMode::Kill));
+        } else {
+            run.make(Move::Succeed);
+        }
+        assert!(!run.world.runs);
+        assert_eq!(run.pending, Some(VmEffect::Release));
+        run.make(Move::Succeed);
+        assert_eq!(run.state, VmState::Failed(failure()));
+    }
+}
+
+#[test]
+fn a_vm_that_nobody_can_have_visited_or_that_is_dead_gets_no_farewell() {
+    let mut run = run_until(VmEffect::OpenNetwork);
+    run.make(Move::Fail);
+    assert_eq!(run.pending, Some(VmEffect::Release), "its policy is wrong");
+    let mut run = run_until(VmEffect::AwaitReady);
+    run.make(Move::Succeed);
+    run.make(Move::Exit);
+    assert_eq!(run.pending, Some(VmEffect::Release));
+}
+
+#[test]
+fn a_vm_of_an_earlier_daemon_gets_its_farewell_when_its_agent_is_lost() {
+    let mut run = run_until(VmEffect::AwaitReady);
+    run.make(Move::Succeed);
+    run.crash();
+    run.make(Move::Succeed);
+    assert_eq!(run.pending, Some(VmEffect::ConnectAgent));
+    run.make(Move::Fail);
+    assert_eq!(run.pending, Some(VmEffect::Farewell));
 }
 
 #[test]
