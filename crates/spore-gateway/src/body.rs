@@ -132,7 +132,7 @@ pub(crate) enum BodyError {
     /// The connection failed.
     #[error("the app's answer broke off")]
     Broken(#[source] hyper::Error),
-    /// The incarnation ended, which may look like the regular end of a body without a length.
+    /// The VM ended, which may look like the regular end of a body without a length.
     #[error("the VM ended during the answer")]
     Died,
 }

@@ -73,7 +73,7 @@ struct PendingConnect {
     sender: oneshot::Sender<Result<TcpStream, ConnectError>>,
 }
 
-/// Why there is no connection to an incarnation.
+/// Why there is no connection to a VM.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     /// The daemon tried and failed.
@@ -82,8 +82,8 @@ pub(crate) enum ConnectError {
     /// The daemon passed something that is no stream.
     #[error("the daemon passed an unusable socket")]
     Unusable(#[source] std::io::Error),
-    /// The incarnation is gone.
-    #[error("the incarnation is gone")]
+    /// The VM is gone.
+    #[error("the VM is gone")]
     Gone,
 }
 
@@ -131,7 +131,7 @@ impl Feed {
         self.change.notify_one();
     }
 
-    /// A new connection to an incarnation. Waits through sessions; the caller sets the deadline.
+    /// A new connection to a VM. Waits through sessions; the caller sets the deadline.
     pub(crate) async fn connect(&self, vm: VmId) -> Result<TcpStream, ConnectError> {
         let (sender, receiver) = oneshot::channel();
         let id = {
@@ -464,7 +464,7 @@ fn obey(gateway: &Arc<Gateway>, message: ToGateway, fd: Option<OwnedFd>) {
             }
         }
         ToGateway::Gone { app, vm, reason } => {
-            tracing::info!(%app, %vm, reason, "an incarnation is gone");
+            tracing::info!(%app, %vm, reason, "a VM is gone");
             if let Some(app) = gateway.apps.get(&app) {
                 app.gone(vm);
                 gateway.apps.forget_blank(&app);

@@ -334,7 +334,7 @@ async fn wait(
     }
 }
 
-/// A new connection; `None` when the incarnation ended meanwhile.
+/// A new connection; `None` when the VM ended meanwhile.
 async fn open(
     gateway: &Gateway,
     in_flight: &InFlight,

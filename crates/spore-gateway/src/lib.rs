@@ -10,7 +10,7 @@
 //!  client ──▶ listen ──▶ forward ──▶ header   host, framing, hop-by-hop
 //!                          │ ─────▶ route     host → app
 //!                          │ ─────▶ wake      Cold/Waking/Warm/Closing; waits here, body unread
-//!                          │ ─────▶ pool      an idle connection of this incarnation, or
+//!                          │ ─────▶ pool      an idle connection of this VM, or
 //!                          │ ─────▶ feed      a new one: Connect ──▶ daemon ──▶ Connected + fd
 //!                          ▼
 //!                       exchange ──▶ body ──▶ client; the last byte ends `activity`
@@ -22,7 +22,7 @@
 //! # What holds
 //!
 //! - A request that waits has its body unread; it is sent once, or not at all.
-//! - A connection to an app belongs to one incarnation and dies with it.
+//! - A connection to an app belongs to one VM and dies with it.
 //! - No lock is held across an await. No body is buffered whole.
 //! - A daemon that dies takes nothing along: what is warm goes on, what waits is asked for again.
 //!

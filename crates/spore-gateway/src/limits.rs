@@ -39,9 +39,9 @@ pub struct Limits {
     pub fresh_grace: Duration,
     /// How long a client's or an app's kernel may give no sign of life.
     pub dead_peer_timeout: Duration,
-    /// Requests and upgrades in flight at once for one incarnation; beyond it the answer is 503.
+    /// Requests and upgrades in flight at once for one VM; beyond it the answer is 503.
     pub in_flight_max: u32,
-    /// Idle connections kept for one incarnation.
+    /// Idle connections kept for one VM.
     pub idle_connections_max: usize,
     /// How long an idle connection to an app is kept: below the five seconds after which common
     /// servers close theirs, since a request that meets the closing cannot be sent again.

@@ -1,4 +1,4 @@
-//! Connections to one incarnation of an app: made for it, kept for it, dead with it.
+//! Connections to one VM of an app: made for it, kept for it, dead with it.
 //!
 //! Called by `forward.rs` (take, put) and `wake/mod.rs` (retire, cut). An [`Incarnation`] owns its
 //! connections, so none can be found under another's name; nothing here knows an address.
@@ -28,7 +28,7 @@ use crate::limits::{BUFFER_BYTES_MAX, Limits};
 use crate::lock;
 use crate::socket::{Socket, SocketHandle};
 
-/// One incarnation and what leads to it.
+/// One VM and what leads to it.
 #[derive(Debug)]
 pub(crate) struct Incarnation {
     vm: VmId,
@@ -85,7 +85,7 @@ impl Incarnation {
         self.gone.is_cancelled()
     }
 
-    /// Ends when the incarnation is gone.
+    /// Ends when the VM is gone.
     pub(crate) async fn gone(&self) {
         self.gone.cancelled().await;
     }
@@ -160,7 +160,7 @@ impl Incarnation {
         drop(dead);
     }
 
-    /// Speaks HTTP on a fresh connection. `None` when the incarnation is gone meanwhile.
+    /// Speaks HTTP on a fresh connection. `None` when the VM is gone meanwhile.
     pub(crate) async fn adopt(
         self: &Arc<Self>,
         stream: TcpStream,

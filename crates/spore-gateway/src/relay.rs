@@ -6,7 +6,7 @@
 //!
 //! # What ends a relay
 //!
-//! Both ends have closed, one broke off, the incarnation is gone, one end took nothing of what
+//! Both ends have closed, one broke off, the VM is gone, one end took nothing of what
 //! waited for it for too long, a peer stopped answering the kernel's probes (`socket.rs`), or the
 //! gateway quits: then a moment is left for what is on its way. Silence ends nothing.
 

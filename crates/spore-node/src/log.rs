@@ -43,7 +43,7 @@ const BLOCK_BYTES: u64 = 64 * 1024;
 /// One line of an app.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogLine {
-    /// Which incarnation printed it.
+    /// Which VM printed it.
     pub vm: VmId,
     /// Of which release.
     pub release: u64,
@@ -104,7 +104,7 @@ pub struct LogStore {
     apps: Mutex<HashMap<PathBuf, Arc<AppLog>>>,
 }
 
-/// The log of one app; the incarnations of the app share it.
+/// The log of one app; the VMs of the app share it.
 #[derive(Debug)]
 pub struct AppLog {
     folder: PathBuf,
@@ -433,7 +433,7 @@ impl AppLog {
         Ok(tail.into())
     }
 
-    /// The number of the last line kept of this incarnation; 0 when there is none.
+    /// The number of the last line kept of this VM; 0 when there is none.
     #[must_use]
     pub fn last_sequence(&self, vm: VmId) -> u64 {
         let _writer = lock(&self.writer);

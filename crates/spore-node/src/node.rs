@@ -474,7 +474,7 @@ impl Node {
         stats.map_err(|source| VmError::Stats { vm, source })
     }
 
-    /// The last lines of an app, over all its incarnations. Blocks, as everything about logs.
+    /// The last lines of an app, over all its VMs. Blocks, as everything about logs.
     ///
     /// # Errors
     /// [`LogError`].

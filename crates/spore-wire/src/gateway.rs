@@ -80,7 +80,7 @@ pub enum ToGateway {
     Awake {
         /// Whose.
         app: AppKey,
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
         /// What took how long, in the order it happened; empty when nobody waited.
         phases: Vec<Phase>,
@@ -103,25 +103,25 @@ pub enum ToGateway {
         id: u64,
         /// For people; no addresses.
         reason: String,
-        /// Whether the incarnation is gone: the next one may be asked for.
+        /// Whether the VM is gone: the next one may be asked for.
         #[serde(default)]
         gone: bool,
     },
-    /// Asks to close admission to this incarnation iff nothing is in flight.
+    /// Asks to close admission to this VM iff nothing is in flight.
     Reap {
         /// Whose.
         app: AppKey,
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
         /// Whether to close even when requests are in flight (a stop that was asked for, a VM
         /// that its node ends); what is in flight goes on until it ends or the VM does.
         force: bool,
     },
-    /// The incarnation is gone; its connections are dead.
+    /// The VM is gone; its connections are dead.
     Gone {
         /// Whose.
         app: AppKey,
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
         /// For people.
         reason: String,
@@ -141,7 +141,7 @@ pub enum FromGateway {
     Hello {
         /// [`crate::generation::GENERATION`] of the gateway.
         generation: u32,
-        /// The incarnations that it believes awake, with their activity.
+        /// The VMs that it believes awake, with their activity.
         warm: Vec<Activity>,
         /// What its daemon told it to call itself: program and configuration. A daemon that would
         /// start another one replaces it.
@@ -156,11 +156,11 @@ pub enum FromGateway {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         trace: Option<TraceId>,
     },
-    /// A connection to an incarnation's port is wanted.
+    /// A connection to a VM's port is wanted.
     Connect {
         /// Chosen by the gateway, never twice in a session.
         id: u64,
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
     /// An app became busy or idle.
@@ -169,14 +169,14 @@ pub enum FromGateway {
     Reaped {
         /// Whose.
         app: AppKey,
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
     /// Requests are in flight, admission stays open: answers `Reap`.
     Busy {
         /// Whose.
         app: AppKey,
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
     /// Counters since the last report, about once a second and only when something happened.
@@ -237,12 +237,12 @@ pub struct WakeFailure {
     pub retry_after_s: u32,
 }
 
-/// An incarnation and how busy it is.
+/// A VM and how busy it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Activity {
     /// Whose.
     pub app: AppKey,
-    /// The incarnation.
+    /// The VM.
     pub vm: VmId,
     /// Requests and upgraded connections that have begun and not ended.
     pub in_flight: u32,

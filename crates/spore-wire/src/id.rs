@@ -1,4 +1,4 @@
-//! Names that travel between processes: VM incarnations, image contents, and traces.
+//! Names that travel between processes: VMs, image contents, and traces.
 //!
 //! All are validated when decoded, since they become parts of paths and of log lines.
 
@@ -8,7 +8,7 @@ use core::str::FromStr;
 use data_encoding::{BASE32_NOPAD, HEXLOWER};
 use serde::{Deserialize, Serialize};
 
-/// One incarnation of an app or sandbox: 128 random bits, shown as 26 characters of lower-case
+/// One VM of an app or sandbox: 128 random bits, shown as 26 characters of lower-case
 /// base32 (RFC 4648, no padding).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -30,7 +30,7 @@
 //! - A waiter gets exactly one of `Admit` and `Refuse`, or it left before.
 //! - `Wake` is said on the way into Waking only, and again only when a new session began.
 //! - `Reaped` is said only when admission is closed and nothing is in flight.
-//! - What is in flight is counted per incarnation: an older one may still be answering while the
+//! - What is in flight is counted per VM: an older one may still be answering while the
 //!   next one wakes.
 
 use std::collections::BTreeSet;
@@ -43,19 +43,19 @@ pub type WaiterId = u64;
 /// Where an app stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AppState {
-    /// No incarnation may be connected to, and none was asked for.
+    /// No VM may be connected to, and none was asked for.
     #[default]
     Cold,
     /// A wake was asked for and not answered.
     Waking,
-    /// Requests are admitted to this incarnation.
+    /// Requests are admitted to this VM.
     Warm {
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
-    /// Admission to this incarnation is closed; it is not known to be gone.
+    /// Admission to this VM is closed; it is not known to be gone.
     Closing {
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
 }
@@ -79,12 +79,12 @@ pub enum AppEvent {
     },
     /// An admitted request, with its answer and whatever it was upgraded to, is over.
     Finished {
-        /// The incarnation it was admitted to.
+        /// The VM it was admitted to.
         vm: VmId,
         /// The driver's clock.
         now_ms: u64,
     },
-    /// The daemon says that an incarnation may be connected to.
+    /// The daemon says that a VM may be connected to.
     Awake {
         /// Which.
         vm: VmId,
@@ -97,12 +97,12 @@ pub enum AppEvent {
     Unrouted,
     /// The daemon wants admission closed.
     Reap {
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
         /// Whether what is in flight does not keep it open.
         mode: ReapMode,
     },
-    /// An incarnation is gone.
+    /// A VM is gone.
     Gone {
         /// Which.
         vm: VmId,
@@ -125,7 +125,7 @@ pub enum ReapMode {
 pub enum AppEffect {
     /// Ask the daemon to wake the app.
     Wake,
-    /// Send this request to this incarnation; a `Finished` must follow.
+    /// Send this request to this VM; a `Finished` must follow.
     Admit {
         /// Which request.
         waiter: WaiterId,
@@ -139,26 +139,26 @@ pub enum AppEffect {
         /// Why.
         why: RefuseReason,
     },
-    /// An incarnation became busy or idle.
+    /// A VM became busy or idle.
     Edge,
-    /// Close idle connections to this incarnation and keep no new ones.
+    /// Close idle connections to this VM and keep no new ones.
     Retire {
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
-    /// Cut every connection to this incarnation.
+    /// Cut every connection to this VM.
     Cut {
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
     /// Tell the daemon that admission is closed and nothing is in flight.
     Reaped {
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
     /// Tell the daemon that requests are in flight, so admission stays open.
     Busy {
-        /// The incarnation.
+        /// The VM.
         vm: VmId,
     },
 }
@@ -176,14 +176,14 @@ pub enum RefuseReason {
     Unrouted,
 }
 
-/// How busy an incarnation is.
+/// How busy a VM is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// The incarnation.
+    /// The VM.
     pub vm: VmId,
     /// Requests and upgrades in flight.
     pub in_flight: u32,
-    /// When the last one ended, or the incarnation came awake, by the driver's clock.
+    /// When the last one ended, or the VM came awake, by the driver's clock.
     pub idle_since_ms: u64,
 }
 
@@ -229,7 +229,7 @@ impl AppMachine {
         self.waiters.len()
     }
 
-    /// The incarnations that admit requests or still answer some.
+    /// The VMs that admit requests or still answer some.
     pub fn loads(&self) -> impl Iterator<Item = Load> + '_ {
         self.live.iter().map(|live| live.load)
     }
@@ -240,7 +240,7 @@ impl AppMachine {
         self.state == AppState::Cold && self.waiters.is_empty() && self.live.is_empty()
     }
 
-    /// The incarnation that a request may be admitted to without waiting, if there is one: what
+    /// The VM that a request may be admitted to without waiting, if there is one: what
     /// `Request` does in Warm, without the list of effects. The second value says whether an
     /// `Edge` is due.
     pub fn admit(&mut self, in_flight_max: u32) -> Option<(VmId, bool)> {
@@ -339,7 +339,7 @@ impl AppMachine {
     }
 
     fn finished(&mut self, vm: VmId, now_ms: u64, effects: &mut Vec<AppEffect>) {
-        // A request of an incarnation that is gone was written off together with it.
+        // A request of a VM that is gone was written off together with it.
         let Some(live) = self.live.iter_mut().find(|live| live.load.vm == vm) else {
             return;
         };
@@ -417,7 +417,7 @@ impl AppMachine {
         }
     }
 
-    /// Another incarnation took the place of `vm`.
+    /// Another VM took the place of `vm`.
     fn close(&mut self, vm: VmId, effects: &mut Vec<AppEffect>) {
         self.live
             .retain(|live| live.load.vm != vm || live.load.in_flight > 0);

@@ -1,4 +1,4 @@
-//! One app of the gateway: its machine, the requests that wait, the incarnations it has.
+//! One app of the gateway: its machine, the requests that wait, the VMs it has.
 //!
 //! `forward.rs` enters here with every request, `feed.rs` with every word of the daemon. The
 //! decisions are [`machine`]'s, which is pure; this module holds the lock, wakes who waits and
@@ -216,7 +216,7 @@ impl App {
         }
     }
 
-    /// How busy each incarnation is.
+    /// How busy each VM is.
     pub(crate) fn activities(&self, now_ms: u64) -> Vec<Activity> {
         let cell = lock(&self.cell);
         cell.machine
@@ -344,7 +344,7 @@ impl Cell {
         incarnation
     }
 
-    /// The incarnation, forgotten unless requests of it are still in flight: those must be found
+    /// The VM, forgotten unless requests of it are still in flight: those must be found
     /// again should it end under them.
     fn retired(&mut self, vm: VmId) -> Option<Arc<Incarnation>> {
         if self.machine.loads().any(|load| load.vm == vm) {

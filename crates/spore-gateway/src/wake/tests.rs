@@ -18,7 +18,7 @@ enum Act {
     Request,
     Left(usize),
     Finish(usize),
-    /// An incarnation that is new, or one that was there before.
+    /// A VM that is new, or one that was there before.
     Awake(Option<u8>),
     WakeFailed,
     Unrouted,
@@ -94,7 +94,7 @@ impl Observer {
                     self.next_vm
                 });
                 let vm = vm(number);
-                // A daemon never speaks of an incarnation again once it said that it is gone.
+                // A daemon never speaks of a VM again once it said that it is gone.
                 if self.gone.contains(&vm) {
                     return None;
                 }

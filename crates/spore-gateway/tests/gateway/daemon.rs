@@ -40,7 +40,7 @@ pub(crate) struct Daemon {
 
 #[derive(Default)]
 struct World {
-    /// Which incarnation a wake of an app gives, at once.
+    /// Which VM a wake of an app gives, at once.
     wakes: Mutex<HashMap<AppKey, VmId>>,
     addresses: Mutex<HashMap<VmId, SocketAddr>>,
     heard: Mutex<Vec<FromGateway>>,
@@ -67,7 +67,7 @@ pub(crate) fn route(name: &str) -> Route {
     }
 }
 
-/// A gateway with these limits, its daemon, and an app that incarnation 1 of a first wake leads to.
+/// A gateway with these limits, its daemon, and an app that VM 1 of a first wake leads to.
 pub(crate) async fn serving(limits: Limits) -> (Rig, Daemon, App) {
     let rig = Rig::with_limits(limits);
     let daemon = rig.daemon(vec![route("app")]).await;
@@ -156,12 +156,12 @@ impl Daemon {
         self.say.send(message).unwrap();
     }
 
-    /// Connections to this incarnation lead there from now on.
+    /// Connections to this VM lead there from now on.
     pub(crate) fn place(&self, vm: VmId, address: SocketAddr) {
         self.world.addresses.lock().unwrap().insert(vm, address);
     }
 
-    /// A wake of this app gives this incarnation at once.
+    /// A wake of this app gives this VM at once.
     pub(crate) fn on_wake(&self, name: &str, vm: VmId, address: SocketAddr) {
         self.place(vm, address);
         self.world.wakes.lock().unwrap().insert(key(name), vm);

@@ -1,4 +1,4 @@
-//! Stories of incarnations that come and go, and of daemons that do.
+//! Stories of VMs that come and go, and of daemons that do.
 
 use std::time::Duration;
 
@@ -21,8 +21,8 @@ async fn a_recycled_vm_never_answers_for_another_app() {
     for _ in 0..4 {
         clients.push(Client::connect(rig.address).await);
     }
-    // Both apps trade the same two servers back and forth: whatever address one app's incarnation
-    // had, the next incarnation of the other has.
+    // Both apps trade the same two servers back and forth: whatever address one app's VM
+    // had, the next VM of the other has.
     for round in 0..100_u8 {
         let (of_one, of_two) = (vm(2 * round), vm(2 * round + 1));
         let (first, second) = if round % 2 == 0 {
@@ -53,7 +53,7 @@ async fn a_recycled_vm_never_answers_for_another_app() {
         }
     }
     assert_eq!(daemon.wakes("one"), 100);
-    // Kept connections were used: four requests, one connection, for each incarnation.
+    // Kept connections were used: four requests, one connection, for each VM.
     assert!(one.connections() <= 110, "{}", one.connections());
 }
 
@@ -69,7 +69,7 @@ async fn reap_is_busy_while_an_answer_flows_and_force_waits_for_it() {
         vm: vm(1),
         force: true,
     });
-    // Admission is closed now: the next request wakes the next incarnation.
+    // Admission is closed now: the next request wakes the next VM.
     let next = App::start("next").await;
     daemon.on_wake("app", vm(2), next.address);
     daemon
