@@ -21,6 +21,7 @@ use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::process::{chdir, chroot};
 use rustix::system::finit_module;
 use rustix::thread::nanosleep;
+use spore_wire::cause::chain;
 use spore_wire::guest::PORT_NAME;
 use thiserror::Error;
 
@@ -74,13 +75,7 @@ pub enum InitError {
 /// Brings the guest up and serves it to its end.
 pub fn run() {
     if let Err(error) = serve() {
-        let mut text = format!("the guest did not come up: {error}");
-        let mut cause: &dyn std::error::Error = &error;
-        while let Some(source) = cause.source() {
-            text.push_str(&format!(": {source}"));
-            cause = source;
-        }
-        console::say(&text);
+        console::say(&format!("the guest did not come up: {}", chain(&error)));
     }
     Real.power_off();
     // PID 1 must not return; a kernel that can neither power off nor reset is left waiting.

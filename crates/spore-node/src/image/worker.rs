@@ -12,12 +12,15 @@
 //! | 3 | the image, empty |
 //! | 4 | the spool, empty |
 
+use std::error::Error as StdError;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::iter::successors;
 use std::os::fd::{AsRawFd, RawFd};
 use std::process::ExitCode;
 
 use serde::{Deserialize, Serialize};
+use spore_wire::cause::chain;
 use thiserror::Error;
 
 use super::pack::{PackError, PackRequest, Packed, pack};
@@ -107,16 +110,14 @@ pub fn serve() -> ExitCode {
 
 /// Whose fault an error is, with its causes.
 fn answer(error: &WorkerError) -> Answer {
-    let mut message = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let system = error.downcast_ref::<io::Error>();
-        if system.is_some_and(|error| error.kind() == io::ErrorKind::StorageFull) {
-            return Answer::Full;
-        }
-        message = format!("{message}: {error}");
-        cause = error.source();
+    let is_full = |cause: &(dyn StdError + 'static)| {
+        let system = cause.downcast_ref::<io::Error>();
+        system.is_some_and(|error| error.kind() == io::ErrorKind::StorageFull)
+    };
+    if successors(error.source(), |&cause| cause.source()).any(is_full) {
+        return Answer::Full;
     }
+    let message = chain(error);
     match error {
         WorkerError::Pack(
             PackError::Spool(_)
