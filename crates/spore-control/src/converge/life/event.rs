@@ -304,7 +304,10 @@ impl Life {
                 }
                 // The question may have been lost with the connection.
                 Stage::Closing { force } => self.say(Effect::Close { vm, force }),
-                Stage::Leaving => self.say(Effect::Close { vm, force: true }),
+                // Unless it was cut off and stopped already.
+                Stage::Leaving if self.vms[&vm].told => {
+                    self.say(Effect::Close { vm, force: true });
+                }
                 _ => {}
             }
         }

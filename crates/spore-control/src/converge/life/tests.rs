@@ -582,6 +582,8 @@ fn what_is_in_flight_in_a_vm_that_leaves_is_cut_before_its_node_kills_it() {
     assert!(matches!(effects[0], Effect::Gone { vm: of, .. } if of == vm));
     let mode = StopMode::Kill;
     assert_eq!(effects[1..], [Effect::Stop { vm, mode }]);
+    world.on(Event::DoorBack(Vec::new()));
+    assert_eq!(step(&mut world), [], "who is gone is not named again");
 }
 
 #[test]
