@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use spore_api::client::{Endpoint, EndpointError};
+use spore_node::egress::blob::RESOLVERS_MAX;
 use thiserror::Error;
 
 use crate::document::{Document, DocumentError, Entry, Table};
@@ -98,6 +99,8 @@ pub(crate) struct ServerConfig {
     pub(crate) uid_count: u32,
     /// The uid of the gateway's process.
     pub(crate) gateway_uid: u32,
+    /// Whom egress proxies ask about granted names; none are the host's own.
+    pub(crate) resolvers: Vec<SocketAddr>,
     /// Memory that stays with the host, in MiB.
     pub(crate) memory_reserve_mib: u32,
     /// The most that images of one account may take, in MiB.
@@ -279,6 +282,7 @@ impl Default for ServerConfig {
             uid_first: 200_000,
             uid_count: 10_000,
             gateway_uid: 199_999,
+            resolvers: Vec::new(),
             memory_reserve_mib: 512,
             image_quota_mib: 64 * 1024,
             kernel: "/usr/local/lib/spore/guest/vmlinux".into(),
@@ -302,6 +306,7 @@ const SERVER_KEYS: [&str; 19] = [
     "uid_first",
     "uid_count",
     "gateway_uid",
+    "resolvers",
     "memory_reserve",
     "image_quota",
     "kernel",
@@ -365,6 +370,9 @@ impl ServerConfig {
                     "VMs run as the uids from {first} on; use a lower one for the gateway"
                 )));
             }
+        }
+        if let Some(entry) = table.get("resolvers") {
+            config.resolvers = resolvers(&entry)?;
         }
         if let Some(entry) = table.get("memory_reserve") {
             config.memory_reserve_mib = entry.mib(0..=1024 * 1024)?;
@@ -446,6 +454,23 @@ fn address(entry: &Entry<'_>) -> Result<SocketAddr, DocumentError> {
         .ok_or_else(|| entry.refused("it must be an address with a port, such as 127.0.0.1:8080"))
 }
 
+fn resolvers(entry: &Entry<'_>) -> Result<Vec<SocketAddr>, DocumentError> {
+    let all = entry.texts()?;
+    if all.len() > RESOLVERS_MAX {
+        return Err(entry.refused(format!("at most {RESOLVERS_MAX} are asked")));
+    }
+    let one = |(text, item): (&str, Entry<'_>)| {
+        let address: Option<SocketAddr> = text.parse().ok();
+        let can_be_asked = |at: &SocketAddr| {
+            at.port() != 0 && !at.ip().is_unspecified() && !at.ip().is_multicast()
+        };
+        address.filter(can_be_asked).ok_or_else(|| {
+            item.refused("it must be a resolver's address with its port, such as 127.0.0.53:53")
+        })
+    };
+    all.into_iter().map(one).collect()
+}
+
 fn uid(entry: &Entry<'_>) -> Result<u32, DocumentError> {
     // Below are the uids of the system and of people; 65534 and 2^32-1 mean nobody.
     let number = entry.integer(100_000..=4_000_000_000)?;
@@ -518,6 +543,7 @@ mod tests {
             uid_first = 300000
             uid_count = 500
             gateway_uid = 299999
+            resolvers = ["127.0.0.53:53", "[::1]:5353"]
             memory_reserve = "1GiB"
             image_quota = "2GiB"
             kernel = "/k"
@@ -540,6 +566,10 @@ mod tests {
             uid_first: 300_000,
             uid_count: 500,
             gateway_uid: 299_999,
+            resolvers: vec![
+                "127.0.0.53:53".parse().unwrap(),
+                "[::1]:5353".parse().unwrap(),
+            ],
             memory_reserve_mib: 1024,
             image_quota_mib: 2048,
             kernel: "/k".into(),
@@ -582,6 +612,9 @@ mod tests {
             ),
             ("log_format = \"xml\"", "must be `text` or `json`"),
             ("boot_timeout = \"1s\"", "from 10s to 1h"),
+            ("resolvers = \"9.9.9.9:53\"", "a list"),
+            ("resolvers = [\"9.9.9.9\"]", "such as 127.0.0.53:53"),
+            ("resolvers = [\"0.0.0.0:53\"]", "such as 127.0.0.53:53"),
             ("memory_reserve = 512", "a size such as"),
             ("memory_reserve = \"512MB\"", "`MB` is not a unit"),
             ("base = \"Local_Host\"", "lower case"),

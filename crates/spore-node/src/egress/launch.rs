@@ -7,6 +7,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -18,7 +19,7 @@ use rustix::process::Pid;
 use spore_wire::egress::{DNS_FD, EgressBlob, TCP_FD};
 use thiserror::Error;
 
-use super::READY;
+use super::{READY, host};
 
 /// How long a proxy may take to confine itself; it takes some milliseconds.
 const READY_PATIENCE: Timespec = Timespec {
@@ -59,6 +60,7 @@ pub enum LaunchError {
 pub struct EgressLauncher {
     program: PathBuf,
     arguments: Vec<OsString>,
+    resolvers: Vec<SocketAddr>,
 }
 
 /// What one proxy is given.
@@ -86,7 +88,26 @@ impl EgressLauncher {
         Self {
             program: program.into(),
             arguments: arguments.into_iter().map(Into::into).collect(),
+            resolvers: Vec::new(),
         }
+    }
+
+    /// The same, with resolvers that its proxies ask; none are the host's own.
+    #[must_use]
+    pub fn asking(mut self, resolvers: Vec<SocketAddr>) -> Self {
+        self.resolvers = resolvers;
+        self
+    }
+
+    /// The resolvers that a proxy which is started now is to ask.
+    ///
+    /// # Errors
+    /// When the host's own cannot be read.
+    pub fn resolvers(&self) -> io::Result<Vec<SocketAddr>> {
+        if self.resolvers.is_empty() {
+            return host::resolvers();
+        }
+        Ok(self.resolvers.clone())
     }
 
     /// Starts a proxy and returns once it is confined and serves. `place` gets its pid before it

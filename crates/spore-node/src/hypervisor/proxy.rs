@@ -122,7 +122,10 @@ impl EgressProxy {
             generation: GENERATION,
             vm: self.vm,
             grants: self.grants.clone(),
-            resolvers: host::resolvers().map_err(step("reading /etc/resolv.conf"))?,
+            resolvers: self
+                .launcher
+                .resolvers()
+                .map_err(step("reading /etc/resolv.conf"))?,
             host_addresses: host::addresses().map_err(step("listing the host's addresses"))?,
             connections_max: CONNECTIONS_MAX,
         };

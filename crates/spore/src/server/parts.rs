@@ -161,7 +161,7 @@ fn qemu_config(config: &ServerConfig, program: &Path) -> QemuConfig {
         qemu: QemuConfig::DEBIAN_QEMU.into(),
         libraries: QemuConfig::debian_libraries(),
         launcher: launcher.to_vec(),
-        egress: EgressLauncher::new(program, verb("egress")),
+        egress: EgressLauncher::new(program, verb("egress")).asking(config.resolvers.clone()),
     }
 }
 
