@@ -45,3 +45,6 @@ pub const SELF_PORTRAIT: &str = include_str!("../apps/portrait.py");
 
 /// An app that answers with its own name, streams, echoes and waits, and logs what it saw.
 pub const WORDY: &str = include_str!("../apps/wordy.py");
+
+/// An app that does to its VM what it is asked to: floods, fills, eats, forks, leaves.
+pub const RECKLESS: &str = include_str!("../apps/reckless.py");

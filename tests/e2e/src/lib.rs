@@ -7,15 +7,23 @@
 
 pub mod app;
 pub mod leftovers;
+pub mod memory;
+pub mod namespace;
+pub mod neighbour;
 pub mod platform;
 pub mod visitor;
 
+use std::future::Future;
+use std::pin::Pin;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use tokio::runtime::Handle;
 
 pub use app::AppFolder;
-pub use platform::{Disk, Platform, Run, available};
+pub use namespace::Namespace;
+pub use neighbour::Neighbour;
+pub use platform::{Disk, Platform, Run, Site, available};
 pub use visitor::{Answer, Visitor, raw};
 
 /// Asks until the answer is yes, at most so many seconds.
@@ -30,4 +38,32 @@ pub async fn until(seconds: u32, mut question: impl FnMut() -> Result<bool>) -> 
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     bail!("not within {seconds} s")
+}
+
+/// A part of a story that goes on beside others.
+pub type Part<'p> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'p>>;
+
+/// Runs parts of a story beside each other, each on a thread of its own since the CLI blocks, and
+/// fails with the first one that does, by its name.
+///
+/// # Errors
+/// The failure of a part.
+pub fn beside(parts: Vec<(&str, Part<'_>)>) -> Result<()> {
+    let handle = &Handle::current();
+    tokio::task::block_in_place(|| {
+        std::thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for (name, part) in parts {
+                threads.push((name, scope.spawn(|| handle.block_on(part))));
+            }
+            // The scope waits for all of them, so none uses a platform that is gone.
+            for (name, thread) in threads {
+                match thread.join() {
+                    Ok(result) => result.with_context(|| name.to_owned())?,
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            Ok(())
+        })
+    })
 }

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,6 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use spore_api::client::{Client, Endpoint};
 
 use crate::leftovers;
+use crate::namespace::Namespace;
 use crate::visitor::{Visitor, raw};
 
 /// Platforms that may run beside each other.
@@ -39,6 +41,7 @@ const START_PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Platform {
     slot: Slot,
+    network: Option<Arc<Namespace>>,
     daemon: Option<Child>,
 }
 
@@ -54,12 +57,24 @@ pub struct Run {
 }
 
 /// What a platform's data is written to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Disk {
     /// The host's own.
+    #[default]
     Shared,
     /// One of its own with so many MiB.
     OwnMib(u32),
+}
+
+/// Where and how a platform is set up, beside the usual.
+#[derive(Debug, Default)]
+pub struct Site {
+    /// What its data is written to.
+    pub disk: Disk,
+    /// Lines that are added to the daemon's configuration.
+    pub config: String,
+    /// The network that its daemon, gateway and proxies live in; `None` is the host's.
+    pub network: Option<Arc<Namespace>>,
 }
 
 #[derive(Debug)]
@@ -123,24 +138,33 @@ impl Platform {
     /// # Errors
     /// When it does not come up; the daemon's log is in the message.
     pub async fn start() -> Result<Self> {
-        Self::start_on(Disk::Shared).await
+        Self::start_at(Site::default()).await
     }
 
-    /// As [`Platform::start`], with its data on that disk.
+    /// As [`Platform::start`], set up there.
     ///
     /// # Errors
     /// As [`Platform::start`].
-    pub async fn start_on(disk: Disk) -> Result<Self> {
+    pub async fn start_at(site: Site) -> Result<Self> {
         let slot = tokio::task::spawn_blocking(Slot::take).await??;
-        let mut platform = Self { slot, daemon: None };
+        let mut platform = Self::new(slot);
+        platform.network.clone_from(&site.network);
         platform
             .sweep()
             .context("clear what an earlier story left")?;
         platform
-            .lay_out(disk)
+            .lay_out(&site)
             .context("lay out the platform's folders")?;
         platform.start_daemon().await?;
         Ok(platform)
+    }
+
+    const fn new(slot: Slot) -> Self {
+        Self {
+            slot,
+            network: None,
+            daemon: None,
+        }
     }
 
     /// Waits for every slot, clears it as the next story would, and gives what is left all the
@@ -157,7 +181,7 @@ impl Platform {
                 }
                 std::thread::sleep(Duration::from_millis(100));
             };
-            let mut platform = Self { slot, daemon: None };
+            let mut platform = Self::new(slot);
             left.extend(
                 platform
                     .sweep()
@@ -223,8 +247,7 @@ impl Platform {
     /// When it cannot be asked, or ends badly.
     pub fn stop_daemon(&mut self) -> Result<()> {
         let mut child = self.daemon.take().context("no daemon runs")?;
-        let pid = i32::try_from(child.id())?;
-        let pid = Pid::from_raw(pid).context("a child has a pid")?;
+        let pid = Pid::from_child(&child);
         kill_process(pid, Signal::TERM)?;
         let status = child.wait()?;
         ensure!(
@@ -240,7 +263,7 @@ impl Platform {
     /// # Errors
     /// What is left.
     pub fn end(mut self) -> Result<()> {
-        self.down()?;
+        self.stop_all()?;
         unmount(&self.home().join("data"))?;
         let left = self.leftovers()?;
         ensure!(
@@ -289,6 +312,25 @@ impl Platform {
     pub fn vm_pids(&self) -> Result<Vec<i32>> {
         let all = self.vm_processes()?;
         Ok(all.iter().filter_map(|line| pid_of(line)).collect())
+    }
+
+    /// The daemon's pid.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn daemon_pid(&self) -> Result<i32> {
+        let child = self.daemon.as_ref().context("no daemon runs")?;
+        Ok(i32::try_from(child.id())?)
+    }
+
+    /// The gateway's pid.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn gateway_pid(&self) -> Result<i32> {
+        let file = self.home().join("run/gateway/pid");
+        let text = std::fs::read_to_string(file).context("no gateway runs")?;
+        Ok(text.trim().parse()?)
     }
 
     /// The public client, as root over the unix socket.
@@ -361,8 +403,11 @@ impl Platform {
     /// The program with a verb, told of this platform.
     #[must_use]
     pub fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(self.home().join("bin/spore"));
-
+        let program = self.home().join("bin/spore");
+        let mut command = match &self.network {
+            None => Command::new(program),
+            Some(network) => network.command(&program),
+        };
         command.env(
             "SPORE_HOST",
             format!("unix:{}", self.home().join("run/api.sock").display()),
@@ -445,7 +490,11 @@ impl Platform {
         self.home().join("daemon.log")
     }
 
-    fn down(&mut self) -> Result<()> {
+    /// Stops VMs, gateway and daemon, as `make down` does.
+    ///
+    /// # Errors
+    /// When they do not stop.
+    pub fn stop_all(&mut self) -> Result<()> {
         let output = self
             .command("down")
             .args(["--config", &self.config()])
@@ -469,7 +518,7 @@ impl Platform {
         if self.home().join("etc/spore.toml").exists() && self.home().join("bin").is_dir() {
             // By the program of now: the one that was left may be what failed.
             self.install()?;
-            self.down()?;
+            self.stop_all()?;
         }
         unmount(&self.home().join("data"))?;
         let left = self.leftovers()?;
@@ -495,7 +544,7 @@ impl Platform {
         Ok(())
     }
 
-    fn lay_out(&self, disk: Disk) -> Result<()> {
+    fn lay_out(&self, site: &Site) -> Result<()> {
         let home = self.home();
         for folder in ["", "bin", "etc", "data", "log", "run"] {
             let path = home.join(folder);
@@ -505,7 +554,7 @@ impl Platform {
                 .recursive(true)
                 .create(&path)?;
         }
-        if let Disk::OwnMib(mib) = disk {
+        if let Disk::OwnMib(mib) = site.disk {
             let size = format!("size={mib}m");
             let mut mount = Command::new("mount");
             mount.args(["-t", "tmpfs", "-o", &size, "tmpfs"]);
@@ -521,7 +570,7 @@ impl Platform {
              gateway = \"{gateway}\"\napi = \"{api}\"\nuid_first = {uid}\nuid_count = {count}\n\
              gateway_uid = {gateway_uid}\n\
              cgroup_parent = \"{cgroup}\"\n\
-             log = \"info,spore_gateway=debug,spore_control=debug,spore_node=debug\"\n",
+             log = \"info,spore_gateway=debug,spore_control=debug,spore_node=debug\"\n{more}",
             home = home.display(),
             deps = deps().display(),
             gateway = self.slot.gateway(),
@@ -530,6 +579,7 @@ impl Platform {
             count = UIDS - 1,
             gateway_uid = self.slot.first_uid(),
             cgroup = self.slot.cgroup(),
+            more = site.config,
         );
         std::fs::write(home.join("etc/spore.toml"), config)?;
         Ok(())
@@ -589,7 +639,7 @@ impl Drop for Platform {
     fn drop(&mut self) {
         if self.daemon.is_some() {
             // The story failed: what it saw is in its own message; what stays is for the next one.
-            if let Err(error) = self.down() {
+            if let Err(error) = self.stop_all() {
                 eprintln!("the platform did not end cleanly: {error:#}");
             }
         }

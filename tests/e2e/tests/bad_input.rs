@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 use spore_e2e::app::SELF_PORTRAIT;
 use spore_e2e::platform::{Run, program};
-use spore_e2e::{AppFolder, Disk, Platform, available, platform};
+use spore_e2e::{AppFolder, Disk, Platform, Site, available, platform};
 
 const GOOD: &str = "name = \"good\"\nimage = \"debian/python3\"\n\
                     command = [\"python3\", \"app.py\"]\nport = 8000\n";
@@ -268,7 +268,11 @@ async fn a_full_disk_is_said_and_what_serves_serves_on() -> Result<()> {
         return Ok(());
     }
     // The base image and one app fit; little else does.
-    let mut platform = Platform::start_on(Disk::OwnMib(400)).await?;
+    let site = Site {
+        disk: Disk::OwnMib(400),
+        ..Site::default()
+    };
+    let mut platform = Platform::start_at(site).await?;
     let small = AppFolder::python(
         "small",
         SELF_PORTRAIT,

@@ -11,7 +11,7 @@ use hyper::header::HOST;
 use hyper::{Method, Request};
 use rustix::process::{Pid, Signal, kill_process};
 use spore_e2e::app::WORDY;
-use spore_e2e::{Answer, AppFolder, Platform, Visitor, available, raw, until};
+use spore_e2e::{Answer, AppFolder, Platform, Visitor, available, memory, raw, until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -171,14 +171,14 @@ async fn a_newly_installed_version_takes_the_door_over_and_refuses_nobody() -> R
     let visitor = platform.visitor();
     let first = visitor.get("wordy.localhost", "/").await?;
     ensure!(first.status == 200, "{first:?}");
-    let old = gateway_pid(&platform)?;
+    let old = platform.gateway_pid()?;
 
     platform.stop_daemon()?;
     platform.start_daemon().await?;
     let same = visitor.get("wordy.localhost", "/").await?;
     ensure!(same.body == first.body, "{same:?}");
     ensure!(
-        gateway_pid(&platform)? == old,
+        platform.gateway_pid()? == old,
         "the same version keeps its door"
     );
 
@@ -187,10 +187,9 @@ async fn a_newly_installed_version_takes_the_door_over_and_refuses_nobody() -> R
     let (enough, told) = tokio::sync::oneshot::channel();
     let visits = tokio::spawn(visit(visitor, first.body.clone(), told));
     platform.start_daemon().await?;
-    until(
-        60,
-        || Ok(gateway_pid(&platform).is_ok_and(|pid| pid != old)),
-    )
+    until(60, || {
+        Ok(platform.gateway_pid().is_ok_and(|pid| pid != old))
+    })
     .await?;
     until(60, || Ok(!platform.pids()?.contains(&old))).await?;
     // Some more, for the new one.
@@ -216,6 +215,40 @@ async fn visit(
         visits += 1;
     }
     Ok(visits)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_app_whose_visitors_left_sleeps_again() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let platform = Platform::start().await?;
+    let folder = AppFolder::python("wordy", WORDY, "[idle]\nafter = \"2s\"\n")?;
+    platform.cli(&["deploy", &folder.argument()])?;
+    let asleep = || Ok(platform.vm_processes()?.is_empty());
+    until(60, asleep).await.context("asleep after the deploy")?;
+
+    let half = "POST /half HTTP/1.1\r\nHost: wordy.localhost\r\nContent-Length: 10\r\n\r\nhalf";
+    let whole = "GET /whole HTTP/1.1\r\nHost: wordy.localhost\r\n\r\n";
+    for request in [whole, half] {
+        let mut leaver = TcpStream::connect(platform.visitor().gateway()).await?;
+        leaver.write_all(request.as_bytes()).await?;
+        until(20, || Ok(!platform.vm_pids()?.is_empty())).await?;
+        drop(leaver);
+        until(60, asleep)
+            .await
+            .with_context(|| format!("asleep after {request}"))?;
+    }
+    let next = platform.visitor().get("wordy.localhost", "/next").await?;
+    ensure!(next.status == 200, "{next:?}");
+    let saw_next = || Ok(platform.cli(&["logs", "wordy"])?.contains("saw GET /next"));
+    until(20, saw_next).await?;
+    let logs = platform.cli(&["logs", "wordy"])?;
+    ensure!(
+        !logs.contains("/whole") && !logs.contains("/half"),
+        "{logs}"
+    );
+    platform.end()
 }
 
 /// A request that the app takes minutes for. A POST keeps part of its body back.
@@ -265,7 +298,7 @@ async fn slow_visitors_hold_up_nobody(platform: &Platform) -> Result<()> {
         ensure!(answer.status == 200, "{answer:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let memory = gateway_memory_mib(platform)?;
+    let memory = memory::of(platform.gateway_pid()?)?.anon_kib / 1024;
     ensure!(memory < 40, "the gateway holds {memory} MiB");
     let mut rest = Vec::new();
     reader.read_to_end(&mut rest).await?;
@@ -274,26 +307,6 @@ async fn slow_visitors_hold_up_nobody(platform: &Platform) -> Result<()> {
     half.read_to_string(&mut refusal).await?;
     ensure!(refusal.is_empty() || refusal.contains(" 408 "), "{refusal}");
     Ok(())
-}
-
-fn gateway_memory_mib(platform: &Platform) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", gateway_pid(platform)?))?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    Ok(kib.context("RssAnon")? / 1024)
-}
-
-fn gateway_pid(platform: &Platform) -> Result<i32> {
-    let is_gateway = |pid: &i32| {
-        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        command
-            .split(|byte| *byte == 0)
-            .any(|part| part == b"gateway")
-    };
-    let pid = platform.pids()?.into_iter().find(is_gateway);
-    pid.context("no gateway runs")
 }
 
 fn deploy(platform: &Platform, name: &str) -> Result<()> {
