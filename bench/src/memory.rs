@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use spore_api::name::{AccountName, AppName};
 use spore_control::store::embedded::EmbeddedStore;
@@ -11,43 +11,52 @@ use spore_control::store::record::release::{ReleaseRecord, release_key};
 use spore_control::store::record::{Record, encode, load};
 use spore_control::store::{Store, Transaction};
 use spore_e2e::app::SELF_PORTRAIT;
+use spore_e2e::memory::{self, Memory};
 use spore_e2e::{AppFolder, Platform};
+
+use crate::Report;
+
+/// What the daemon may hold with a thousand apps asleep.
+const DAEMON_KIB_MAX: u32 = 100 * 1024;
 
 /// Apps written in one transaction.
 const BATCH: usize = 100;
 
 /// Deploys one app for real, copies its records under so many names while the daemon is away, and
 /// reads what daemon and gateway then take.
-pub(crate) async fn run(apps: usize) -> Result<Value> {
+pub(crate) async fn run(apps: usize) -> Result<Report> {
     let mut platform = Platform::start().await?;
     let folder = AppFolder::python("hello", SELF_PORTRAIT, "")?;
     platform.cli(&["deploy", &folder.argument()])?;
     platform.cli(&["stop", "hello"])?;
-    let empty = resident_kib(&platform)?;
+    let one = memory(&platform)?;
     platform.stop_daemon()?;
     multiply(&platform, apps).await.context("write the apps")?;
     platform.start_daemon().await?;
     let listed = platform.client().apps().await?.len();
+    ensure!(listed == apps + 1, "{listed} apps are there");
     // A request for the last one makes the gateway look at its whole table.
-    let last = format!("{}.localhost", name(apps - 1));
-    let answer = platform.visitor().get(&last, "/").await?;
-    let full = resident_kib(&platform)?;
+    let last = name(apps - 1);
+    let host = format!("{last}.localhost");
+    let answer = platform.visitor().get(&host, "/").await?;
+    ensure!(
+        answer.status == 200,
+        "the last app does not wake: {answer:?}"
+    );
+    platform.cli(&["stop", &last])?;
+    let many = memory(&platform)?;
     platform.end()?;
-    let mut out = std::io::stdout().lock();
-    writeln!(
-        out,
-        "{:<24} {:>12} {:>12}",
-        "resident, KiB",
-        "one app",
-        format!("{listed} apps")
-    )?;
-    writeln!(out, "{:<24} {:>12} {:>12}", "daemon", empty.0, full.0)?;
-    writeln!(out, "{:<24} {:>12} {:>12}", "gateway", empty.1, full.1)?;
-    writeln!(out, "the last app answers {} from asleep", answer.status)?;
-    Ok(json!({
-        "bench": "memory", "apps": listed, "daemon_kib": full.0, "gateway_kib": full.1,
-        "daemon_kib_one_app": empty.0, "gateway_kib_one_app": empty.1,
-    }))
+    table(one, many, listed)?;
+    let [daemon, gateway] = many;
+    Ok(Report {
+        json: json!({
+            "bench": "memory", "apps": listed,
+            "daemon": json_of(daemon), "gateway": json_of(gateway),
+            "daemon_one_app": json_of(one[0]), "gateway_one_app": json_of(one[1]),
+        }),
+        figure: f64::from(u32::try_from(daemon.rss_kib)?),
+        worst: f64::from(DAEMON_KIB_MAX),
+    })
 }
 
 fn name(number: usize) -> String {
@@ -79,16 +88,42 @@ async fn read<R: Record>(store: &EmbeddedStore, key: &str) -> Result<R> {
     Ok(stored.with_context(|| format!("no record {key}"))?.record)
 }
 
-/// Resident memory of the daemon and of its gateway.
-fn resident_kib(platform: &Platform) -> Result<(u64, u64)> {
-    let daemon = std::fs::read_to_string(platform.home().join("run/daemon.lock"))?;
-    let gateway = std::fs::read_to_string(platform.home().join("run/gateway/pid"))?;
-    Ok((rss(daemon.trim())?, rss(gateway.trim())?))
+/// Memory of the daemon and of its gateway.
+fn memory(platform: &Platform) -> Result<[Memory; 2]> {
+    Ok([
+        memory::of(platform.daemon_pid()?)?,
+        memory::of(platform.gateway_pid()?)?,
+    ])
 }
 
-fn rss(pid: &str) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-    kib.with_context(|| format!("no VmRSS of {pid}"))
+fn table(one: [Memory; 2], many: [Memory; 2], apps: usize) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "{:<24} {:>12} {:>12}",
+        "memory, KiB",
+        "one app",
+        format!("{apps} apps")
+    )?;
+    for ((name, one), many) in ["daemon", "gateway"].into_iter().zip(one).zip(many) {
+        for (kind, of) in KINDS {
+            let (one, many) = (of(&one), of(&many));
+            writeln!(out, "{:<24} {one:>12} {many:>12}", format!("{name} {kind}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A name, and how to read it.
+type Kind = (&'static str, fn(&Memory) -> u64);
+
+const KINDS: [Kind; 3] = [
+    ("resident", |memory| memory.rss_kib),
+    ("proportional", |memory| memory.pss_kib),
+    ("anonymous", |memory| memory.anon_kib),
+];
+
+fn json_of(memory: Memory) -> Value {
+    let kinds = KINDS.map(|(kind, of)| (format!("{kind}_kib"), json!(of(&memory))));
+    Value::Object(kinds.into_iter().collect())
 }

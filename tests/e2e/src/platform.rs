@@ -118,12 +118,14 @@ fn deps() -> PathBuf {
 /// When it was not built.
 #[must_use]
 pub fn program() -> PathBuf {
-    let test = std::env::current_exe().expect("a running test has a path");
-    let program = test
-        .ancestors()
-        .nth(2)
-        .expect("target/debug/deps/test")
-        .join("spore");
+    let running = std::env::current_exe().expect("a running program has a path");
+    // A test is in `target/debug/deps`, a benchmark beside the program.
+    let folder = running.parent().expect("a program is in a folder");
+    let folder = match folder.parent() {
+        Some(above) if folder.ends_with("deps") => above,
+        _ => folder,
+    };
+    let program = folder.join("spore");
     assert!(
         program.exists(),
         "{} is missing: `cargo build -p spore` first",
