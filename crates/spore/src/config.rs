@@ -295,7 +295,7 @@ impl Default for ServerConfig {
     }
 }
 
-const SERVER_KEYS: [&str; 19] = [
+const SERVER_KEYS: [&str; 20] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
