@@ -14,8 +14,7 @@
 //! ```
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{self, File};
-use std::io::{Read as _, Seek as _};
+use std::fs;
 use std::os::fd::OwnedFd;
 
 use rustix::process::Pid;
@@ -26,13 +25,13 @@ use spore_wire::guest::{
 };
 use thiserror::Error;
 
-use crate::cgroup::oom_kills;
 use crate::clock;
 use crate::exec::Exec;
 use crate::face::{Face, Wish};
 use crate::file::{FileReader, FileWriter};
 use crate::guest::Guest;
 use crate::interest::{Interest, Ready};
+use crate::memory::MemoryWatch;
 use crate::port::Port;
 use crate::runner::Runner;
 use crate::session::{Inbox, Input, OUTBOX_BYTES_HARD, Outbox, Window};
@@ -87,8 +86,7 @@ pub struct Agent<M> {
     /// Used once each, for names.
     unique: u64,
     news: VecDeque<Event>,
-    memory_events: Option<File>,
-    oom_kills: u64,
+    memory: MemoryWatch,
     awake_until_ms: u64,
     leaving: Option<Leaving>,
 }
@@ -129,8 +127,7 @@ impl<M: Machine> Agent<M> {
             port: Port::new(port).map_err(AgentStartError::Port)?,
             inbox: Inbox::default(),
             outbox: Outbox::default(),
-            // A kernel without this file has no groups either, and kills are then not told.
-            memory_events: guest.groups.memory_events().ok().flatten(),
+            memory: MemoryWatch::new(&guest.groups),
             guest,
             machine,
             app: Runner::default(),
@@ -142,7 +139,6 @@ impl<M: Machine> Agent<M> {
             first_pumped: 0,
             unique: 0,
             news: VecDeque::new(),
-            oom_kills: 0,
             awake_until_ms: 0,
             leaving: None,
         })
@@ -161,7 +157,7 @@ impl<M: Machine> Agent<M> {
         self.listen(now_ms);
         self.app.pump(&mut self.guest, now_ms);
         self.hear_wishes(now_ms);
-        self.watch_memory(&ready);
+        self.watch_memory(&ready, now_ms);
         self.tell_news();
         self.pump_streams(&ready, now_ms);
         self.answer_stopped(now_ms);
@@ -183,9 +179,7 @@ impl<M: Machine> Agent<M> {
         if let Some(face) = &self.face {
             face.interest(&mut interest);
         }
-        if let Some(file) = &self.memory_events {
-            interest.change(file);
-        }
+        self.memory.interest(&mut interest);
         let room = self.outbox.has_room();
         for stream in self.streams.values() {
             match &stream.job {
@@ -524,27 +518,13 @@ impl<M: Machine> Agent<M> {
         }
     }
 
-    fn watch_memory(&mut self, ready: &Ready) {
-        let Some(file) = &mut self.memory_events else {
-            return;
-        };
-        if !ready.is(file) {
-            return;
+    fn watch_memory(&mut self, ready: &Ready, now_ms: u64) {
+        let seen = self.memory.look(ready, now_ms);
+        if let Some(group) = seen.ended {
+            self.app.was_starved(&group);
         }
-        let mut text = String::new();
-        // Reading is also what takes the change back from poll.
-        if file
-            .rewind()
-            .and_then(|()| file.read_to_string(&mut text))
-            .is_err()
-        {
-            self.memory_events = None;
-            return;
-        }
-        let kills = oom_kills(&text);
-        if kills > self.oom_kills {
-            self.oom_kills = kills;
-            self.add_news(Event::OutOfMemory { kills });
+        if let Some(event) = seen.event {
+            self.add_news(event);
         }
     }
 

@@ -33,6 +33,10 @@ const RESERVE_DIVISOR: u64 = 16;
 /// The most processes and threads of a tenant in one VM.
 const PIDS_MAX: u64 = 8192;
 
+/// A tenant whose files hold less than this share of its memory reads its programs again and again
+/// when it stalls; one that holds more waits for its data.
+const CACHE_DIVISOR: u64 = 8;
+
 /// What a tenant may share out at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stock {
@@ -120,6 +124,50 @@ impl Groups {
             Self::ProcessGroups => Ok(None),
         }
     }
+
+    /// Where the kernel counts the time in which nobody went on for want of memory, as a file that
+    /// takes a trigger and can then be polled for `PRI`.
+    ///
+    /// # Errors
+    /// When the kernel does not offer it.
+    pub fn memory_pressure(&self) -> io::Result<Option<File>> {
+        match self {
+            Self::Unified { tenant, .. } => File::options()
+                .read(true)
+                .write(true)
+                .open(tenant.join("memory.pressure"))
+                .map(Some),
+            Self::ProcessGroups => Ok(None),
+        }
+    }
+
+    /// Whether next to nothing of the tenant's memory is pages of files, which could be taken back.
+    #[must_use]
+    pub fn caches_little(&self) -> bool {
+        let Self::Unified { tenant, .. } = self else {
+            return false;
+        };
+        let read = |name| fs::read_to_string(tenant.join(name));
+        let (Ok(stat), Ok(max)) = (read("memory.stat"), read("memory.max")) else {
+            return false;
+        };
+        let max = max.trim().parse().unwrap_or(u64::MAX);
+        cached_bytes(&stat) <= max / CACHE_DIVISOR
+    }
+
+    /// The group that holds the most memory.
+    #[must_use]
+    pub fn largest(&self) -> Option<Group> {
+        let Self::Unified { tenant, .. } = self else {
+            return None;
+        };
+        let groups = fs::read_dir(tenant).ok()?;
+        let held = groups.flatten().filter_map(|entry| {
+            let text = fs::read_to_string(entry.path().join("memory.current")).ok()?;
+            Some((text.trim().parse::<u64>().ok()?, entry.path()))
+        });
+        held.max().map(|(_bytes, path)| Group::Cgroup(path))
+    }
 }
 
 impl Group {
@@ -129,6 +177,15 @@ impl Group {
         match self {
             Self::Cgroup(path) => Some(path.join("cgroup.procs")),
             Self::Session(_) => None,
+        }
+    }
+
+    /// Whether it is the same one.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Cgroup(one), Self::Cgroup(two)) => one == two,
+            _ => false,
         }
     }
 
@@ -205,6 +262,18 @@ pub fn oom_kills(events: &str) -> u64 {
         .unwrap_or(0)
 }
 
+/// The bytes that can be taken back, in the text of a `memory.stat` file: a tmpfs counts as files
+/// too, but has nowhere else to be.
+fn cached_bytes(stat: &str) -> u64 {
+    let bytes = |name: &str| {
+        let mut fields = stat.lines().filter_map(|line| line.split_once(' '));
+        let found = fields.find(|(field, _value)| *field == name);
+        found.and_then(|(_field, value)| value.trim().parse().ok())
+    };
+    let files: u64 = bytes("file").unwrap_or(0);
+    files.saturating_sub(bytes("shmem").unwrap_or(0))
+}
+
 impl Stock {
     /// The tenant's memory. A guest too small for the reserve gives half of what it has.
     const fn memory_max(self) -> u64 {
@@ -251,7 +320,7 @@ fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{PIDS_MAX, Stock, oom_kills};
+    use super::{PIDS_MAX, Stock, cached_bytes, oom_kills};
 
     #[test]
     fn kills_are_read_and_group_kills_are_not_mistaken_for_them() {
@@ -259,6 +328,13 @@ mod tests {
         assert_eq!(oom_kills(text), 3);
         assert_eq!(oom_kills(""), 0);
         assert_eq!(oom_kills("oom_kill x"), 0);
+    }
+
+    #[test]
+    fn pages_of_a_tmpfs_are_no_cache() {
+        let stat = "anon 1\nfile 9000\nkernel 3\nshmem 8000\nfile_mapped 7\n";
+        assert_eq!(cached_bytes(stat), 1000);
+        assert_eq!(cached_bytes("file many\nshmem 4\n"), 0);
     }
 
     const fn memory_max_mib(free_mib: u64) -> u64 {

@@ -6,7 +6,7 @@
 //! | [`agent`], [`session`], [`port`], [`interest`] | the session loop and its bookkeeping |
 //! | [`app`], [`runner`], [`probe`], [`socket_table`], [`log`] | the app: life, readiness, output |
 //! | [`exec`], [`file`], [`guest`], [`user`] | what the host asks for inside the tenant's root |
-//! | [`launch`], [`cgroup`], [`reap`] | processes: how they begin, are bounded and end |
+//! | [`launch`], [`cgroup`], [`memory`], [`reap`] | processes: begin, bounds and end |
 //! | [`thaw`] | what a fork must renew |
 //! | [`forward`], [`face`] | the other lives of the same binary: relay, and the tenant's command |
 //! | [`clock`], [`console`], [`procfs`], [`sys`] | the kernel's edges |
@@ -29,6 +29,7 @@ pub mod init;
 pub mod interest;
 pub mod launch;
 pub mod log;
+pub mod memory;
 pub mod net;
 pub mod port;
 pub mod probe;

@@ -49,6 +49,8 @@ pub struct Runner {
     group: Option<Group>,
     /// What the group had counted when the app was started last.
     oom_kills: u64,
+    /// It stalled for want of memory and was ended for that.
+    starved: bool,
     captures: Vec<Capture>,
     check: Option<Check>,
     /// Health requests whose status is known and whose answer is still coming.
@@ -100,6 +102,7 @@ impl Default for Runner {
             plan: None,
             group: None,
             oom_kills: 0,
+            starved: false,
             captures: Vec::new(),
             check: None,
             answered: Vec::new(),
@@ -289,13 +292,18 @@ impl Runner {
         }
     }
 
+    /// Notes, for its end, that a group was ended for want of memory.
+    pub fn was_starved(&mut self, group: &Group) {
+        self.starved |= self.group.as_ref().is_some_and(|own| own.is(group));
+    }
+
     /// Says in the app's own log how it ended, unless it was told to.
     fn log_end(&mut self, exit: Exit) {
         if matches!(self.life.state(), AppState::Ending { .. }) {
             return;
         }
         let kills = self.group.as_ref().map_or(0, Group::oom_kills);
-        let why = if kills > self.oom_kills {
+        let why = if self.starved || kills > self.oom_kills {
             ": it wanted more memory than its VM has (`resources.memory`)"
         } else {
             ""
@@ -330,6 +338,7 @@ impl Runner {
             },
         };
         self.oom_kills = group.oom_kills();
+        self.starved = false;
         let pid = guest.start(&mut group, launch)?;
         self.group = Some(group);
         self.captures.extend(captures);
