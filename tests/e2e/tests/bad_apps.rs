@@ -20,6 +20,9 @@ const MUTE: &str = "import time\nprint('mute: I am up', flush=True)\ntime.sleep(
 /// some 3 MiB a second.
 const FLOOD_MIB: u64 = 96;
 
+/// More than the processes that a VM of this size may have at once.
+const ORPHANS: u32 = 1500;
+
 /// An app that ends at once, with a word and a code.
 const QUITTER: &str = "import sys\nprint('quitter: no key', flush=True)\nsys.exit(7)\n";
 
@@ -100,7 +103,11 @@ async fn portrait(platform: &Platform, name: &str) -> Result<Value> {
 async fn asked(platform: &Platform, name: &str, path: &str) -> Result<Value> {
     let host = format!("{name}.localhost");
     let answer = platform.visitor().get(&host, path).await?;
-    ensure!(answer.status == 200, "{answer:?}");
+    ensure!(
+        answer.status == 200,
+        "{path}: {answer:?}\n{}",
+        platform.cli(&["logs", name, "-n", "50"])?
+    );
     serde_json::from_str(&answer.body).with_context(|| answer.body.clone())
 }
 
@@ -219,6 +226,52 @@ fn told_to_wait(answer: &Answer) -> Result<u64> {
     let after = after.parse()?;
     ensure!(after >= 1, "{answer:?}");
     Ok(after)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_without_end_stay_in_their_vm() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let platform = Platform::start().await?;
+    let neighbour = Neighbour::move_in(&platform)?;
+    deploy_reckless(&platform, "forker", "192MiB")?;
+    let before = portrait(&platform, "forker").await?;
+
+    asked(&platform, "forker", &format!("/orphans/{ORPHANS}")).await?;
+    let begun = Instant::now();
+    loop {
+        let now = portrait(&platform, "forker").await?;
+        ensure!(now["boot_id"] == before["boot_id"], "{before} {now}");
+        if now["processes"]["Z"].is_null() {
+            let all = now["processes"].as_object().context("processes")?;
+            let count: u64 = all.values().filter_map(Value::as_u64).sum();
+            ensure!(count < 150, "{now}");
+            break;
+        }
+        ensure!(begun.elapsed() < Duration::from_secs(20), "{now}");
+    }
+
+    // All the threads there may be: the app's own limit is met, not the kernel's.
+    let threads = asked(&platform, "forker", "/threads/20000").await?;
+    ensure!(threads["error"].is_string(), "{threads}");
+    let now = portrait(&platform, "forker").await?;
+    ensure!(now["boot_id"] == before["boot_id"], "{before} {now}");
+    let looked = platform.cli(&["exec", "forker", "--", "sh", "-c", "ls / | wc -l"])?;
+    ensure!(looked.trim().parse::<u32>()? > 5, "{looked}");
+
+    stop_within(&platform, "forker", 40)?;
+
+    // Processes that make processes: whether memory or their number ends first, the VM is still
+    // stopped in its time and the next one answers.
+    let before = portrait(&platform, "forker").await?;
+    asked(&platform, "forker", "/bomb").await?;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    neighbour.was_unhurt().await?;
+    stop_within(&platform, "forker", 40)?;
+    let woken = portrait(&platform, "forker").await?;
+    ensure!(woken["boot_id"] != before["boot_id"], "{before} {woken}");
+    platform.end()
 }
 
 fn deploy_reckless(platform: &Platform, name: &str, memory: &str) -> Result<()> {
