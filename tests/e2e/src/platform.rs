@@ -37,6 +37,9 @@ const FIRST_PORT: u16 = 21_100;
 /// How long a daemon may take to answer: re-adoption and a cold page cache included.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 
+/// Names the run of stories that a process belongs to, where its parent does not.
+pub const RUN: &str = "SPORE_E2E_RUN";
+
 /// A running platform; stopped and checked for leftovers by [`Platform::end`].
 #[derive(Debug)]
 pub struct Platform {
@@ -98,6 +101,12 @@ pub fn available() -> bool {
     false
 }
 
+/// The run of stories that this process belongs to: what started all its test programs.
+#[must_use]
+pub fn this_run() -> String {
+    std::env::var(RUN).unwrap_or_else(|_unset| std::os::unix::process::parent_id().to_string())
+}
+
 /// Says that a story, or a part of one, cannot run here.
 #[expect(
     clippy::print_stdout,
@@ -154,6 +163,7 @@ impl Platform {
         platform
             .sweep()
             .context("clear what an earlier story left")?;
+        std::fs::write(Slot::lock_path(platform.slot.number), this_run())?;
         platform
             .lay_out(&site)
             .context("lay out the platform's folders")?;
@@ -169,19 +179,16 @@ impl Platform {
         }
     }
 
-    /// Waits for every slot, clears it as the next story would, and gives what is left all the
-    /// same.
+    /// Waits for every slot that a story of this run had last, clears it as the next story would,
+    /// and gives what is left all the same.
     ///
     /// # Errors
     /// When one cannot be cleared.
     pub fn clear_all() -> Result<Vec<String>> {
         let mut left = Vec::new();
         for number in 0..SLOTS {
-            let slot = loop {
-                if let Some(slot) = Slot::take_one(number)? {
-                    break slot;
-                }
-                std::thread::sleep(Duration::from_millis(100));
+            let Some(slot) = Slot::take_own(number)? else {
+                continue;
             };
             let mut platform = Self::new(slot);
             left.extend(
@@ -661,10 +668,29 @@ impl Slot {
         }
     }
 
+    /// Waits for this slot; `None` when the last story in it was not one of this run: that one has
+    /// cleared what was there before.
+    fn take_own(number: u16) -> Result<Option<Self>> {
+        loop {
+            let last = std::fs::read_to_string(Self::lock_path(number));
+            if last.ok().is_none_or(|run| run != this_run()) {
+                return Ok(None);
+            }
+            if let Some(slot) = Self::take_one(number)? {
+                return Ok(Some(slot));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn lock_path(number: u16) -> PathBuf {
+        Path::new(HOME).join(format!("slot-{number}.lock"))
+    }
+
     /// This slot, unless somebody has it.
     fn take_one(number: u16) -> Result<Option<Self>> {
         DirBuilder::new().mode(0o711).recursive(true).create(HOME)?;
-        let path = Path::new(HOME).join(format!("slot-{number}.lock"));
+        let path = Self::lock_path(number);
         let mut options = OpenOptions::new();
         let lock = options
             .create(true)

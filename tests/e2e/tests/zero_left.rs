@@ -1,5 +1,5 @@
-//! What is left on the host once stories are over, also one that was killed. Runs last: test
-//! binaries run in the order of their names.
+//! What is left on the host once the stories of this run are over, also one that was killed; those
+//! of a run beside it are not looked at. Runs last: test binaries run in the order of their names.
 #![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
 use std::io::{BufRead as _, BufReader};
@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use spore_e2e::app::SELF_PORTRAIT;
-use spore_e2e::{AppFolder, Platform, available};
+use spore_e2e::{AppFolder, Platform, available, platform};
 
 /// Set for the process that plays the story that is killed.
 const VICTIM: &str = "SPORE_E2E_VICTIM";
@@ -24,6 +24,7 @@ async fn nothing_is_left_after_the_suite() -> Result<()> {
     command.args(["--exact", "nothing_is_left_after_the_suite", "--nocapture"]);
     let mut victim = command
         .env(VICTIM, "1")
+        .env(platform::RUN, platform::this_run())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()?;

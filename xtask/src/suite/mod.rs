@@ -7,10 +7,9 @@
 mod leftovers;
 mod tally;
 
-use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ChildStdout, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -45,7 +44,6 @@ pub(crate) fn run() -> Result<()> {
         let what = ["--quiet", "--locked", "--workspace", "--no-run"];
         command::run(place::cargo().arg("test").args(what))
     });
-    let before = leftovers::processes();
     say("==> tests");
     let outcome = tests(&mut tally);
     if let Err(error) = outcome {
@@ -56,7 +54,7 @@ pub(crate) fn run() -> Result<()> {
             tally.broken.push("tests".to_owned());
         }
     }
-    check(&mut tally, "leftovers", || nothing_is_left(&before));
+    check(&mut tally, "leftovers", nothing_is_left);
     finish(&tally)
 }
 
@@ -89,6 +87,7 @@ fn skip(tally: &mut Tally, reason: &str) {
 
 /// All tests of the workspace, those of `tests/` included, shown as they come and counted.
 fn tests(tally: &mut Tally) -> Result<()> {
+    leftovers::keep_orphans()?;
     let mut cargo = place::cargo();
     cargo
         .args(["test", "--locked", "--workspace", "--no-fail-fast"])
@@ -98,6 +97,20 @@ fn tests(tally: &mut Tally) -> Result<()> {
         .stdout(Stdio::piped());
     let mut child = cargo.spawn().context("cannot start `cargo test`")?;
     let stdout = child.stdout.take().context("`cargo test` has no output")?;
+    let status = std::thread::scope(|scope| {
+        let ended = scope.spawn(|| leftovers::wait_for(&mut child));
+        show(stdout, tally)?;
+        let ended = ended.join();
+        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    if !status.success() {
+        bail!("`cargo test` failed: {status}");
+    }
+    Ok(())
+}
+
+/// Passes on what tests say, and counts it.
+fn show(stdout: ChildStdout, tally: &mut Tally) -> Result<()> {
     let mut terminal = std::io::stdout().lock();
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line?;
@@ -107,21 +120,12 @@ fn tests(tally: &mut Tally) -> Result<()> {
             writeln!(terminal, "of these, {skipped} skipped themselves")?;
         }
     }
-    drop(terminal);
-    let status = child.wait()?;
-    if !status.success() {
-        bail!("`cargo test` failed: {status}");
-    }
     Ok(())
 }
 
 /// A process that outlived its test is a bug of the test, or of what it tests.
-fn nothing_is_left(before: &BTreeMap<u32, String>) -> Result<()> {
-    let left: Vec<String> = leftovers::processes()
-        .into_iter()
-        .filter(|(pid, _)| !before.contains_key(pid))
-        .map(|(pid, line)| format!("{pid} {line}"))
-        .collect();
+fn nothing_is_left() -> Result<()> {
+    let left = leftovers::processes()?;
     ensure!(left.is_empty(), "still running: {}", left.join("; "));
     Ok(())
 }
