@@ -10,9 +10,9 @@ use spore_control::store::record::app::{AppRecord, app_key};
 use spore_control::store::record::release::{ReleaseRecord, release_key};
 use spore_control::store::record::{Record, encode, load};
 use spore_control::store::{Store, Transaction};
+use spore_e2e::Platform;
 use spore_e2e::app::SELF_PORTRAIT;
 use spore_e2e::memory::{self, Memory};
-use spore_e2e::{AppFolder, Platform};
 
 use crate::Report;
 
@@ -26,8 +26,7 @@ const BATCH: usize = 100;
 /// reads what daemon and gateway then take.
 pub(crate) async fn run(apps: usize) -> Result<Report> {
     let mut platform = Platform::start().await?;
-    let folder = AppFolder::python("hello", SELF_PORTRAIT, "")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("hello", SELF_PORTRAIT, "")?;
     platform.cli(&["stop", "hello"])?;
     let one = memory(&platform)?;
     platform.stop_daemon()?;

@@ -8,8 +8,8 @@ use http_body_util::Full;
 use hyper::header::HOST;
 use hyper::{Request, StatusCode};
 use serde_json::json;
-use spore_e2e::app::SELF_PORTRAIT;
-use spore_e2e::{AppFolder, Platform};
+use spore_e2e::Platform;
+use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
 use tokio::time::Instant;
 
 use crate::Report;
@@ -24,8 +24,7 @@ const WAKE_MS_MAX: f64 = 8000.0;
 pub(crate) async fn run(rounds: usize) -> Result<Report> {
     ensure!(rounds > 0, "no rounds");
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("hello", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("hello", SELF_PORTRAIT, STAYS_AWAKE)?;
     let mut totals = Vec::new();
     let mut warm = Vec::new();
     let mut phases: Vec<(String, Vec<f64>)> = Vec::new();

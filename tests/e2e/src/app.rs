@@ -48,3 +48,6 @@ pub const WORDY: &str = include_str!("../apps/wordy.py");
 
 /// An app that does to its VM what it is asked to: floods, fills, eats, forks, leaves.
 pub const RECKLESS: &str = include_str!("../apps/reckless.py");
+
+/// Tables of a manifest whose app outlasts its story awake.
+pub const STAYS_AWAKE: &str = "[idle]\nafter = \"10m\"\n";

@@ -18,6 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 use spore_api::client::{Client, Endpoint};
 
+use crate::app::AppFolder;
 use crate::leftovers;
 use crate::namespace::Namespace;
 use crate::visitor::{Visitor, raw};
@@ -57,6 +58,20 @@ pub struct Run {
     pub out: String,
     /// What it said beside.
     pub err: String,
+}
+
+impl Run {
+    /// That the program refused, and said this.
+    ///
+    /// # Errors
+    /// What it did instead.
+    pub fn ensure_refused(&self, said: &str) -> Result<()> {
+        ensure!(
+            self.code != 0 && self.err.contains(said),
+            "{said} is not in {self:?}"
+        );
+        Ok(())
+    }
 }
 
 /// What a platform's data is written to.
@@ -437,6 +452,16 @@ impl Platform {
             "spore {arguments:?} ended with {code}:\n{out}{err}"
         );
         Ok(run.out)
+    }
+
+    /// Deploys a Python app by the CLI; its folder is removed with what this gives.
+    ///
+    /// # Errors
+    /// When the deployment fails.
+    pub fn deploy(&self, name: &str, code: &str, manifest: &str) -> Result<AppFolder> {
+        let folder = AppFolder::python(name, code, manifest)?;
+        self.cli(&["deploy", &folder.argument()])?;
+        Ok(folder)
     }
 
     /// Runs the CLI, however it ends.

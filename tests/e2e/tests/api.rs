@@ -4,8 +4,8 @@
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use spore_e2e::app::SELF_PORTRAIT;
-use spore_e2e::{Answer, AppFolder, Platform, available, platform, raw};
+use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
+use spore_e2e::{Answer, Platform, available, platform, raw};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_web_page_cannot_drive_the_api() -> Result<()> {
@@ -73,8 +73,7 @@ async fn the_metrics_tell_of_a_wake_by_phase() -> Result<()> {
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("portrait", SELF_PORTRAIT, STAYS_AWAKE)?;
     platform.cli(&["stop", "portrait"])?;
     let count = |phase: &str| format!("spore_wake_seconds_count{{phase=\"{phase}\"}}");
     let before = platform.metric(&count("total")).await?;

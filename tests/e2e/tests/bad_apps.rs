@@ -7,11 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use spore_e2e::app::{RECKLESS, SELF_PORTRAIT};
+use spore_e2e::app::{RECKLESS, SELF_PORTRAIT, STAYS_AWAKE};
 use spore_e2e::{Answer, AppFolder, Neighbour, Platform, available, beside, memory};
 use tokio::time::Instant;
-
-const STAYS_AWAKE: &str = "[idle]\nafter = \"10m\"\n";
 
 /// An app that says something and never listens.
 const MUTE: &str = "import time\nprint('mute: I am up', flush=True)\ntime.sleep(600)\n";
@@ -62,8 +60,7 @@ async fn never_ready(
     (code, manifest): (&str, &str),
     said: [&str; 2],
 ) -> Result<()> {
-    let good = AppFolder::python(name, SELF_PORTRAIT, STAYS_AWAKE)?;
-    platform.cli(&["deploy", &good.argument()])?;
+    platform.deploy(name, SELF_PORTRAIT, STAYS_AWAKE)?;
     let before = portrait(platform, name).await?;
 
     let bad = AppFolder::python(name, code, manifest)?;
@@ -125,16 +122,14 @@ async fn a_crash_loop_is_paused_told_to_visitors_and_healed_by_a_good_release() 
          {SELF_PORTRAIT}"
     );
     let manifest = format!("{STAYS_AWAKE}[secrets]\nnames = [\"KEY\"]\n");
-    let folder = AppFolder::python("looper", &picky, &manifest)?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("looper", &picky, &manifest)?;
     one_crash_is_mended_in_its_vm(&platform).await?;
 
     set_key(&platform, "rotten")?;
     platform.cli(&["stop", "looper"])?;
     starts_are_paused_longer_and_longer(&platform).await?;
 
-    let healed = AppFolder::python("looper", SELF_PORTRAIT, STAYS_AWAKE)?;
-    platform.cli(&["deploy", &healed.argument()])?;
+    platform.deploy("looper", SELF_PORTRAIT, STAYS_AWAKE)?;
     portrait(&platform, "looper").await?;
     let status = platform.json(&["status", "looper"])?;
     ensure!(
@@ -279,8 +274,7 @@ fn deploy_reckless(platform: &Platform, name: &str, memory: &str) -> Result<()> 
         "{STAYS_AWAKE}[resources]\nmemory = \"{memory}\"\ndisk = \"64MiB\"\n\
          [health]\ntimeout = \"60s\"\n"
     );
-    let folder = AppFolder::python(name, RECKLESS, &manifest)?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy(name, RECKLESS, &manifest)?;
     Ok(())
 }
 
@@ -403,8 +397,7 @@ async fn an_app_beyond_its_means_is_ended_alone() -> Result<()> {
 async fn ignores_sigterm(platform: &Platform) -> Result<()> {
     let deaf =
         format!("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{SELF_PORTRAIT}");
-    let folder = AppFolder::python("deaf", &deaf, STAYS_AWAKE)?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("deaf", &deaf, STAYS_AWAKE)?;
     let before = portrait(platform, "deaf").await?;
     // Ten seconds are its grace.
     let took = stop_within(platform, "deaf", 30)?;

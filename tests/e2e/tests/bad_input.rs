@@ -126,10 +126,7 @@ fn a_wrong_manifest_is_refused_with_its_line_and_what_is_right() -> Result<()> {
         (folder.path().join("spore.toml"), "folder"),
     ] {
         let refused = deploy_here(&path)?;
-        ensure!(
-            refused.code != 0 && refused.err.contains(said),
-            "{refused:?}"
-        );
+        refused.ensure_refused(said)?;
     }
     std::fs::remove_file(folder.path().join("spore.toml"))?;
     std::fs::write(folder.path().join("app.py"), SELF_PORTRAIT)?;
@@ -161,17 +158,11 @@ async fn odd_folders_are_refused_or_deployed_whole() -> Result<()> {
 
     std::os::unix::fs::symlink("/etc/shadow", folder.join("out"))?;
     let refused = platform.run(&["deploy", &app.argument()])?;
-    ensure!(
-        refused.code != 0 && refused.err.contains("out"),
-        "{refused:?}"
-    );
+    refused.ensure_refused("out")?;
     std::fs::remove_file(folder.join("out"))?;
     std::os::unix::fs::symlink("../../etc", folder.join("up"))?;
     let refused = platform.run(&["deploy", &app.argument()])?;
-    ensure!(
-        refused.code != 0 && refused.err.contains("up"),
-        "{refused:?}"
-    );
+    refused.ensure_refused("up")?;
     std::fs::remove_file(folder.join("up"))?;
 
     // A user who cannot read one of the files.
@@ -187,10 +178,7 @@ async fn odd_folders_are_refused_or_deployed_whole() -> Result<()> {
         .arg(folder);
     command.env("SPORE_TOKEN", platform.token()?);
     let refused = platform::run(command, b"")?;
-    ensure!(
-        refused.code != 0 && refused.err.contains("closed.txt"),
-        "{refused:?}"
-    );
+    refused.ensure_refused("closed.txt")?;
     std::fs::remove_file(&closed)?;
     let apps = platform.json(&["ps"])?;
     ensure!(
@@ -228,10 +216,7 @@ async fn a_host_that_cannot_serve_is_told_why() -> Result<()> {
     let mut platform = Platform::start().await?;
     let config = platform.config();
     let second = platform.run(&["server", "--config", &config])?;
-    ensure!(
-        second.code != 0 && second.err.contains("already runs"),
-        "{second:?}"
-    );
+    second.ensure_refused("already runs")?;
     ensure!(
         platform.client().status().await.is_ok(),
         "the first one serves on"
@@ -253,10 +238,7 @@ async fn a_host_that_cannot_serve_is_told_why() -> Result<()> {
     platform.stop_daemon()?;
     let taken = std::net::TcpListener::bind(platform.api_address())?;
     let refused = platform.run(&["server", "--config", &config])?;
-    ensure!(
-        refused.code != 0 && refused.err.contains("another program"),
-        "{refused:?}"
-    );
+    refused.ensure_refused("another program")?;
     drop(taken);
     platform.start_daemon().await?;
     platform.end()
@@ -273,12 +255,11 @@ async fn a_full_disk_is_said_and_what_serves_serves_on() -> Result<()> {
         ..Site::default()
     };
     let mut platform = Platform::start_at(site).await?;
-    let small = AppFolder::python(
+    platform.deploy(
         "small",
         SELF_PORTRAIT,
         "[resources]\ndisk = \"32MiB\"\n[idle]\nafter = \"10m\"\n",
     )?;
-    platform.cli(&["deploy", &small.argument()])?;
     let large = AppFolder::python("large", SELF_PORTRAIT, "")?;
     let mut noise = vec![0; 300 * 1024 * 1024];
     let mut state = 1_u64;
@@ -308,10 +289,7 @@ async fn a_full_disk_is_said_and_what_serves_serves_on() -> Result<()> {
     ensure!(answer.status == 200, "{answer:?}");
     platform.cli(&["ps"])?;
     let refused = platform.run_with(&["secret", "set", "small", "KEY"], b"value")?;
-    ensure!(
-        refused.code != 0 && refused.err.contains("full"),
-        "{refused:?}"
-    );
+    refused.ensure_refused("full")?;
     std::fs::remove_file(&filler)?;
     // The store closes itself at a failed write; the next daemon opens it as it was.
     platform.stop_daemon()?;

@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
-use spore_e2e::app::SELF_PORTRAIT;
-use spore_e2e::{AppFolder, Platform, available, until};
+use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
+use spore_e2e::{Platform, available, until};
 
 const BURGLAR: &str = include_str!("../apps/burglar.py");
 
@@ -91,8 +91,7 @@ async fn agent_is_unreachable_from_the_public_url() -> Result<()> {
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("portrait", SELF_PORTRAIT, STAYS_AWAKE)?;
     let visitor = platform.visitor();
     ensure!(visitor.get("portrait.localhost", "/").await?.status == 200);
 
@@ -121,8 +120,7 @@ async fn a_lease_keeps_an_idle_app_awake_until_it_is_taken_back() -> Result<()> 
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"3s\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("portrait", SELF_PORTRAIT, "[idle]\nafter = \"3s\"\n")?;
     let lease = |span: &str| {
         let program = "/run/spore/bin/spore-guest";
         platform.cli(&["exec", "portrait", program, "keep-awake", span])

@@ -4,7 +4,7 @@
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use spore_e2e::app::SELF_PORTRAIT;
+use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
 use spore_e2e::{AppFolder, Platform, available, platform, until};
 
 const BROKEN: &str = "print('these are my last words', flush=True)\nraise SystemExit(7)\n";
@@ -15,7 +15,7 @@ async fn an_app_is_deployed_looked_at_put_to_sleep_and_removed() -> Result<()> {
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
+    let folder = AppFolder::python("portrait", SELF_PORTRAIT, STAYS_AWAKE)?;
     let deployed = platform.run(&["deploy", &folder.argument()])?;
     ensure!(deployed.code == 0, "{deployed:?}");
     let url = deployed.out.trim().to_owned();
@@ -59,10 +59,7 @@ async fn an_app_is_deployed_looked_at_put_to_sleep_and_removed() -> Result<()> {
         "a disabled app is not woken"
     );
     let refused = platform.run(&["exec", "portrait", "--", "true"])?;
-    ensure!(
-        refused.code != 0 && refused.err.contains("spore enable"),
-        "{refused:?}"
-    );
+    refused.ensure_refused("spore enable")?;
     platform.cli(&["enable", "portrait"])?;
     ensure!(visitor.get("portrait.localhost", "/").await?.status == 200);
 
@@ -83,7 +80,7 @@ async fn a_broken_release_leaves_the_old_one_serving_and_an_old_one_comes_back()
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
+    let folder = AppFolder::python("portrait", SELF_PORTRAIT, STAYS_AWAKE)?;
     let code = folder.path().join("app.py");
     for body in ["first", "second"] {
         let answer = format!("body = \"{body}\"");
@@ -115,10 +112,7 @@ async fn a_broken_release_leaves_the_old_one_serving_and_an_old_one_comes_back()
     let served = platform.visitor().get("portrait.localhost", "/").await?;
     ensure!(served.body == "second", "{served:?}");
     let refused = platform.run(&["rollback", "portrait", "--to", "9"])?;
-    ensure!(
-        refused.code != 0 && refused.err.contains('9'),
-        "{refused:?}"
-    );
+    refused.ensure_refused("9")?;
     platform.end()
 }
 
@@ -128,8 +122,7 @@ async fn programs_and_files_go_into_an_app_and_come_out() -> Result<()> {
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    let folder = platform.deploy("portrait", SELF_PORTRAIT, STAYS_AWAKE)?;
     platform.cli(&["stop", "portrait"])?;
     // It sleeps, so this wakes it.
     let script = "cat; echo aside >&2; exit 42";
@@ -148,10 +141,7 @@ async fn programs_and_files_go_into_an_app_and_come_out() -> Result<()> {
     let run = platform.run(&[&arguments[..], &["echo $A; pwd; id -u; tty"]].concat())?;
     ensure!(run.out == "b c\n/tmp\n1000\nnot a tty\n", "{run:?}");
     let run = platform.run(&["exec", "portrait", "--", "no-such-program"])?;
-    ensure!(
-        run.code != 0 && run.err.contains("no-such-program"),
-        "{run:?}"
-    );
+    run.ensure_refused("no-such-program")?;
 
     let spore = format!(
         "stty rows 30 cols 100; SPORE_HOST=unix:{home}/run/api.sock {home}/bin/spore exec portrait \
@@ -180,7 +170,7 @@ async fn programs_and_files_go_into_an_app_and_come_out() -> Result<()> {
     platform.cli(&["cp", "portrait:/tmp/there.bin", &back.display().to_string()])?;
     ensure!(std::fs::read(&back)? == bytes, "the copy is another");
     let run = platform.run(&["cp", "portrait:/nowhere", "-"])?;
-    ensure!(run.code != 0 && run.err.contains("/nowhere"), "{run:?}");
+    run.ensure_refused("/nowhere")?;
     platform.end()
 }
 

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use spore_e2e::{AppFolder, Platform, available, until};
+use spore_e2e::app::STAYS_AWAKE;
+use spore_e2e::{Platform, available, until};
 
 const PROBER: &str = include_str!("../apps/prober.py");
 
@@ -211,8 +212,7 @@ async fn an_app_with_a_grant_reaches_that_address_and_nothing_else() -> Result<(
         "[idle]\nafter = \"10m\"\n[egress]\nallow = [\"{}\"]\n",
         town.granted.address
     );
-    let folder = AppFolder::python("granted", PROBER, &grant)?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("granted", PROBER, &grant)?;
     ensure_only_the_grant_works(&platform, &town)
         .await
         .context("after the deploy")?;
@@ -232,8 +232,7 @@ async fn an_app_with_a_grant_reaches_that_address_and_nothing_else() -> Result<(
     platform.cli(&["stop", "granted"])?;
     ensure!(proxies(&platform)?.is_empty(), "{:?}", proxies(&platform)?);
 
-    let folder = AppFolder::python("alone", PROBER, "[idle]\nafter = \"10m\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("alone", PROBER, STAYS_AWAKE)?;
     let met = town.granted.met();
     let mut to = town.forbidden()?;
     to.push(town.granted.address.to_string());
@@ -256,8 +255,7 @@ async fn a_vm_ends_with_its_egress_proxy_and_the_next_one_has_its_own() -> Resul
     }
     let platform = Platform::start().await?;
     let grant = format!("[idle]\nafter = \"10m\"\n[egress]\nallow = [\"{NEIGHBOUR}:9\"]\n");
-    let folder = AppFolder::python("granted", PROBER, &grant)?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("granted", PROBER, &grant)?;
     platform.visitor().get("granted.localhost", "/").await?;
     let first = proxies(&platform)?;
     let pid = first.first().context("a proxy runs")?;

@@ -2,8 +2,8 @@
 #![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
 use anyhow::{Context, Result, ensure};
-use spore_e2e::app::SELF_PORTRAIT;
-use spore_e2e::{AppFolder, Platform, available, until};
+use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
+use spore_e2e::{Platform, available, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
@@ -11,8 +11,7 @@ async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"3s\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("portrait", SELF_PORTRAIT, "[idle]\nafter = \"3s\"\n")?;
 
     let host = "portrait.localhost";
     let visitor = platform.visitor();
@@ -61,8 +60,7 @@ async fn the_same_vm_answers_after_the_daemon_was_killed() -> Result<()> {
         return Ok(());
     }
     let mut platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("portrait", SELF_PORTRAIT, STAYS_AWAKE)?;
     let visitor = platform.visitor();
     let host = "portrait.localhost";
     let before = visitor.get(host, "/").await?;

@@ -10,12 +10,11 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::header::HOST;
 use hyper::{Method, Request};
 use rustix::process::{Pid, Signal, kill_process};
-use spore_e2e::app::WORDY;
-use spore_e2e::{Answer, AppFolder, Platform, Visitor, available, memory, raw, until};
+use spore_e2e::app::{STAYS_AWAKE, WORDY};
+use spore_e2e::{Answer, Platform, Visitor, available, memory, raw, until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-const STAYS_AWAKE: &str = "[idle]\nafter = \"10m\"\n";
 /// VMs that became ready.
 const WAKES: &str = "spore_wake_seconds_count{phase=\"total\"}";
 const MIB: usize = 1024 * 1024;
@@ -223,8 +222,7 @@ async fn an_app_whose_visitors_left_sleeps_again() -> Result<()> {
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("wordy", WORDY, "[idle]\nafter = \"2s\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("wordy", WORDY, "[idle]\nafter = \"2s\"\n")?;
     let asleep = || Ok(platform.vm_processes()?.is_empty());
     until(60, asleep).await.context("asleep after the deploy")?;
 
@@ -310,8 +308,7 @@ async fn slow_visitors_hold_up_nobody(platform: &Platform) -> Result<()> {
 }
 
 fn deploy(platform: &Platform, name: &str) -> Result<()> {
-    let folder = AppFolder::python(name, WORDY, STAYS_AWAKE)?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy(name, WORDY, STAYS_AWAKE)?;
     Ok(())
 }
 

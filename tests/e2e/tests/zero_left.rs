@@ -6,8 +6,8 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use spore_e2e::app::SELF_PORTRAIT;
-use spore_e2e::{AppFolder, Platform, available, platform};
+use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
+use spore_e2e::{Platform, available, platform};
 
 /// Set for the process that plays the story that is killed.
 const VICTIM: &str = "SPORE_E2E_VICTIM";
@@ -62,8 +62,7 @@ async fn nothing_is_left_after_the_suite() -> Result<()> {
 )]
 async fn be_the_victim() -> Result<()> {
     let platform = Platform::start().await?;
-    let folder = AppFolder::python("portrait", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
-    platform.cli(&["deploy", &folder.argument()])?;
+    platform.deploy("portrait", SELF_PORTRAIT, STAYS_AWAKE)?;
     platform.visitor().get("portrait.localhost", "/").await?;
     let pids = platform.vm_pids()?;
     let pids: Vec<_> = pids.iter().map(ToString::to_string).collect();
