@@ -1,4 +1,4 @@
-"""Answers with what this incarnation is, so that a story can tell one from another."""
+"""Answers with what this VM is, so that a story can tell one from another."""
 
 import json
 import os

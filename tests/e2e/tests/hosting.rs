@@ -20,7 +20,7 @@ async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
     let again = visitor.get(host, "/").await?;
     ensure!(
         boot_id(&again.body)? == boot_id(&first.body)?,
-        "one incarnation serves both"
+        "one VM serves both"
     );
 
     platform.cli(&["stop", "portrait"])?;
@@ -33,7 +33,7 @@ async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
     ensure!(woken.status == 200, "{woken:?}");
     ensure!(
         boot_id(&woken.body)? != boot_id(&first.body)?,
-        "a wake is a new incarnation"
+        "a wake is a new VM"
     );
     let timing = woken
         .header("server-timing")

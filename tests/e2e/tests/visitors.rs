@@ -78,7 +78,7 @@ async fn recycled_vm_never_answers_for_another_app() -> Result<()> {
     let visitor = platform.visitor();
     let mut own = [visitor.open().await?, visitor.open().await?];
     let mut shared = visitor.open().await?;
-    let mut incarnations = BTreeSet::new();
+    let mut vms = BTreeSet::new();
     for swap in 0..20 {
         let (awake, asleep) = (swap % 2, (swap + 1) % 2);
         platform.cli(&["stop", names[asleep]])?;
@@ -91,11 +91,11 @@ async fn recycled_vm_never_answers_for_another_app() -> Result<()> {
             ensure!(answer.status == 200, "{answer:?}");
             let (name, boot) = answer.body.split_once(' ').context("name and boot id")?;
             ensure!(name == names[awake], "{} for {host}", answer.body);
-            incarnations.insert(boot.to_owned());
+            vms.insert(boot.to_owned());
         }
     }
-    // The first app asked was awake since its deployment; every other swap is a new incarnation.
-    ensure!(incarnations.len() == 20, "{}", incarnations.len());
+    // The first app asked was awake since its deployment; every other swap is a new VM.
+    ensure!(vms.len() == 20, "{}", vms.len());
     platform.end()
 }
 

@@ -88,7 +88,7 @@ pub(crate) struct App {
     reported_busy: bool,
 }
 
-/// The connections to one incarnation.
+/// The connections to one VM, as in the gateway.
 pub(crate) struct Incarnation {
     pub(crate) gone: CancellationToken,
     pub(crate) held: Mutex<Kept>,

@@ -19,7 +19,7 @@ use crate::link::Stream;
 /// How long a request waits for the first table of routes.
 const FIRST_TABLE: Duration = Duration::from_secs(10);
 
-/// Requests in flight at once for one incarnation.
+/// Requests in flight at once for one VM.
 const IN_FLIGHT_MAX: u32 = 64;
 
 /// The most bytes of an answer.
