@@ -1,8 +1,9 @@
 //! One request, from the moment its head is read until its answer is on its way.
 //!
 //! Called by `listen.rs` for every request of every connection. Decides nothing about wakes (that
-//! is `wake/`), and never sends a request twice: a connection that closes before a byte was
-//! written gives the request back, any other failure is answered with 502.
+//! is `wake/`), and never sends a request twice: a connection that is refused is tried again for
+//! a while, one that closes before a byte was written gives the request back, any other failure is
+//! answered with 502.
 //!
 //! ```text
 //!   host ──▶ route ──▶ enter ──Now──▶ connection: idle one or new ──▶ exchange ──▶ answer
@@ -21,14 +22,15 @@ use hyper::body::{Body as _, Incoming};
 use hyper::upgrade::OnUpgrade;
 use spore_wire::gateway::{Admission, Phase};
 use tokio::time::{Duration, Instant};
-use tracing::Instrument as _;
+use tracing::field::Empty;
+use tracing::{Instrument as _, Span};
 
 use crate::Gateway;
 use crate::activity::InFlight;
 use crate::body::{AnswerBody, AppBody, BodyProgress, Hold, RequestBody, Transport};
 use crate::feed::ConnectError;
 use crate::header::{self, Framing};
-use crate::limits::CLIENT_CHECK_PACE;
+use crate::limits::{CLIENT_CHECK_PACE, REFUSED_PAUSE_MAX, REFUSED_PAUSE_MIN};
 use crate::listen::{Client, Turn};
 use crate::page::{self, Form, Trouble};
 use crate::pool::{ExchangeError, Upstream};
@@ -224,11 +226,11 @@ async fn deliver(
         let (mut upstream, kept) = match in_flight.incarnation().take() {
             Some(upstream) => (upstream, Kept::Before),
             None => match open(gateway, &in_flight, deadline.at())
-                .instrument(tracing::debug_span!("connect"))
+                .instrument(tracing::debug_span!("connect", refused = Empty))
                 .await?
             {
                 Some(upstream) => (upstream, Kept::Now),
-                // It ended meanwhile; nothing was sent, so the next one may be woken.
+                // It serves no longer; nothing was sent, so the next one may be woken.
                 None => continue,
             },
         };
@@ -334,31 +336,69 @@ async fn wait(
     }
 }
 
-/// A new connection; `None` when the VM ended meanwhile.
+/// What became of one try to connect.
+enum Connected {
+    Open(Upstream),
+    Refused(ConnectError),
+    /// The VM ended meanwhile.
+    Gone,
+}
+
+/// A new connection; `None` when the VM serves no longer. An app that refuses may have crashed, and
+/// its agent then starts it again: nothing was sent, so it is tried again for a while.
 async fn open(
     gateway: &Gateway,
     in_flight: &InFlight,
     deadline: Instant,
 ) -> Result<Option<Upstream>, Trouble> {
     let incarnation = in_flight.incarnation();
+    let mut pause = REFUSED_PAUSE_MIN;
+    for refused in 1_u32.. {
+        let error = match connect(gateway, in_flight, deadline).await? {
+            Connected::Open(upstream) => return Ok(Some(upstream)),
+            Connected::Gone => return Ok(None),
+            Connected::Refused(error) => error,
+        };
+        Span::current().record("refused", refused);
+        let patience = incarnation.refused() + gateway.limits.refused_patience;
+        let again = Instant::now() + pause;
+        if again > patience.min(deadline) {
+            let vm = incarnation.vm();
+            let error: &dyn std::error::Error = &error;
+            tracing::info!(%vm, refused, error, "no connection to an app");
+            break;
+        }
+        tokio::select! {
+            () = tokio::time::sleep_until(again) => {}
+            () = incarnation.gone() => return Ok(None),
+        }
+        if incarnation.is_retired() {
+            return Ok(None);
+        }
+        pause = (pause * 2).min(REFUSED_PAUSE_MAX);
+    }
+    Err(Trouble::ConnectFailed)
+}
+
+async fn connect(
+    gateway: &Gateway,
+    in_flight: &InFlight,
+    deadline: Instant,
+) -> Result<Connected, Trouble> {
+    let incarnation = in_flight.incarnation();
     let connecting = gateway.feed.connect(incarnation.vm());
     let connected = tokio::select! {
         connected = tokio::time::timeout_at(deadline, connecting) => connected,
-        () = incarnation.gone() => return Ok(None),
+        () = incarnation.gone() => return Ok(Connected::Gone),
     };
     match connected {
         Ok(Ok(stream)) => match incarnation.adopt(stream).await {
-            Some(Ok(upstream)) => Ok(Some(upstream)),
+            Some(Ok(upstream)) => Ok(Connected::Open(upstream)),
             Some(Err(error)) => Err(failed(in_flight, &error)),
-            None => Ok(None),
+            None => Ok(Connected::Gone),
         },
-        Ok(Err(ConnectError::Gone)) => Ok(None),
-        Ok(Err(error)) => {
-            let vm = incarnation.vm();
-            let error: &dyn std::error::Error = &error;
-            tracing::info!(%vm, error, "no connection to an app");
-            Err(Trouble::ConnectFailed)
-        }
+        Ok(Err(ConnectError::Gone)) => Ok(Connected::Gone),
+        Ok(Err(error)) => Ok(Connected::Refused(error)),
         Err(_elapsed) => Err(Trouble::ConnectSlow),
     }
 }

@@ -46,6 +46,9 @@ pub struct Limits {
     /// How long an idle connection to an app is kept: below the five seconds after which common
     /// servers close theirs, since a request that meets the closing cannot be sent again.
     pub idle_connection_age_max: Duration,
+    /// How long requests wait for an app that refuses every connection, from its first refusal on:
+    /// its agent starts a crashed one again, at first within a second.
+    pub refused_patience: Duration,
     /// How long a request waits for the first table of routes, which is not there in the moment
     /// after a start.
     pub first_table_timeout: Duration,
@@ -70,6 +73,7 @@ impl Default for Limits {
             in_flight_max: 2_048,
             idle_connections_max: 128,
             idle_connection_age_max: Duration::from_secs(4),
+            refused_patience: Duration::from_secs(5),
             first_table_timeout: Duration::from_secs(10),
         }
     }
@@ -98,6 +102,12 @@ pub(crate) const FEED_STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long accepting pauses after it failed.
 pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The first pause before a refused connection is tried again; it doubles each time.
+pub(crate) const REFUSED_PAUSE_MIN: Duration = Duration::from_millis(50);
+
+/// The longest pause before a refused connection is tried again.
+pub(crate) const REFUSED_PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// How often a waiting request looks whether its client is still there. A client whose request
 /// has an unread body is not seen leaving otherwise.

@@ -36,6 +36,8 @@ pub(crate) struct Incarnation {
     sockets: Mutex<HashMap<u64, SocketHandle>>,
     next_socket: AtomicU64,
     retired: AtomicBool,
+    /// The first refusal since the app accepted a connection.
+    refused_since: Mutex<Option<Instant>>,
     gone: CancellationToken,
 }
 
@@ -73,6 +75,7 @@ impl Incarnation {
             sockets: Mutex::new(HashMap::new()),
             next_socket: AtomicU64::new(0),
             retired: AtomicBool::new(false),
+            refused_since: Mutex::new(None),
             gone: CancellationToken::new(),
         }
     }
@@ -95,6 +98,16 @@ impl Incarnation {
         self.retired.store(true, Ordering::Release);
         let idle = std::mem::take(&mut *lock(&self.idle));
         drop(idle);
+    }
+
+    /// Whether it serves no longer, or not for now.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    /// A connection was refused; gives since when all were.
+    pub(crate) fn refused(&self) -> Instant {
+        *lock(&self.refused_since).get_or_insert_with(Instant::now)
     }
 
     /// Admits again after the daemon changed its mind about a reap.
@@ -124,13 +137,13 @@ impl Incarnation {
 
     /// Keeps a connection for the next request, when it can serve one.
     pub(crate) fn put(&self, mut upstream: Upstream, limits: &Limits) {
-        if self.retired.load(Ordering::Acquire) || !upstream.is_usable() {
+        if self.is_retired() || !upstream.is_usable() {
             return;
         }
         upstream.idle_since = Some(Instant::now());
         let mut idle = lock(&self.idle);
         // Looked at again under the lock, since `retire` empties the list under it.
-        if idle.len() < limits.idle_connections_max && !self.retired.load(Ordering::Acquire) {
+        if idle.len() < limits.idle_connections_max && !self.is_retired() {
             idle.push(upstream);
         } else {
             drop(idle);
@@ -165,6 +178,7 @@ impl Incarnation {
         self: &Arc<Self>,
         stream: TcpStream,
     ) -> Option<Result<Upstream, hyper::Error>> {
+        *lock(&self.refused_since) = None;
         let socket = Socket::new(stream);
         let id = self.next_socket.fetch_add(1, Ordering::Relaxed);
         let handle = socket.handle();

@@ -1,11 +1,12 @@
 //! Stories of VMs that come and go, and of daemons that do.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use spore_gateway::Limits;
 use spore_wire::gateway::{FromGateway, ToGateway};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 use crate::app::App;
 use crate::client::{Client, request};
@@ -406,4 +407,88 @@ async fn drip(mut client: Client) -> Duration {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     began.elapsed()
+}
+
+/// An address that refuses connections for as long as the socket lives.
+fn refusing() -> (TcpSocket, SocketAddr) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap();
+    (socket, address)
+}
+
+const fn is_connect(heard: &FromGateway) -> bool {
+    matches!(heard, FromGateway::Connect { .. })
+}
+
+#[tokio::test]
+async fn a_request_waits_for_an_app_that_is_started_again_and_is_sent_once() {
+    let (rig, daemon, app) = serving(Limits::default()).await;
+    let (_socket, crashed) = refusing();
+    daemon.on_wake("app", vm(1), crashed);
+    let mut client = Client::connect(rig.address).await;
+    let visit = tokio::spawn(async move { client.get("app", "/tag").await });
+    let tried = daemon.heard(3, is_connect);
+    let tried = tokio::time::timeout(Duration::from_secs(5), tried).await;
+    tried.expect("a refused connection is tried again");
+    daemon.place(vm(1), app.address);
+    let answer = visit.await.unwrap();
+    assert_eq!((answer.status, answer.text()), (200, "app"));
+    assert_eq!((app.requests("/tag"), daemon.wakes("app")), (1, 1));
+}
+
+#[tokio::test]
+async fn an_app_that_never_listens_is_a_502_in_the_end_and_at_once_from_then_on() {
+    let limits = Limits {
+        refused_patience: Duration::from_millis(400),
+        ..Limits::default()
+    };
+    let (rig, daemon, app) = serving(limits).await;
+    let (_socket, deaf) = refusing();
+    daemon.on_wake("app", vm(1), deaf);
+    let mut client = Client::connect(rig.address).await;
+    let answer = client.get("app", "/tag").await;
+    assert_eq!(answer.status, 502);
+    assert!(
+        answer.text().contains("app_not_listening"),
+        "{}",
+        answer.text()
+    );
+    let tried = daemon.count(is_connect);
+    assert!(tried > 1, "{tried}");
+    // The patience is the app's, not each request's: nobody else waits in vain.
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert_eq!(client.get("app", "/tag").await.status, 502);
+    assert_eq!(daemon.count(is_connect), tried + 1);
+    // Once it accepted, it has that patience again.
+    daemon.place(vm(1), app.address);
+    assert_eq!(client.get("app", "/tag").await.status, 200);
+    drop(app);
+    daemon.place(vm(1), deaf);
+    // The closing has arrived once the loopback had a moment.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let before = daemon.count(is_connect);
+    assert_eq!(client.get("app", "/tag").await.status, 502);
+    assert!(daemon.count(is_connect) > before + 1);
+}
+
+#[tokio::test]
+async fn a_refused_request_follows_its_app_to_the_next_vm() {
+    for force in [false, true] {
+        let (rig, daemon, app) = serving(Limits::default()).await;
+        let (_socket, crashed) = refusing();
+        daemon.on_wake("app", vm(1), crashed);
+        let mut client = Client::connect(rig.address).await;
+        let visit = tokio::spawn(async move { client.get("app", "/tag").await });
+        daemon.heard(1, is_connect).await;
+        daemon.on_wake("app", vm(2), app.address);
+        if force {
+            assert_eq!(daemon.reap("app", vm(1), force).await, Reap::Reaped);
+        } else {
+            assert_eq!(daemon.reap("app", vm(1), force).await, Reap::Busy);
+            daemon.gone("app", vm(1));
+        }
+        assert_eq!(visit.await.unwrap().status, 200);
+        assert_eq!((app.requests("/tag"), daemon.wakes("app")), (1, 2));
+    }
 }
