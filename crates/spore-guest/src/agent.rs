@@ -185,7 +185,11 @@ impl<M: Machine> Agent<M> {
             match &stream.job {
                 Job::Exec(exec) => exec.interest(&mut interest, &stream.window, room),
                 Job::Read(_) if FileReader::can_go_on(&stream.window, room) => interest.at(now_ms),
-                Job::Logs { cursor } if room && *cursor < self.app.log().last() => {
+                Job::Logs { cursor }
+                    if room
+                        && stream.window.may_send_frame()
+                        && *cursor < self.app.log().last() =>
+                {
                     interest.at(now_ms);
                 }
                 Job::Read(_) | Job::Logs { .. } | Job::Write(_) | Job::StopApp => {}
@@ -242,7 +246,9 @@ impl<M: Machine> Agent<M> {
         match input {
             Input::Hello { nonce, .. } => self.begin_session(nonce, now_ms),
             Input::Broken(_) => self.end_session(),
-            Input::Ping(token) => self.outbox.message(0, &AgentMessage::Pong { token }),
+            Input::Ping(token) => {
+                self.outbox.message(0, &AgentMessage::Pong { token });
+            }
             Input::Open(stream, request) => self.open(stream, *request, now_ms),
             Input::Refuse(stream, error) => match self.admit(stream) {
                 Ok(()) => self.fail(stream, error),
@@ -651,10 +657,13 @@ fn pump(
             .map(|exit| Ok(Reply::Exit(exit))),
         Job::Read(file) => file.pump(number, window, outbox).transpose(),
         Job::Logs { cursor } => {
+            // Bounded by credit and not by the port: its queue holds 32 MiB of the kernel's memory
+            // (1,024 buffers of up to 32 KiB), while the host takes its time.
             while outbox.has_room()
+                && window.may_send_frame()
                 && let Some(batch) = app.log().batch(cursor)
             {
-                outbox.message(number, &AgentMessage::Logs(batch));
+                window.sent(outbox.message(number, &AgentMessage::Logs(batch)));
             }
             None
         }

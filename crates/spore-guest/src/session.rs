@@ -198,8 +198,9 @@ impl Outbox {
     }
 
     /// Adds a message. One that does not fit a frame is a bug of the caller's limits, and becomes
-    /// an error on the same stream instead of ending the VM.
-    pub fn message(&mut self, stream: u32, message: &AgentMessage) {
+    /// an error on the same stream instead of ending the VM. Gives the bytes that it takes, which
+    /// only log records have to be paid for with credit.
+    pub fn message(&mut self, stream: u32, message: &AgentMessage) -> usize {
         let text = serde_json::to_vec(message).unwrap_or_default();
         if text.is_empty() || text.len() > FRAME_BYTES_MAX {
             let error = AgentMessage::Error(AgentError {
@@ -208,9 +209,10 @@ impl Outbox {
             });
             let text = serde_json::to_vec(&error).unwrap_or_default();
             self.frame(stream, FrameKind::Message, &text);
-            return;
+            return text.len();
         }
         self.frame(stream, FrameKind::Message, &text);
+        text.len()
     }
 
     /// Adds bytes of a stream, in as many frames as they need.
@@ -293,6 +295,12 @@ impl Window {
     #[must_use]
     pub const fn may_send(&self) -> usize {
         self.send as usize
+    }
+
+    /// Whether a whole frame may be sent now, as log records need it.
+    #[must_use]
+    pub const fn may_send_frame(&self) -> bool {
+        self.send as usize >= FRAME_BYTES_MAX
     }
 
     /// Notes that so much was sent, at most [`Window::may_send`].

@@ -19,7 +19,8 @@
 //!
 //! Only the host opens streams. A request that carries or returns bytes uses `Data` frames on its
 //! stream, at most [`CREDIT_BYTES`] ahead of the receiver's `Credit` messages, in each direction,
-//! so one stream cannot starve the others. `End` closes the sender's direction. `Cancel` ends a
+//! so one stream cannot starve the others. The payload of a `Logs` message counts as such bytes;
+//! no other message does. `End` closes the sender's direction. `Cancel` ends a
 //! stream from the host's side: the agent kills what it started for it and answers nothing more.
 
 use serde::{Deserialize, Serialize};

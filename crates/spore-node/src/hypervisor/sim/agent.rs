@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use data_encoding::HEXLOWER_PERMISSIVE;
-use spore_wire::frame::{Decoder, Frame, FrameError, FrameKind, SYNC_MARK, encode};
+use spore_wire::frame::{Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, SYNC_MARK, encode};
 use spore_wire::generation::GENERATION;
 use spore_wire::guest::{
     AgentError, AgentErrorCode, AgentHello, AgentMessage, AgentStatus, AppStatus, CREDIT_BYTES,
@@ -437,7 +437,12 @@ impl Job {
                     records,
                     dropped: 0,
                 };
-                self.send(message(self.stream, &AgentMessage::Logs(batch)));
+                let bytes = message(self.stream, &AgentMessage::Logs(batch));
+                let payload = u32::try_from(bytes.len() - HEADER_BYTES).unwrap_or(u32::MAX);
+                if let Ok(permit) = self.credit.acquire_many(payload).await {
+                    permit.forget();
+                }
+                self.send(bytes);
             } else {
                 printed.await;
             }

@@ -1,7 +1,7 @@
 //! What a guest made us hold for one stream, and how much work it may make us do.
 //!
-//! Used by the session alone. Every field is bounded: bytes by credit, log batches by number, the
-//! rest by nature. What an agent may rightly say without end (news, log) is taken at a pace; what
+//! Used by the session alone. Every field is bounded: bytes and log batches by credit, the rest by
+//! nature. What an agent may rightly say without end (news, log) is taken at a pace; what
 //! no agent says in number ends the session.
 
 use core::time::Duration;
@@ -12,9 +12,6 @@ use spore_wire::guest::{AgentError, CREDIT_BYTES, LogBatch, OutputKind, Reply};
 use tokio::time::Instant;
 
 use super::session::SessionError;
-
-/// Log batches that wait for their reader; more are dropped and counted.
-const LOG_BATCHES_MAX: usize = 16;
 
 /// News that a guest may tell in a burst, and how long each one beyond costs it.
 const NEWS_BURST: u32 = 100;
@@ -73,7 +70,8 @@ pub(super) struct Inbox {
     pub(super) credit: usize,
     /// Whether log batches may come.
     pub(super) asked: Asked,
-    pub(super) logs: VecDeque<LogBatch>,
+    /// With what each took of the credit.
+    pub(super) logs: VecDeque<(LogBatch, usize)>,
     pub(super) logs_dropped: u64,
     /// Whether `of` was told and no byte has come since.
     of_is_news: bool,
@@ -208,24 +206,47 @@ impl Inbox {
         }
     }
 
-    pub(super) fn push_logs(&mut self, batch: LogBatch) -> Result<Worth, SessionError> {
+    /// Log records are paid for by credit, which bounds what waits here and on the way, and by the
+    /// pace, which bounds how many come in a second.
+    pub(super) fn push_logs(
+        &mut self,
+        batch: LogBatch,
+        payload: usize,
+    ) -> Result<Worth, SessionError> {
         if self.asked != Asked::Logs {
             return Err(SessionError::Protocol("log records that nobody asked for"));
         }
+        let Some(allowed) = self.allowed.checked_sub(payload) else {
+            return Err(SessionError::Protocol("more log than was allowed"));
+        };
+        self.allowed = allowed;
         if batch.records.is_empty() {
             self.logs_dropped = self.logs_dropped.saturating_add(batch.dropped);
+            self.owed += payload;
             return Ok(Worth::Waste);
         }
-        if self.logs.len() < LOG_BATCHES_MAX {
-            self.logs.push_back(batch);
-        } else {
-            let records = u64::try_from(batch.records.len()).unwrap_or(u64::MAX);
-            self.logs_dropped = self
-                .logs_dropped
-                .saturating_add(batch.dropped)
-                .saturating_add(records);
-        }
+        self.logs.push_back((batch, payload));
         Ok(Worth::Unasked)
+    }
+
+    /// The oldest log records that wait.
+    pub(super) fn pop_logs(&mut self) -> Option<LogBatch> {
+        let (mut batch, payload) = self.logs.pop_front()?;
+        self.owed += payload;
+        let dropped = core::mem::take(&mut self.logs_dropped);
+        batch.dropped = batch.dropped.saturating_add(dropped);
+        Some(batch)
+    }
+
+    /// How much to give back now: nothing until there is enough of it, or when it is over.
+    pub(super) fn give(&mut self) -> Option<u32> {
+        let open = self.outcome.is_none() && !self.ended;
+        if !open || self.owed < CREDIT_BYTES as usize / 4 {
+            return None;
+        }
+        let owed = core::mem::take(&mut self.owed);
+        self.allowed += owed;
+        Some(u32::try_from(owed).unwrap_or(CREDIT_BYTES))
     }
 
     pub(super) fn pop(&mut self) -> Option<(OutputKind, Vec<u8>)> {

@@ -20,8 +20,8 @@ use spore_wire::frame::{
 };
 use spore_wire::generation::{GENERATION, is_served};
 use spore_wire::guest::{
-    AgentError, AgentHello, AgentMessage, CREDIT_BYTES, Event, HostHello, HostMessage, LogBatch,
-    OutputKind, Reply, Request,
+    AgentError, AgentHello, AgentMessage, Event, HostHello, HostMessage, LogBatch, OutputKind,
+    Reply, Request,
 };
 use thiserror::Error;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
@@ -525,7 +525,7 @@ fn take_in(inbox: &mut Inbox, frame: &Frame) -> Result<Worth, SessionError> {
         FrameKind::Message => match decode(frame)? {
             AgentMessage::Credit { bytes } => Ok(inbox.credit(bytes)),
             AgentMessage::Output { of } => Ok(inbox.switch(of)),
-            AgentMessage::Logs(batch) => inbox.push_logs(batch),
+            AgentMessage::Logs(batch) => inbox.push_logs(batch, frame.payload.len()),
             AgentMessage::Reply { reply } => {
                 inbox.outcome = Some(Ok(reply));
                 Ok(Worth::Unasked)
@@ -573,37 +573,30 @@ impl Stream {
                 None => None,
             })
             .await?;
-        let give = {
-            let mut inbox = lock(&self.state.inbox);
-            let due = inbox.owed >= CREDIT_BYTES as usize / 4;
-            let open = inbox.outcome.is_none() && !inbox.ended;
-            if due && open {
-                let owed = core::mem::take(&mut inbox.owed);
-                inbox.allowed += owed;
-                u32::try_from(owed).unwrap_or(CREDIT_BYTES)
-            } else {
-                0
-            }
-        };
-        if give > 0 {
-            self.tell(&HostMessage::Credit { bytes: give }).await?;
-        }
+        self.give_back().await?;
         Ok(chunk)
+    }
+
+    /// Gives what was taken back as credit, if it is time.
+    async fn give_back(&self) -> Result<(), StreamError> {
+        let given = lock(&self.state.inbox).give();
+        match given {
+            Some(bytes) => self.tell(&HostMessage::Credit { bytes }).await,
+            None => Ok(()),
+        }
     }
 
     /// The next log records; `None` when the agent ended the stream.
     pub(crate) async fn next_logs(&self) -> Result<Option<LogBatch>, StreamError> {
-        self.when(|inbox| match inbox.logs.pop_front() {
-            Some(mut batch) => {
-                batch.dropped = batch
-                    .dropped
-                    .saturating_add(core::mem::take(&mut inbox.logs_dropped));
-                Some(Some(batch))
-            }
-            None if inbox.outcome.is_some() => Some(None),
-            None => None,
-        })
-        .await
+        let batch = self
+            .when(|inbox| match inbox.pop_logs() {
+                Some(batch) => Some(Some(batch)),
+                None if inbox.outcome.is_some() => Some(None),
+                None => None,
+            })
+            .await?;
+        self.give_back().await?;
+        Ok(batch)
     }
 
     /// How the request ended.

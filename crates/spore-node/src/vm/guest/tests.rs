@@ -4,11 +4,13 @@ use core::time::Duration;
 
 use data_encoding::HEXLOWER;
 use proptest::prelude::{Just, Strategy, any, prop, prop_assert, prop_oneof, proptest};
-use spore_wire::frame::{Decoder, Frame, FrameKind, PREAMBLE_BYTES, SYNC_MARK, encode};
+use spore_wire::frame::{
+    Decoder, Frame, FrameKind, HEADER_BYTES, PREAMBLE_BYTES, SYNC_MARK, encode,
+};
 use spore_wire::generation::GENERATION;
 use spore_wire::guest::{
-    AgentHello, AgentMessage, AppStatus, CREDIT_BYTES, Event, HostMessage, LogBatch, LogRecord,
-    OutputKind, Reply, Request,
+    AgentHello, AgentMessage, AppStatus, CREDIT_BYTES, Event, HostMessage, LOG_LINE_BYTES_MAX,
+    LogBatch, LogRecord, OutputKind, Reply, Request,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::sync::mpsc;
@@ -272,42 +274,62 @@ async fn a_sender_waits_for_credit() {
     assert_eq!(got, bytes.len());
 }
 
+/// A message with one log record, and how many bytes of credit it takes.
+fn logged(sequence: u64, text: &str) -> (Vec<u8>, usize) {
+    let record = LogRecord {
+        sequence,
+        at_us: 0,
+        from: OutputKind::Stdout,
+        text: text.to_owned(),
+        continues: false,
+    };
+    let batch = LogBatch {
+        records: vec![record],
+        dropped: 0,
+    };
+    let bytes = message(1, &AgentMessage::Logs(batch));
+    let payload = bytes.len() - HEADER_BYTES;
+    (bytes, payload)
+}
+
 #[tokio::test(start_paused = true)]
-async fn log_batches_that_nobody_reads_are_counted() {
+async fn log_records_take_credit_and_give_it_back_when_they_are_read() {
     let mut channel = open().await;
-    let stream = channel
-        .session
-        .request(Request::Logs { after: 0 })
-        .await
-        .unwrap();
-    for sequence in 1..=100 {
-        let record = LogRecord {
-            sequence,
-            at_us: 0,
-            from: OutputKind::Stdout,
-            text: "x".to_owned(),
-            continues: false,
-        };
-        let batch = LogBatch {
-            records: vec![record],
-            dropped: 0,
-        };
-        channel
-            .agent
-            .send(&message(1, &AgentMessage::Logs(batch)))
-            .await;
+    let asked = Request::Logs { after: 0 };
+    let stream = channel.session.request(asked).await.unwrap();
+    channel.agent.next_message().await;
+    let text = "x".repeat(LOG_LINE_BYTES_MAX);
+    let (mut sent, mut records) = (0, 0);
+    loop {
+        let (bytes, payload) = logged(records + 1, &text);
+        if sent + payload > CREDIT_BYTES as usize {
+            break;
+        }
+        channel.agent.send(&bytes).await;
+        sent += payload;
+        records += 1;
     }
-    let bytes = message(1, &AgentMessage::Reply { reply: Reply::Done });
-    channel.agent.send(&bytes).await;
-    stream.outcome().await.unwrap().unwrap();
-    let mut records = 0;
-    let mut dropped = 0;
-    while let Some(batch) = stream.next_logs().await.unwrap() {
-        records += batch.records.len();
-        dropped += usize::try_from(batch.dropped).unwrap();
+    for sequence in 1..=records {
+        let batch = stream.next_logs().await.unwrap().unwrap();
+        assert_eq!((batch.records[0].sequence, batch.dropped), (sequence, 0));
     }
-    assert_eq!(records + dropped, 100);
-    assert!(dropped > 0);
+    let HostMessage::Credit { bytes } = channel.agent.next_message().await.1 else {
+        panic!("no credit");
+    };
+    assert!(bytes >= CREDIT_BYTES / 4 && bytes as usize <= sent);
+}
+
+#[tokio::test(start_paused = true)]
+async fn log_beyond_the_credit_ends_the_session() {
+    let mut channel = open().await;
+    let asked = Request::Logs { after: 0 };
+    let _unread = channel.session.request(asked).await.unwrap();
+    let (bytes, payload) = logged(1, &"x".repeat(LOG_LINE_BYTES_MAX));
+    for _record in 0..=CREDIT_BYTES as usize / payload {
+        channel.agent.send(&bytes).await;
+    }
+    let why = channel.session.over().await;
+    assert!(why.contains("more log than was allowed"), "{why}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -463,7 +485,7 @@ async fn a_flood_of_log_is_taken_at_a_pace_and_bytes_that_were_asked_for_are_not
     };
     let log = message(1, &AgentMessage::Logs(batch));
     let data = frame(3, FrameKind::Data, &[7; 32_768]);
-    let mut channel = open().await;
+    let channel = open().await;
     let logs = channel
         .session
         .request(Request::Logs { after: 0 })
@@ -472,8 +494,10 @@ async fn a_flood_of_log_is_taken_at_a_pace_and_bytes_that_were_asked_for_are_not
     let file = channel.session.request(Request::Status).await.unwrap();
     let total = 64 << 20;
     let begun = tokio::time::Instant::now();
+    let mut agent = channel.agent;
     for _frame in 0..total / log.len() {
-        channel.agent.send(&log).await;
+        agent.send(&log).await;
+        logs.next_logs().await.unwrap().unwrap();
     }
     let taken = begun.elapsed();
     assert!(
@@ -482,7 +506,6 @@ async fn a_flood_of_log_is_taken_at_a_pace_and_bytes_that_were_asked_for_are_not
     );
     let begun = tokio::time::Instant::now();
     let mut got = 0;
-    let mut agent = channel.agent;
     let sending = async {
         for _frame in 0..total / 32_768 {
             agent.send(&data).await;
