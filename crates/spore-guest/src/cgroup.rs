@@ -71,7 +71,7 @@ pub enum Groups {
 }
 
 /// The processes of the app or of one exec.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum Group {
     /// A cgroup of their own.
     Cgroup(PathBuf),
@@ -180,15 +180,6 @@ impl Group {
         }
     }
 
-    /// Whether it is the same one.
-    #[must_use]
-    pub fn is(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Cgroup(one), Self::Cgroup(two)) => one == two,
-            _ => false,
-        }
-    }
-
     /// Notes the first process.
     pub fn started(&mut self, first: Pid) {
         if let Self::Session(leader) = self {
@@ -255,23 +246,21 @@ impl Group {
 /// The kills for want of memory in the text of a `memory.events` file.
 #[must_use]
 pub fn oom_kills(events: &str) -> u64 {
-    events
-        .lines()
-        .find_map(|line| line.strip_prefix("oom_kill "))
-        .and_then(|count| count.trim().parse().ok())
-        .unwrap_or(0)
+    field(events, "oom_kill").unwrap_or(0)
 }
 
 /// The bytes that can be taken back, in the text of a `memory.stat` file: a tmpfs counts as files
 /// too, but has nowhere else to be.
 fn cached_bytes(stat: &str) -> u64 {
-    let bytes = |name: &str| {
-        let mut fields = stat.lines().filter_map(|line| line.split_once(' '));
-        let found = fields.find(|(field, _value)| *field == name);
-        found.and_then(|(_field, value)| value.trim().parse().ok())
-    };
-    let files: u64 = bytes("file").unwrap_or(0);
-    files.saturating_sub(bytes("shmem").unwrap_or(0))
+    let files = field(stat, "file").unwrap_or(0);
+    files.saturating_sub(field(stat, "shmem").unwrap_or(0))
+}
+
+/// One number of a flat keyed file (Documentation/admin-guide/cgroup-v2.rst).
+fn field(text: &str, name: &str) -> Option<u64> {
+    let mut fields = text.lines().filter_map(|line| line.split_once(' '));
+    let (_name, value) = fields.find(|(found, _value)| *found == name)?;
+    value.trim().parse().ok()
 }
 
 impl Stock {

@@ -294,7 +294,7 @@ impl Runner {
 
     /// Notes, for its end, that a group was ended for want of memory.
     pub fn was_starved(&mut self, group: &Group) {
-        self.starved |= self.group.as_ref().is_some_and(|own| own.is(group));
+        self.starved |= self.group.as_ref() == Some(group);
     }
 
     /// Says in the app's own log how it ended, unless it was told to.
