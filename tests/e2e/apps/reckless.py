@@ -1,4 +1,4 @@
-"""Does to its own VM what it is asked to: floods, fills, eats, forks, crashes, will not stop.
+"""Does to its own VM what it is asked to: floods, fills, eats, forks.
 
 Serves one request at a time in one thread, so that it needs no new thread to answer.
 """
@@ -11,10 +11,6 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 MIB = 1 << 20
-
-
-def say(text):
-    print(text, flush=True)
 
 
 def fork():
@@ -117,9 +113,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         verb, _, argument = self.path.strip("/").partition("/")
-        if verb == "exit":
-            say("leaving")
-            os._exit(int(argument))
         found = {
             "": seen,
             "orphans": lambda: orphans(int(argument)),

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::app::SELF_PORTRAIT;
-use crate::{AppFolder, Platform, Visitor};
+use crate::app::{SELF_PORTRAIT, STAYS_AWAKE};
+use crate::{Platform, Visitor};
 
 const HOST: &str = "neighbour.localhost";
 
@@ -42,8 +42,7 @@ impl Neighbour {
     /// # Errors
     /// When it cannot be deployed.
     pub fn move_in(platform: &Platform) -> Result<Self> {
-        let folder = AppFolder::python("neighbour", SELF_PORTRAIT, "[idle]\nafter = \"10m\"\n")?;
-        platform.cli(&["deploy", &folder.argument()])?;
+        platform.deploy("neighbour", SELF_PORTRAIT, STAYS_AWAKE)?;
         let ended = Arc::new(AtomicBool::new(false));
         let visits = tokio::spawn(visit(platform.visitor(), Arc::clone(&ended)));
         Ok(Self { ended, visits })

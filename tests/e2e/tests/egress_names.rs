@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
+use spore_e2e::app::STAYS_AWAKE;
 use spore_e2e::{Namespace, Platform, Site, available};
 use tokio::runtime::Handle;
 
@@ -176,7 +177,7 @@ async fn an_app_with_a_name_granted_reaches_what_it_leads_to_and_nothing_else() 
     };
     let platform = Platform::start_at(site).await?;
     let grants = format!("\"granted.example.com:{PORT}\", \"inward.example.com:{PORT}\"");
-    let manifest = format!("[idle]\nafter = \"10m\"\n[egress]\nallow = [{grants}]\n");
+    let manifest = format!("{STAYS_AWAKE}[egress]\nallow = [{grants}]\n");
     platform.deploy("prober", PROBER, &manifest)?;
 
     // The address that the name leads to is not granted by itself.
