@@ -12,15 +12,22 @@ pub struct AppFolder {
 }
 
 impl AppFolder {
-    /// A Python app. `manifest` is added behind the usual keys, so tables go there.
+    /// A Python app. `manifest` is added behind the usual keys, so tables go there. Unless it says
+    /// otherwise, the app has long to get ready: how fast it is depends on who else is on the
+    /// machine.
     ///
     /// # Errors
     /// When the folder cannot be written.
     pub fn python(name: &str, code: &str, manifest: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
+        let health = if manifest.contains("[health]") {
+            ""
+        } else {
+            "\n[health]\ntimeout = \"4m\"\n"
+        };
         let text = format!(
             "name = \"{name}\"\nimage = \"debian/python3\"\n\
-             command = [\"python3\", \"app.py\"]\nport = 8000\n{manifest}"
+             command = [\"python3\", \"app.py\"]\nport = 8000\n{manifest}{health}"
         );
         std::fs::write(folder.path().join("spore.toml"), text)?;
         std::fs::write(folder.path().join("app.py"), code)?;

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 const IDLE: Duration = Duration::from_secs(3);
 
 /// Longer than any wake in software emulation may take.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// The example's folder, where it sleeps sooner.
 fn folder() -> Result<TempDir> {
