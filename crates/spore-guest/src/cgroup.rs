@@ -1,10 +1,11 @@
 //! The groups in which a tenant's processes run, so that they can be bounded and killed whole.
 //!
-//! Called by [`crate::init`] (once), [`crate::runner`] and [`crate::exec`].
+//! Called by [`crate::init`] (once), [`crate::runner`], [`crate::exec`] and, to freeze them all, by
+//! [`crate::agent`].
 //!
 //! ```text
 //!   /sys/fs/cgroup            the agent (the root group has no limits)
-//!   └── tenant                memory.max, pids.max, memory.events
+//!   └── tenant                memory.max, pids.max, memory.events, cgroup.freeze
 //!       ├── app               the app's processes; pids.max
 //!       └── exec-N            one exec's processes; pids.max
 //! ```
@@ -112,6 +113,40 @@ impl Groups {
         write(&path.join("memory.oom.group"), "1")?;
         write(&path.join("pids.max"), &pids_max.to_string())?;
         Ok(Group::Cgroup(path))
+    }
+
+    /// Lets nobody of the tenant go on; [`Groups::is_frozen`] tells when they have all stopped.
+    ///
+    /// # Errors
+    /// `Unsupported` without cgroup2, and whatever the kernel answers.
+    pub fn freeze(&self) -> io::Result<()> {
+        match self {
+            Self::Unified { tenant, .. } => fs::write(tenant.join("cgroup.freeze"), "1"),
+            Self::ProcessGroups => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Lets everybody go on.
+    ///
+    /// # Errors
+    /// Whatever the kernel answers.
+    pub fn unfreeze(&self) -> io::Result<()> {
+        match self {
+            Self::Unified { tenant, .. } => fs::write(tenant.join("cgroup.freeze"), "0"),
+            Self::ProcessGroups => Ok(()),
+        }
+    }
+
+    /// Whether every process of the tenant stands still.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn is_frozen(&self) -> io::Result<bool> {
+        let Self::Unified { tenant, .. } = self else {
+            return Ok(false);
+        };
+        let events = fs::read_to_string(tenant.join("cgroup.events"))?;
+        Ok(events.lines().any(|line| line == "frozen 1"))
     }
 
     /// Where the kernel counts what it killed, as a file that can be polled for `PRI`.

@@ -11,11 +11,25 @@ pub fn monotonic_ms() -> u64 {
     whole(now.tv_sec) * 1000 + whole(now.tv_nsec) / 1_000_000
 }
 
+/// As [`monotonic_ms`], in microseconds: to measure with.
+#[must_use]
+pub fn monotonic_us() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    whole(now.tv_sec) * 1_000_000 + whole(now.tv_nsec) / 1000
+}
+
 /// Microseconds since the Unix epoch.
 #[must_use]
 pub fn realtime_us() -> u64 {
     let now = clock_gettime(ClockId::Realtime);
     whole(now.tv_sec) * 1_000_000 + whole(now.tv_nsec) / 1000
+}
+
+/// Nanoseconds since the Unix epoch.
+#[must_use]
+pub fn realtime_ns() -> u64 {
+    let now = clock_gettime(ClockId::Realtime);
+    whole(now.tv_sec) * 1_000_000_000 + whole(now.tv_nsec)
 }
 
 /// `ms` as the kernel wants a timeout.

@@ -1,4 +1,4 @@
-//! What a VM must renew before a tenant's first instruction: entropy, clock, names, resolver.
+//! What a VM must renew before a tenant's first instruction: entropy, clock, names, boot id.
 //!
 //! [`Real`] is the machine of [`crate::init`]; a step that fails fails the thaw, and the host ends
 //! the VM. Entropy comes first: whatever follows may use the kernel's random numbers.
@@ -7,19 +7,25 @@ use std::fs::File;
 use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
 
 use rustix::fs::{AtFlags, Mode, OFlags, fchmod, openat, renameat, unlinkat};
 use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::system::{RebootCommand, reboot, sethostname};
 use rustix::time::{ClockId, Timespec, clock_settime};
-use spore_wire::guest::{AgentError, AgentErrorCode, Thaw};
+use spore_wire::guest::{AgentError, AgentErrorCode, Thaw, ThawStep};
 
 use crate::agent::Machine;
 use crate::guest::{Guest, path_error, refused};
+use crate::view::BOOT_ID_FILE;
 use crate::{console, net, sys};
 
 /// The least entropy that is taken.
 const ENTROPY_BYTES_MIN: usize = 32;
+
+/// The longest name of an incarnation.
+const INCARNATION_BYTES_MAX: usize = 64;
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
@@ -28,24 +34,21 @@ const NANOSECONDS: u64 = 1_000_000_000;
 pub struct Real;
 
 impl Machine for Real {
-    fn thaw(&mut self, guest: &Guest, thaw: &Thaw) -> Result<(), AgentError> {
-        check(thaw)?;
-        let entropy = thaw.entropy.expose();
-        File::open("/dev/urandom")
-            .and_then(|random| sys::add_entropy(random.as_fd(), entropy))
-            .map_err(|error| refused("renew the kernel's entropy", &error))?;
-        let now = Timespec {
-            tv_sec: i64::try_from(thaw.realtime_ns / NANOSECONDS).unwrap_or(i64::MAX),
-            tv_nsec: i64::try_from(thaw.realtime_ns % NANOSECONDS).unwrap_or(0),
-        };
-        clock_settime(ClockId::Realtime, now)
-            .map_err(|errno| refused("set the clock", &errno.into()))?;
-        sethostname(thaw.hostname.as_bytes())
-            .map_err(|errno| refused("set the host name", &errno.into()))?;
-        for (name, text, mode) in files(thaw) {
-            put(guest, name, &text, mode)?;
+    fn check(&self, thaw: &Thaw) -> Result<(), AgentError> {
+        check(thaw)
+    }
+
+    fn renew(&mut self, guest: &Guest, step: ThawStep, thaw: &Thaw) -> Result<(), AgentError> {
+        match step {
+            ThawStep::Entropy => renew_entropy(thaw.entropy.expose()),
+            ThawStep::Clock => set_clock(thaw.realtime_ns),
+            ThawStep::Names => set_names(guest, thaw),
+            ThawStep::BootId => renew_boot_id(),
+            unknown => Err(AgentError {
+                code: AgentErrorCode::Unknown,
+                message: format!("thaw step {unknown:?}: this agent does not know it"),
+            }),
         }
-        Ok(())
     }
 
     fn power_off(&mut self) {
@@ -59,6 +62,56 @@ impl Machine for Real {
             console::say(&format!("cannot end the VM: {}", io::Error::from(errno)));
         }
     }
+}
+
+fn renew_entropy(entropy: &[u8]) -> Result<(), AgentError> {
+    File::open("/dev/urandom")
+        .and_then(|random| sys::add_entropy(random.as_fd(), entropy))
+        .map_err(|error| refused("renew the kernel's entropy", &error))
+}
+
+fn set_clock(realtime_ns: u64) -> Result<(), AgentError> {
+    let now = Timespec {
+        tv_sec: i64::try_from(realtime_ns / NANOSECONDS).unwrap_or(i64::MAX),
+        tv_nsec: i64::try_from(realtime_ns % NANOSECONDS).unwrap_or(0),
+    };
+    clock_settime(ClockId::Realtime, now).map_err(|errno| refused("set the clock", &errno.into()))
+}
+
+fn set_names(guest: &Guest, thaw: &Thaw) -> Result<(), AgentError> {
+    sethostname(thaw.hostname.as_bytes())
+        .map_err(|errno| refused("set the host name", &errno.into()))?;
+    for (name, text, mode) in files(thaw) {
+        put(guest, name, &text, mode)?;
+    }
+    Ok(())
+}
+
+/// The kernel's own boot id is the same in every fork; what the tenant reads in its place is a file
+/// of ours ([`crate::view`]), written over in place since the tenant's mount is of this inode.
+fn renew_boot_id() -> Result<(), AgentError> {
+    let failed = |error: io::Error| refused("renew the boot id", &error);
+    let mut bytes = [0_u8; 16];
+    getrandom(&mut bytes, GetRandomFlags::empty()).map_err(|errno| failed(errno.into()))?;
+    let file = File::options().write(true).open(BOOT_ID_FILE);
+    file.and_then(|file| file.write_all_at(boot_id_text(bytes).as_bytes(), 0))
+        .map_err(failed)
+}
+
+/// A random UUID (RFC 9562, version 4) as the kernel writes its own.
+fn boot_id_text(mut bytes: [u8; 16]) -> String {
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let number = u128::from_be_bytes(bytes);
+    let text = format!("{number:032x}");
+    let parts = [
+        &text[..8],
+        &text[8..12],
+        &text[12..16],
+        &text[16..20],
+        &text[20..],
+    ];
+    format!("{}\n", parts.join("-"))
 }
 
 fn check(thaw: &Thaw) -> Result<(), AgentError> {
@@ -77,6 +130,14 @@ fn check(thaw: &Thaw) -> Result<(), AgentError> {
     if hostname.is_empty() || hostname.len() > 64 || !hostname.chars().all(plain) {
         return Err(invalid(format!(
             "host name `{hostname}`: 1 to 64 letters, digits, `-` and `.` are expected"
+        )));
+    }
+    let incarnation = &thaw.incarnation;
+    let named = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if incarnation.len() > INCARNATION_BYTES_MAX || !incarnation.chars().all(named) {
+        return Err(invalid(format!(
+            "incarnation `{}`: at most 64 letters, digits and `-` are expected",
+            incarnation.escape_debug()
         )));
     }
     let digit = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
@@ -143,7 +204,7 @@ mod tests {
     use spore_wire::guest::{AgentErrorCode, Thaw};
     use spore_wire::secret::SecretBytes;
 
-    use super::{check, files};
+    use super::{boot_id_text, check, files};
 
     fn thaw() -> Thaw {
         Thaw {
@@ -152,6 +213,9 @@ mod tests {
             hostname: "notes".to_owned(),
             machine_id: "0123456789abcdef0123456789abcdef".to_owned(),
             resolver: Some([10, 42, 0, 1]),
+            incarnation: "abc".to_owned(),
+            steps: Vec::new(),
+            hold: false,
         }
     }
 
@@ -179,10 +243,28 @@ mod tests {
                 machine_id: "0123".to_owned(),
                 ..thaw()
             },
+            Thaw {
+                incarnation: "a\nb".to_owned(),
+                ..thaw()
+            },
+            Thaw {
+                incarnation: "a".repeat(65),
+                ..thaw()
+            },
         ];
         for thaw in wrong {
             assert_eq!(check(&thaw).unwrap_err().code, AgentErrorCode::Invalid);
         }
+    }
+
+    #[test]
+    fn a_boot_id_is_a_random_uuid_with_the_bits_of_one() {
+        let expected = "ffffffff-ffff-4fff-bfff-ffffffffffff\n";
+        assert_eq!(boot_id_text([0xff; 16]), expected);
+        assert_eq!(
+            boot_id_text([0; 16]),
+            "00000000-0000-4000-8000-000000000000\n"
+        );
     }
 
     #[test]

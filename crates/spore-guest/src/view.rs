@@ -8,7 +8,8 @@
 //!   /            overlay: image (read-only) under scratch
 //!   /app         overlay: the app's folder (read-only) under scratch, if there is a folder
 //!   /dev         the devices that harm nobody; its own devpts
-//!   /proc /sys   its own mounts, /sys read-only
+//!   /proc /sys   its own mounts, /sys read-only; in /proc the boot id is a file of the agent's,
+//!                since the kernel's is the same in every fork
 //!   /run         tmpfs; /run/secrets is the app's user's; /run/spore is the agent's, read-only
 //! ```
 
@@ -33,6 +34,12 @@ use crate::sys;
 
 /// Where the agent's own folder for the second face is, before it is bound to `/run/spore`.
 pub const FACE_FOLDER: &str = "/face";
+
+/// What the tenant reads as the kernel's boot id; in the agent's root, where only the agent writes.
+pub const BOOT_ID_FILE: &str = "/boot_id";
+
+/// Where the kernel tells it, below the root.
+const BOOT_ID: &str = "proc/sys/kernel/random/boot_id";
 
 /// Character devices of the tenant: name, major, minor (`Documentation/admin-guide/devices.txt`).
 const DEVICES: [(&str, u32, u32); 6] = [
@@ -97,6 +104,7 @@ impl View {
             mount_disk(folder, "/folder")?;
         }
         mount_scratch()?;
+        make_boot_id()?;
         let has_folder = folder.is_some();
         std::thread::spawn(move || make_namespace(has_folder))
             .join()
@@ -144,6 +152,13 @@ fn mount_scratch() -> Result<(), ViewError> {
     // The upper folder's owner is the merged one's: the default user may write to /app.
     std::os::unix::fs::chown(format!("{at}/app"), Some(DEFAULT_UID), Some(DEFAULT_UID))
         .map_err(step("give /app to the default user"))
+}
+
+/// Until the first thaw it is the kernel's.
+fn make_boot_id() -> Result<(), ViewError> {
+    fs::copy(Path::new("/").join(BOOT_ID), BOOT_ID_FILE)
+        .and_then(|_bytes| fs::set_permissions(BOOT_ID_FILE, fs::Permissions::from_mode(0o444)))
+        .map_err(step("keep the boot id"))
 }
 
 fn make_namespace(has_folder: bool) -> Result<View, ViewError> {
@@ -200,6 +215,10 @@ fn mount_kernel_files() -> Result<(), ViewError> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let proc = mount_point("proc")?;
     mount("proc", &proc, "proc", flags, None).map_err(step("mount the tenant's /proc"))?;
+    let boot_id = format!("/view/{BOOT_ID}");
+    mount_bind(BOOT_ID_FILE, &boot_id).map_err(step("show the boot id"))?;
+    let read_only = MountFlags::BIND | MountFlags::RDONLY | flags;
+    mount_remount(&boot_id, read_only, c"").map_err(step("make the boot id read-only"))?;
     let sys = mount_point("sys")?;
     mount("sysfs", &sys, "sysfs", flags | MountFlags::RDONLY, None)
         .map_err(step("mount the tenant's /sys"))

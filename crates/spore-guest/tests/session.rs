@@ -19,12 +19,21 @@ mod tests {
     use spore_guest::launch::Launcher;
     use spore_guest::reap::Reaper;
     use spore_wire::frame::{self, Decoder, FrameKind, PREAMBLE_BYTES};
-    use spore_wire::guest::{AgentError, CREDIT_BYTES, Thaw};
+    use spore_wire::guest::{AgentError, CREDIT_BYTES, Thaw, ThawStep};
 
     struct StandIn;
 
     impl Machine for StandIn {
-        fn thaw(&mut self, _guest: &Guest, _thaw: &Thaw) -> Result<(), AgentError> {
+        fn check(&self, _thaw: &Thaw) -> Result<(), AgentError> {
+            Ok(())
+        }
+
+        fn renew(
+            &mut self,
+            _guest: &Guest,
+            _step: ThawStep,
+            _thaw: &Thaw,
+        ) -> Result<(), AgentError> {
             Ok(())
         }
 
@@ -38,6 +47,10 @@ mod tests {
     }
 
     fn agent(root: &Path) -> (Host, JoinHandle<()>) {
+        agent_with(root, Groups::ProcessGroups)
+    }
+
+    fn agent_with(root: &Path, groups: Groups) -> (Host, JoinHandle<()>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         if root != Path::new("/") {
             std::fs::create_dir_all(root.join("run/secrets")).unwrap();
@@ -49,7 +62,7 @@ mod tests {
                 program: env!("CARGO_BIN_EXE_spore-guest").into(),
                 namespace: None,
             },
-            groups: Groups::ProcessGroups,
+            groups,
             reaper: Reaper::own(),
             address: Ipv4Addr::LOCALHOST,
             face: None,
@@ -173,6 +186,102 @@ mod tests {
         let again = json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
             "hostname": "a", "machine_id": "0", "resolver": null});
         assert_eq!(host.call(&again).1["code"], "not_now");
+        host.shut_down(thread);
+    }
+
+    fn thaw(name: &str, hold: bool) -> Value {
+        json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC", "hostname": "a",
+            "machine_id": "0", "resolver": null, "incarnation": name, "hold": hold,
+            "steps": ["boot_id", "entropy", "of_tomorrow"]})
+    }
+
+    fn unfreeze(name: &str) -> Value {
+        json!({"op": "unfreeze", "incarnation": name})
+    }
+
+    /// A folder that stands for the tenant's group; nobody in it ever runs.
+    fn groups(folder: &Path) -> Groups {
+        std::fs::write(folder.join("cgroup.events"), "populated 0\nfrozen 0\n").unwrap();
+        Groups::Unified {
+            tenant: folder.to_owned(),
+            pids_max: 8,
+        }
+    }
+
+    #[test]
+    fn a_frozen_vm_goes_on_under_its_name_and_its_fork_is_thawed_under_another() {
+        let (folder, group) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (mut host, thread) = agent_with(folder.path(), groups(group.path()));
+        let told = |host: &mut Host| host.call(&json!({"op": "status"})).1["reply"].clone();
+        let freezer = || std::fs::read_to_string(group.path().join("cgroup.freeze")).unwrap();
+        host.hello(1);
+        let done = host.call(&thaw("source", false)).1["reply"]["done"].clone();
+        let steps: Vec<_> = done
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|step| &step[0])
+            .collect();
+        assert_eq!(
+            steps,
+            ["entropy", "boot_id"],
+            "in their order, and those it knows"
+        );
+        assert_eq!(freezer(), "0");
+        let stream = host.open(&json!({"op": "freeze"}));
+        assert_eq!(told(&mut host)["frozen"], false);
+        assert_eq!(freezer(), "1");
+        assert_eq!(host.call(&sh("true")).1["code"], "not_now");
+        std::fs::write(
+            group.path().join("cgroup.events"),
+            "populated 1\nfrozen 1\n",
+        )
+        .unwrap();
+        assert_eq!(host.finish(stream).1["reply"]["of"], "done");
+        let still = told(&mut host);
+        assert_eq!(
+            (&still["thawed"], &still["frozen"]),
+            (&json!(false), &json!(true))
+        );
+        assert_eq!(still["incarnation"], "source");
+        assert_eq!(host.call(&unfreeze("fork")).1["code"], "not_now");
+        assert_eq!(host.call(&thaw("source", false)).1["code"], "not_now");
+        assert_eq!(host.call(&unfreeze("source")).1["reply"]["of"], "done");
+        assert_eq!(freezer(), "0");
+        assert_eq!(told(&mut host)["thawed"], true);
+
+        let stream = host.open(&json!({"op": "freeze"}));
+        assert_eq!(host.finish(stream).1["reply"]["of"], "done");
+        let hello = host.hello(2);
+        assert_eq!(
+            (&hello["frozen"], &hello["incarnation"]),
+            (&json!(true), &json!("source"))
+        );
+        assert_eq!(host.call(&thaw("fork", true)).1["reply"]["of"], "thawed");
+        assert_eq!(freezer(), "1");
+        assert_eq!(told(&mut host)["incarnation"], "fork");
+        assert_eq!(host.call(&thaw("fork", true)).1["reply"]["of"], "thawed");
+        assert_eq!(host.call(&unfreeze("fork")).1["reply"]["of"], "done");
+        assert_eq!(freezer(), "0");
+        host.shut_down(thread);
+    }
+
+    #[test]
+    fn a_freeze_that_does_not_come_or_is_not_waited_for_leaves_the_tenant_running() {
+        let (folder, group) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (mut host, thread) = agent_with(folder.path(), groups(group.path()));
+        let freezer = || std::fs::read_to_string(group.path().join("cgroup.freeze")).unwrap();
+        host.hello(1);
+        host.call(&thaw("source", false));
+        assert_eq!(host.call(&json!({"op": "freeze"})).1["code"], "refused");
+        assert_eq!(freezer(), "0");
+        let stream = host.open(&json!({"op": "freeze"}));
+        host.say(stream, &json!({"type": "cancel"}));
+        let status = host.call(&json!({"op": "status"})).1["reply"].clone();
+        assert_eq!((&status["thawed"], freezer().as_str()), (&json!(true), "0"));
+        host.open(&json!({"op": "freeze"}));
+        assert_eq!(host.hello(2)["thawed"], true);
+        assert_eq!(freezer(), "0");
         host.shut_down(thread);
     }
 

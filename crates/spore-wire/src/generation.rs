@@ -6,13 +6,17 @@
 //! | generation | added |
 //! |---|---|
 //! | 1 | the first: frames, thaw, app, exec, files, logs, gateway feed, egress blob |
+//! | 2 | forks: freeze, unfreeze, thaw with a name, steps and hold |
 
 /// What this build speaks.
-pub const GENERATION: u32 = 1;
+pub const GENERATION: u32 = 2;
 
 /// The oldest generation of an agent that this build still serves. An older agent is refused, and
 /// its VM rebuilt from the image.
 pub const GENERATION_OLDEST_SERVED: u32 = 1;
+
+/// The oldest generation of an agent whose VM can be copied.
+pub const GENERATION_FORKS: u32 = 2;
 
 /// Whether this build can serve a peer of `generation`.
 #[must_use]

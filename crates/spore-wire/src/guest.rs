@@ -17,6 +17,16 @@
 //!    │ ◀──────────────────────────────── [0] Event │  unasked news
 //! ```
 //!
+//! # Fork
+//!
+//! ```text
+//!   booted ──Thaw──▶ running ──Freeze──▶ frozen ──Unfreeze(its own name)──▶ running
+//!                                          │ copied
+//!                                          ▼
+//!                                    fork: frozen ──Thaw(a new name)──▶ running
+//!                                                        └─hold──▶ frozen ──Unfreeze──▶ running
+//! ```
+//!
 //! Only the host opens streams. A request that carries or returns bytes uses `Data` frames on its
 //! stream, at most [`CREDIT_BYTES`] ahead of the receiver's `Credit` messages, in each direction,
 //! so one stream cannot starve the others. The payload of a `Logs` message counts as such bytes;
@@ -145,8 +155,14 @@ pub struct AgentHello {
     pub version: String,
     /// The guest's `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
-    /// Whether this VM has been thawed since it was booted or forked.
+    /// Whether this VM has been thawed since it was booted or forked, and is not frozen since.
     pub thawed: bool,
+    /// Whether the tenant's processes stand still; a fork of a frozen VM says what its source said.
+    #[serde(default)]
+    pub frozen: bool,
+    /// What the last thaw named this VM: a fork that says another's name has not been thawed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<String>,
     /// The app as it is now.
     pub app: AppStatus,
 }
@@ -159,8 +175,18 @@ pub enum Request {
     /// Answered by [`Reply::Status`].
     Status,
     /// Renews what a VM must not share with another. Legal once after a boot or fork, before
-    /// anything else but `Status`; every other request is refused until it has succeeded.
+    /// anything else but `Status`, and again while it is held; every other request is refused until
+    /// it has succeeded. Answered by [`Reply::Thawed`], or by `Done` where it names no steps.
     Thaw(Thaw),
+    /// Makes the tenant's processes stand still, so that the VM can be copied. Legal once thawed
+    /// under a name, with no shutdown under way. Answered when they do; session and streams stay.
+    Freeze,
+    /// Lets the tenant's processes run: of a source that goes on, or after a thaw that held them.
+    /// Legal when frozen, by the VM of that name alone: a fork of it has to be thawed instead.
+    Unfreeze {
+        /// As in [`Thaw::incarnation`].
+        incarnation: String,
+    },
     /// Starts the app and keeps it running. Legal when none runs.
     StartApp(StartApp),
     /// Stops the app: SIGTERM, then SIGKILL to whatever is left. Answered when nothing is left.
@@ -202,6 +228,39 @@ pub struct Thaw {
     pub machine_id: String,
     /// The address of the resolver that the guest may ask; `None` without egress.
     pub resolver: Option<[u8; 4]>,
+    /// The VM's id as text, new for each fork; empty from a host of generation 1.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub incarnation: String,
+    /// What is to be renewed; done in the order of [`ThawStep`], whatever the order here. Empty
+    /// from a host of generation 1, and then everything is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<ThawStep>,
+    /// Whether the tenant's processes stay frozen until `Unfreeze`.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub hold: bool,
+}
+
+/// A part of a thaw. The host ends a VM whose answer lacks one that it knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ThawStep {
+    /// The kernel's random numbers; before whatever may use them.
+    Entropy,
+    /// The clock of the day.
+    Clock,
+    /// Host name, machine id, `hosts` and `resolv.conf`.
+    Names,
+    /// What the tenant reads as the kernel's boot id.
+    BootId,
+    /// One of a later generation, which this side does not know and has not done.
+    #[serde(other)]
+    Unknown,
+}
+
+impl ThawStep {
+    /// Every step that this build knows, in the order in which they are done.
+    pub const ALL: [Self; 4] = [Self::Entropy, Self::Clock, Self::Names, Self::BootId];
 }
 
 /// The app's process.
@@ -296,6 +355,8 @@ pub enum Reply {
     Done,
     /// The answer to `Status`.
     Status(AgentStatus),
+    /// The VM is thawed.
+    Thawed(Thawed),
     /// An exec ended.
     Exit(Exit),
     /// A file was sent whole.
@@ -305,6 +366,15 @@ pub enum Reply {
         /// Its permission bits.
         mode: u32,
     },
+}
+
+/// What a thaw has renewed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Thawed {
+    /// The steps that were done and how many microseconds each took.
+    pub done: Vec<(ThawStep, u64)>,
+    /// The guest's clock at the end, in nanoseconds since the Unix epoch.
+    pub realtime_ns: u64,
 }
 
 /// How a process ended.
@@ -340,8 +410,14 @@ impl core::fmt::Display for Exit {
 pub struct AgentStatus {
     /// Since the guest's kernel started.
     pub uptime_ms: u64,
-    /// Whether this VM has been thawed.
+    /// As in [`AgentHello::thawed`].
     pub thawed: bool,
+    /// As in [`AgentHello::frozen`].
+    #[serde(default)]
+    pub frozen: bool,
+    /// As in [`AgentHello::incarnation`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<String>,
     /// The app.
     pub app: AppStatus,
     /// `MemAvailable` of the guest.

@@ -3,7 +3,7 @@
 //! A failing line here means: an agent, gateway or proxy that is already running would be
 //! misunderstood. Change `generation.rs` first, then say here which generations have which number.
 
-use crate::{egress, frame, gateway, guest};
+use crate::{egress, frame, gateway, generation, guest};
 
 const _: () = assert!(frame::HEADER_BYTES == 16);
 const _: () = assert!(frame::FRAME_BYTES_MAX == 64 * 1024);
@@ -20,3 +20,4 @@ const _: () = assert!(gateway::PACKET_BYTES_MAX == 64 * 1024);
 const _: () = assert!(egress::PROXY_PORT == 3128);
 const _: () = assert!(egress::TCP_FD == 3);
 const _: () = assert!(egress::DNS_FD == 4);
+const _: () = assert!(generation::GENERATION_FORKS == 2);

@@ -10,8 +10,8 @@ mod tests {
     use serde::de::DeserializeOwned;
     use serde_json::{Map, Value, json};
     use spore_wire::gateway::{FromGateway, ToGateway};
-    use spore_wire::generation::GENERATION;
-    use spore_wire::guest::{AgentErrorCode, AgentMessage, HostMessage};
+    use spore_wire::generation::{GENERATION, GENERATION_OLDEST_SERVED};
+    use spore_wire::guest::{AgentErrorCode, AgentMessage, HostMessage, Request, ThawStep};
 
     /// Each example must read as its type and be written as it was read.
     fn checked<T: Serialize + DeserializeOwned>(examples: Vec<(&str, Value)>) -> Value {
@@ -95,6 +95,28 @@ mod tests {
         ])
     }
 
+    fn forks() -> Value {
+        checked::<HostMessage>(vec![
+            (
+                "request thaw of a fork",
+                request(json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
+            "hostname": "notes", "machine_id": "0123456789abcdef0123456789abcdef",
+            "resolver": null, "incarnation": "abcdefghijklmnopqrstuvwxya",
+            "steps": ["entropy", "clock", "names", "boot_id"], "hold": true})),
+            ),
+            ("request freeze", request(json!({"op": "freeze"}))),
+            (
+                "request unfreeze",
+                request(json!({"op": "unfreeze", "incarnation": "abcdefghijklmnopqrstuvwxya"})),
+            ),
+        ])
+    }
+
+    fn both(one: &Value, other: &Value) -> Value {
+        let maps = [one, other].map(|map| map.as_object().unwrap().clone());
+        Value::Object(maps.into_iter().flatten().collect())
+    }
+
     fn event(fields: Value) -> Value {
         json!({"type": "event", "event": fields})
     }
@@ -108,8 +130,14 @@ mod tests {
         checked::<AgentMessage>(vec![
             (
                 "hello",
-                json!({"type": "hello", "generation": 1, "version": "0.1.0", "boot_id": "b",
-            "thawed": false, "app": {"is": "absent"}}),
+                json!({"type": "hello", "generation": 2, "version": "0.1.0", "boot_id": "b",
+            "thawed": false, "frozen": false, "app": {"is": "absent"}}),
+            ),
+            (
+                "hello of a fork",
+                json!({"type": "hello", "generation": 2, "version": "0.1.0", "boot_id": "b",
+            "thawed": false, "frozen": true, "incarnation": "abcdefghijklmnopqrstuvwxya",
+            "app": {"is": "absent"}}),
             ),
             ("pong", json!({"type": "pong", "token": 7})),
             ("credit", json!({"type": "credit", "bytes": 65536})),
@@ -161,8 +189,15 @@ mod tests {
             ("reply done", reply(json!({"of": "done"}))),
             (
                 "reply status",
-                reply(json!({"of": "status", "uptime_ms": 1, "thawed": true,
-            "app": {"is": "ready", "pid": 9}, "memory_available_kib": 2, "processes": 3})),
+                reply(
+                    json!({"of": "status", "uptime_ms": 1, "thawed": true, "frozen": false,
+            "incarnation": "abcdefghijklmnopqrstuvwxya", "app": {"is": "ready", "pid": 9},
+            "memory_available_kib": 2, "processes": 3}),
+                ),
+            ),
+            (
+                "reply thawed",
+                reply(json!({"of": "thawed", "realtime_ns": 1, "done": [["entropy", 12]]})),
             ),
             (
                 "reply exit code",
@@ -260,11 +295,45 @@ mod tests {
         ])
     }
 
+    fn read_all<T: DeserializeOwned>(schema: &Value, part: &str) {
+        for (name, example) in schema[part].as_object().unwrap() {
+            serde_json::from_value::<T>(example.clone())
+                .unwrap_or_else(|error| panic!("`{name}` of `{part}` is not read: {error}"));
+        }
+    }
+
+    #[test]
+    fn every_message_of_every_served_generation_is_still_read() {
+        for generation in GENERATION_OLDEST_SERVED..=GENERATION {
+            let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/schema");
+            let text = std::fs::read_to_string(format!("{folder}/gen-{generation}.json")).unwrap();
+            let schema: Value = serde_json::from_str(&text).unwrap();
+            read_all::<HostMessage>(&schema, "host_message");
+            read_all::<AgentMessage>(&schema, "agent_message");
+            read_all::<AgentMessage>(&schema, "agent_reply");
+            read_all::<ToGateway>(&schema, "to_gateway");
+            read_all::<FromGateway>(&schema, "from_gateway");
+        }
+    }
+
+    #[test]
+    fn a_thaw_with_a_step_of_a_later_generation_is_read() {
+        let mut thaw = forks()["request thaw of a fork"].clone();
+        thaw["request"]["steps"] = json!(["clock", "of_tomorrow"]);
+        let HostMessage::Request {
+            request: Request::Thaw(thaw),
+        } = serde_json::from_value(thaw).unwrap()
+        else {
+            panic!("not a thaw");
+        };
+        assert_eq!(thaw.steps, [ThawStep::Clock, ThawStep::Unknown]);
+    }
+
     #[test]
     fn every_message_is_on_the_wire_as_it_was_in_this_generation() {
         let now = json!({
             "generation": GENERATION,
-            "host_message": host(),
+            "host_message": both(&host(), &forks()),
             "agent_message": agent(),
             "agent_reply": replies(),
             "agent_error_code": error_codes(),

@@ -9,9 +9,11 @@
 //!   no session ──Hello──▶ session ──Hello──▶ the next session (what ran for the old one is killed)
 //!        ▲                  │                 the app goes on
 //!        └────bad bytes─────┘
-//!   not thawed ──Thaw──▶ thawed      before that every request but Status is NotNow
+//!   not thawed ──Thaw──▶ thawed      before that every request but Status is NotNow (freeze.rs)
 //!   running ──Shutdown──▶ stopping the app ──▶ answer, sync, power off
 //! ```
+
+pub mod freeze;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
@@ -21,15 +23,16 @@ use rustix::process::Pid;
 use spore_wire::generation::GENERATION;
 use spore_wire::guest::{
     AgentError, AgentErrorCode, AgentHello, AgentMessage, AgentStatus, Event, Exec as ExecRequest,
-    Exit, Reply, Request, STREAMS_MAX, Thaw,
+    Exit, Reply, Request, STREAMS_MAX, Thaw, ThawStep,
 };
 use thiserror::Error;
 
+use self::freeze::Life;
 use crate::clock;
 use crate::exec::Exec;
 use crate::face::{Face, Wish};
 use crate::file::{FileReader, FileWriter};
-use crate::guest::Guest;
+use crate::guest::{Guest, refused};
 use crate::interest::{Interest, Ready};
 use crate::memory::MemoryWatch;
 use crate::port::Port;
@@ -42,15 +45,24 @@ const NEWS_MAX: usize = 64;
 /// How long the last answer may take to leave before the power goes.
 const FAREWELL_MS_MAX: u64 = 1_000;
 
+/// How often it is looked whether the tenant's processes stand still, which takes them a moment.
+const STILLNESS_STEP_MS: u64 = 1;
+
 const READ_BYTES: usize = 64 * 1024;
 
 /// What only the real machine can do; a test has its own.
 pub trait Machine {
-    /// Renews what a VM must not share with another.
+    /// Whether the values of a thaw make sense; asked before any of them is used.
     ///
     /// # Errors
-    /// What could not be renewed; the host then ends the VM.
-    fn thaw(&mut self, guest: &Guest, thaw: &Thaw) -> Result<(), AgentError>;
+    /// `Invalid`, with the value.
+    fn check(&self, thaw: &Thaw) -> Result<(), AgentError>;
+
+    /// Renews one thing that a VM must not share with another.
+    ///
+    /// # Errors
+    /// Why it could not be renewed; the host then ends the VM.
+    fn renew(&mut self, guest: &Guest, step: ThawStep, thaw: &Thaw) -> Result<(), AgentError>;
 
     /// Writes everything out and ends the VM.
     fn power_off(&mut self);
@@ -78,7 +90,7 @@ pub struct Agent<M> {
     app: Runner,
     face: Option<Face>,
     in_session: bool,
-    thawed: bool,
+    life: Life,
     streams: BTreeMap<u32, Stream>,
     last_stream: u32,
     /// With which stream the last turn began.
@@ -104,6 +116,7 @@ enum Job {
     Write(FileWriter),
     Logs { cursor: u64 },
     StopApp,
+    Freeze,
 }
 
 /// A shutdown under way.
@@ -133,7 +146,7 @@ impl<M: Machine> Agent<M> {
             app: Runner::default(),
             face,
             in_session: false,
-            thawed: false,
+            life: Life::New,
             streams: BTreeMap::new(),
             last_stream: 0,
             first_pumped: 0,
@@ -155,8 +168,12 @@ impl<M: Machine> Agent<M> {
         self.port.notice();
         self.collect(now_ms);
         self.listen(now_ms);
-        self.app.pump(&mut self.guest, now_ms);
-        self.hear_wishes(now_ms);
+        self.await_stillness(now_ms);
+        // Whoever stands still is neither late nor ready, and what is started would stand still.
+        if !self.life.is_still() {
+            self.app.pump(&mut self.guest, now_ms);
+            self.hear_wishes(now_ms);
+        }
         self.watch_memory(&ready, now_ms);
         self.tell_news();
         self.pump_streams(&ready, now_ms);
@@ -175,9 +192,11 @@ impl<M: Machine> Agent<M> {
         for fd in self.guest.reaper.fds() {
             interest.read_borrowed(fd);
         }
-        self.app.interest(&mut interest, now_ms);
-        if let Some(face) = &self.face {
-            face.interest(&mut interest);
+        if !self.life.is_still() {
+            self.app.interest(&mut interest, now_ms);
+            if let Some(face) = &self.face {
+                face.interest(&mut interest);
+            }
         }
         self.memory.interest(&mut interest);
         let room = self.outbox.has_room();
@@ -192,6 +211,7 @@ impl<M: Machine> Agent<M> {
                 {
                     interest.at(now_ms);
                 }
+                Job::Freeze => interest.at(now_ms + STILLNESS_STEP_MS),
                 Job::Read(_) | Job::Logs { .. } | Job::Write(_) | Job::StopApp => {}
             }
         }
@@ -268,7 +288,7 @@ impl<M: Machine> Agent<M> {
                     None => Ok(()),
                 };
                 if let Err(error) = resized {
-                    self.fail(stream, crate::guest::refused("resize the terminal", &error));
+                    self.fail(stream, refused("resize the terminal", &error));
                 }
             }
             Input::Signal(stream, signal) => {
@@ -301,7 +321,9 @@ impl<M: Machine> Agent<M> {
             generation: GENERATION,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             boot_id: boot_id.trim().to_owned(),
-            thawed: self.thawed,
+            thawed: self.life.is_thawed(),
+            frozen: self.life.is_frozen(),
+            incarnation: self.life.name().map(str::to_owned),
             app: self.app.status(now_ms),
         };
         self.outbox.message(0, &AgentMessage::Hello(hello));
@@ -327,10 +349,20 @@ impl<M: Machine> Agent<M> {
     }
 
     fn abandon(&mut self, job: Job) {
-        if let Job::Exec(exec) = job
-            && let Err(error) = exec.abandon(&mut self.guest)
-        {
-            crate::console::say(&format!("cannot kill an exec: {error}"));
+        match job {
+            Job::Exec(exec) => {
+                if let Err(error) = exec.abandon(&mut self.guest) {
+                    crate::console::say(&format!("cannot kill an exec: {error}"));
+                }
+            }
+            // Nobody waits for the copy any more.
+            Job::Freeze => {
+                if let Life::Freezing { name, .. } = &self.life {
+                    let name = name.clone();
+                    self.go_on(name);
+                }
+            }
+            Job::Read(_) | Job::Write(_) | Job::Logs { .. } | Job::StopApp => {}
         }
     }
 
@@ -386,26 +418,24 @@ impl<M: Machine> Agent<M> {
     }
 
     fn legal(&self, request: &Request) -> Result<(), AgentError> {
-        let message = match request {
-            Request::Status => return Ok(()),
-            _ if self.leaving.is_some() => "the VM is being shut down",
-            Request::Thaw(_) if self.thawed => "this VM has been thawed already",
-            Request::Thaw(_) => return Ok(()),
-            _ if !self.thawed => "this VM has not been thawed: send `thaw` first",
-            _ => return Ok(()),
-        };
-        Err(AgentError {
-            code: AgentErrorCode::NotNow,
-            message: message.to_owned(),
-        })
+        if self.leaving.is_some() && !matches!(request, Request::Status) {
+            return Err(AgentError {
+                code: AgentErrorCode::NotNow,
+                message: "the VM is being shut down".to_owned(),
+            });
+        }
+        self.life.admits(request)
     }
 
     fn begin(&mut self, stream: u32, request: Request, now_ms: u64) -> Result<Begun, AgentError> {
         match request {
             Request::Status => Ok(Begun::Reply(Reply::Status(self.status(now_ms)))),
-            Request::Thaw(thaw) => {
-                self.machine.thaw(&self.guest, &thaw)?;
-                self.thawed = true;
+            Request::Thaw(thaw) => self.thaw(thaw).map(Begun::Reply),
+            Request::Freeze => self.freeze(now_ms),
+            Request::Unfreeze { incarnation } => {
+                let running = self.guest.groups.unfreeze();
+                running.map_err(|error| refused("let the tenant's processes run", &error))?;
+                self.life = Life::Running(Some(incarnation));
                 Ok(Begun::Reply(Reply::Done))
             }
             Request::StartApp(start) => {
@@ -451,7 +481,9 @@ impl<M: Machine> Agent<M> {
     fn status(&self, now_ms: u64) -> AgentStatus {
         AgentStatus {
             uptime_ms: now_ms,
-            thawed: self.thawed,
+            thawed: self.life.is_thawed(),
+            frozen: self.life.is_frozen(),
+            incarnation: self.life.name().map(str::to_owned),
             app: self.app.status(now_ms),
             memory_available_kib: crate::procfs::memory_kib("MemAvailable").unwrap_or(0),
             processes: crate::procfs::processes(),
@@ -480,7 +512,7 @@ impl<M: Machine> Agent<M> {
                 }
                 Err(error) => self.fail(number, error),
             },
-            Job::Read(_) | Job::Logs { .. } | Job::StopApp => {}
+            Job::Read(_) | Job::Logs { .. } | Job::StopApp | Job::Freeze => {}
         }
     }
 
@@ -667,6 +699,6 @@ fn pump(
             }
             None
         }
-        Job::Write(_) | Job::StopApp => None,
+        Job::Write(_) | Job::StopApp | Job::Freeze => None,
     }
 }

@@ -9,9 +9,11 @@ use std::sync::Arc;
 use data_encoding::HEXLOWER;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw};
+use spore_wire::generation::{GENERATION, GENERATION_FORKS};
+use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw, ThawStep};
 use spore_wire::node::{FAREWELL_MAX, VmFailureKind};
 use spore_wire::secret::SecretBytes;
+use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::actor::{Actor, Host, Secrets};
@@ -76,7 +78,10 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
                 unreachable!("{effect:?} without a VM that was attached");
             };
             match effect {
-                VmEffect::Thaw => thaw(host, record, link).boxed(),
+                VmEffect::Thaw => {
+                    let hello = actor.hello.borrow().as_ref().map(|hello| hello.generation);
+                    thaw(host, record, link, hello.unwrap_or(GENERATION)).boxed()
+                }
                 VmEffect::OpenNetwork => open_network(vm, limits).boxed(),
                 VmEffect::StartApp => {
                     let masking = actor.masking.clone();
@@ -188,7 +193,8 @@ async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>) -> Outcom
     };
     match said {
         Some(hello) => VmEvent::AgentUp(AgentSeen {
-            thawed: hello.thawed,
+            // One that is held was renewed by a daemon that did not live to let it run.
+            thawed: hello.thawed && !hello.frozen,
             app: seen(&hello.app),
         })
         .into(),
@@ -205,48 +211,83 @@ pub(super) const fn seen(app: &AppStatus) -> AppSeen {
     }
 }
 
-async fn thaw(host: Arc<Host>, record: Record, link: AgentLink) -> Outcome {
+async fn thaw(host: Arc<Host>, record: Record, link: AgentLink, generation: u32) -> Outcome {
     let limit = host.config.limits.answer;
-    let mut last = None;
+    let mut last = String::new();
     for _attempt in 0..3 {
-        // The time is read once the way is open, as late as possible.
-        let done = match link.session(limit).await {
-            Ok(_session) => match fresh(&host, &record) {
-                Ok(thaw) => link.thaw(thaw, limit).await,
-                Err(error) => return failed(VmFailureKind::Thaw, error.to_string()),
-            },
-            Err(error) => Err(error),
-        };
-        match done {
+        match renew(&host, &record, &link, generation).await {
             Ok(()) => return VmEvent::Thawed.into(),
-            Err(error @ GuestError::Unreachable(_)) => {
-                // The answer may have been lost, not the work.
-                if link.status(limit).await.is_ok_and(|status| status.thawed) {
+            Err(ThawError::Guest(error @ GuestError::Unreachable(_))) => {
+                // The last answer may have been lost, not the work.
+                let status = link.status(limit).await;
+                if status.is_ok_and(|status| status.thawed && !status.frozen) {
                     return VmEvent::Thawed.into();
                 }
-                last = Some(error);
+                last = guest(&error);
             }
-            Err(error) => return failed(VmFailureKind::Thaw, guest(&error)),
+            Err(ThawError::Guest(error)) => return failed(VmFailureKind::Thaw, guest(&error)),
+            Err(error) => return failed(VmFailureKind::Thaw, chain(&error)),
         }
     }
-    failed(
-        VmFailureKind::Thaw,
-        last.map_or_else(String::new, |error| guest(&error)),
-    )
+    failed(VmFailureKind::Thaw, last)
 }
 
-/// What a VM must not share with another, new each time.
-fn fresh(host: &Host, record: &Record) -> Result<Thaw, getrandom::Error> {
+/// Why a guest is not what it must be before its tenant runs.
+#[derive(Debug, Error)]
+enum ThawError {
+    #[error("no random bytes for the guest")]
+    Random(#[source] getrandom::Error),
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error("the guest's agent did not renew {0:?}: rebuild the VM with this version's agent")]
+    Withheld(ThawStep),
+}
+
+/// One try. What an earlier one renewed is renewed again: the tenant's processes stand still until
+/// every step was answered for.
+async fn renew(
+    host: &Host,
+    record: &Record,
+    link: &AgentLink,
+    generation: u32,
+) -> Result<(), ThawError> {
+    let limit = host.config.limits.answer;
+    // The time is read once the way is open, as late as possible.
+    drop(link.session(limit).await?);
+    let thaw = fresh(host, record, generation)?;
+    let Some(thawed) = link.thaw(thaw, limit).await? else {
+        if generation < GENERATION_FORKS {
+            return Ok(());
+        }
+        return Err(GuestError::Protocol("no steps in the answer to a thaw").into());
+    };
+    let is_done = |step: &ThawStep| thawed.done.iter().any(|(done, _us)| done == step);
+    if let Some(withheld) = ThawStep::ALL.into_iter().find(|step| !is_done(step)) {
+        return Err(ThawError::Withheld(withheld));
+    }
+    Ok(link.unfreeze(record.start.vm.to_string(), limit).await?)
+}
+
+/// What a VM must not share with another, new each time. An agent of generation 1 is asked for all
+/// it knows and holds nothing.
+fn fresh(host: &Host, record: &Record, generation: u32) -> Result<Thaw, ThawError> {
     let mut entropy = vec![0_u8; 64];
-    getrandom::fill(&mut entropy)?;
+    getrandom::fill(&mut entropy).map_err(ThawError::Random)?;
     let mut machine_id = [0_u8; 16];
-    getrandom::fill(&mut machine_id)?;
+    getrandom::fill(&mut machine_id).map_err(ThawError::Random)?;
+    let steps = match generation < GENERATION_FORKS {
+        true => Vec::new(),
+        false => ThawStep::ALL.to_vec(),
+    };
     Ok(Thaw {
         realtime_ns: u64::try_from(host.config.clock.realtime().as_nanos()).unwrap_or(u64::MAX),
         entropy: SecretBytes::new(entropy),
         hostname: record.start.owner.app.clone(),
         machine_id: HEXLOWER.encode(&machine_id),
         resolver: (!record.start.egress.is_empty()).then_some(HOST_ADDRESS),
+        incarnation: record.start.vm.to_string(),
+        hold: !steps.is_empty(),
+        steps,
     })
 }
 

@@ -12,13 +12,13 @@ use spore_wire::frame::{Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, SYN
 use spore_wire::generation::GENERATION;
 use spore_wire::guest::{
     AgentError, AgentErrorCode, AgentHello, AgentMessage, AgentStatus, AppStatus, CREDIT_BYTES,
-    Event, Exec, Exit, HostMessage, LogBatch, OutputKind, Reply, Request,
+    Event, Exec, Exit, HostMessage, LogBatch, OutputKind, Reply, Request, Thaw, Thawed,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::sync::{Semaphore, broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::guest::Guest;
+use super::guest::{Guest, Life};
 use super::lock;
 
 /// What goes wrong in one session.
@@ -186,7 +186,9 @@ fn greet(guest: &Guest) -> AgentHello {
         generation: GENERATION,
         version: "simulated".to_owned(),
         boot_id: guest.boot_id.clone(),
-        thawed: state.thawed,
+        thawed: state.life.is_thawed(),
+        frozen: state.life.is_frozen(),
+        incarnation: state.life.name(),
         app: state.app.clone(),
     }
 }
@@ -266,22 +268,30 @@ impl Job {
     }
 
     async fn answer(&mut self, request: Request) -> Result<Reply, AgentError> {
-        let thawed = lock(&self.guest.state).thawed;
-        if !thawed && !matches!(request, Request::Status | Request::Thaw(_)) {
-            self.guest.violation("a request before the thaw");
+        let life = lock(&self.guest.state).life.clone();
+        let is_of_life = matches!(
+            request,
+            Request::Status | Request::Thaw(_) | Request::Unfreeze { .. }
+        );
+        if !is_of_life && !matches!(life, Life::Running(_)) {
+            self.guest
+                .violation("a request before the thaw, or while frozen");
             return Err(error(AgentErrorCode::NotNow, "not thawed"));
         }
         match request {
             Request::Status => Ok(self.status()),
-            Request::Thaw(thaw) => {
-                if thawed {
-                    self.guest.violation("thawed twice");
-                    return Err(error(AgentErrorCode::NotNow, "thawed already"));
+            Request::Thaw(thaw) => self.thaw(&life, thaw).await,
+            Request::Freeze => {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                lock(&self.guest.state).life = Life::Frozen(life.name().unwrap_or_default());
+                Ok(Reply::Done)
+            }
+            Request::Unfreeze { incarnation } => {
+                if !life.is_frozen() || life.name() != Some(incarnation.clone()) {
+                    self.guest.violation("unfrozen as what it is not");
+                    return Err(error(AgentErrorCode::NotNow, "frozen as another"));
                 }
-                tokio::time::sleep(Duration::from_millis(5)).await;
-                let mut state = lock(&self.guest.state);
-                state.thawed = true;
-                state.hostname = thaw.hostname;
+                lock(&self.guest.state).life = Life::Running(incarnation);
                 Ok(Reply::Done)
             }
             Request::StartApp(start) => self.start_app(start),
@@ -310,11 +320,37 @@ impl Job {
         }
     }
 
+    async fn thaw(&self, life: &Life, thaw: Thaw) -> Result<Reply, AgentError> {
+        let legal = match life {
+            Life::New => true,
+            Life::Running(_) => false,
+            Life::Frozen(name) => *name != thaw.incarnation,
+            Life::Held(name) => *name == thaw.incarnation,
+        };
+        if !legal {
+            self.guest.violation("thawed twice");
+            return Err(error(AgentErrorCode::NotNow, "thawed already"));
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        let mut state = lock(&self.guest.state);
+        state.hostname = thaw.hostname;
+        state.life = match thaw.hold {
+            true => Life::Held(thaw.incarnation),
+            false => Life::Running(thaw.incarnation),
+        };
+        Ok(Reply::Thawed(Thawed {
+            done: thaw.steps.into_iter().map(|step| (step, 1)).collect(),
+            realtime_ns: thaw.realtime_ns,
+        }))
+    }
+
     fn status(&self) -> Reply {
         let state = lock(&self.guest.state);
         Reply::Status(AgentStatus {
             uptime_ms: 1,
-            thawed: state.thawed,
+            thawed: state.life.is_thawed(),
+            frozen: state.life.is_frozen(),
+            incarnation: state.life.name(),
             app: state.app.clone(),
             memory_available_kib: 1024,
             processes: 1,

@@ -37,10 +37,37 @@ pub(super) struct Guest {
     host: SimHost,
 }
 
+/// Whether its tenant may run, and under which name it was thawed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) enum Life {
+    #[default]
+    New,
+    Running(String),
+    Frozen(String),
+    Held(String),
+}
+
+impl Life {
+    pub(super) const fn is_thawed(&self) -> bool {
+        matches!(self, Self::Running(_) | Self::Held(_))
+    }
+
+    pub(super) const fn is_frozen(&self) -> bool {
+        matches!(self, Self::Frozen(_) | Self::Held(_))
+    }
+
+    pub(super) fn name(&self) -> Option<String> {
+        match self {
+            Self::New => None,
+            Self::Running(name) | Self::Frozen(name) | Self::Held(name) => Some(name.clone()),
+        }
+    }
+}
+
 /// What a guest knows.
 #[derive(Debug, Default)]
 pub(super) struct GuestState {
-    pub(super) thawed: bool,
+    pub(super) life: Life,
     pub(super) network_open: bool,
     pub(super) app: AppStatus,
     pub(super) hostname: String,

@@ -31,7 +31,7 @@ use super::{
     PrepareError, Prepared, ReleaseError, Swept, Vm, VmExit, VmStats,
 };
 use crate::memory::{HostMemory, MemoryNow};
-use guest::Guest;
+use guest::{Guest, Life};
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Every critical section leaves its value whole, so a poisoned one is still usable.
@@ -515,7 +515,7 @@ impl Vm for SimVm {
         }
         let mut state = lock(&self.guest.state);
         state.network_open = true;
-        if !state.thawed {
+        if !matches!(state.life, Life::Running(_)) {
             drop(state);
             self.host
                 .violation(format!("{vm}: network opened before the thaw"));

@@ -8,7 +8,7 @@ use core::time::Duration;
 
 use spore_wire::guest::{
     AgentStatus, Exec, Exit, HostMessage, LogBatch, OutputKind, Reply, Request, StartApp, Thaw,
-    WindowSize, WriteFile,
+    Thawed, WindowSize, WriteFile,
 };
 
 use super::session::{Stream, StreamError};
@@ -52,8 +52,23 @@ impl AgentLink {
         }
     }
 
-    pub(crate) async fn thaw(&self, thaw: Thaw, limit: Duration) -> Result<(), GuestError> {
-        self.do_it(Request::Thaw(thaw), limit).await
+    /// What was renewed; `None` from an agent of generation 1, which renews all it knows.
+    pub(crate) async fn thaw(
+        &self,
+        thaw: Thaw,
+        limit: Duration,
+    ) -> Result<Option<Thawed>, GuestError> {
+        match within(limit, self.ask(Request::Thaw(thaw), limit)).await? {
+            Reply::Done => Ok(None),
+            Reply::Thawed(thawed) => Ok(Some(thawed)),
+            _ => Err(GuestError::Protocol("neither `done` nor what was thawed")),
+        }
+    }
+
+    /// Lets the tenant's processes run, of the VM of this name.
+    pub(crate) async fn unfreeze(&self, name: String, limit: Duration) -> Result<(), GuestError> {
+        let incarnation = name;
+        self.do_it(Request::Unfreeze { incarnation }, limit).await
     }
 
     pub(crate) async fn start_app(

@@ -38,6 +38,8 @@ fn hello() -> AgentHello {
         version: "test".to_owned(),
         boot_id: "11111111-2222-4333-8444-555555555555".to_owned(),
         thawed: true,
+        frozen: false,
+        incarnation: None,
         app: AppStatus::Absent,
     }
 }
