@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek, statvfs};
+use rustix::fs::{Mode, OFlags, SeekFrom, copy_file_range, ioctl_ficlone, open, seek, statvfs};
 use rustix::io::Errno;
 use spore_wire::id::VmId;
 
@@ -162,6 +162,26 @@ impl Disks {
         fs::rename(&draft, empty)
     }
 
+    /// Makes the scratch disk of `vm` anew, as `from` is. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn remake(&self, vm: VmId, from: &File) -> io::Result<()> {
+        self.remove(vm)?;
+        copy_sparse(from, &self.path(vm))
+    }
+
+    /// A copy that has no name: it is gone with its last holder. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn copy_nameless(&self, from: &File) -> io::Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let copy = File::from(open(&self.folder, flags, Mode::from_raw_mode(0o600))?);
+        copy_into(from, &copy)?;
+        Ok(copy)
+    }
+
     /// Opens the scratch disk of `vm` for its VMM.
     ///
     /// # Errors
@@ -172,6 +192,24 @@ impl Disks {
             .write(true)
             .open(self.path(vm))?
             .into())
+    }
+
+    /// The scratch disk of `vm` that was unlinked, opened again through the process that has it. It
+    /// is known by the name that it had, which nobody but this daemon could give a file.
+    ///
+    /// # Errors
+    /// What the kernel says; `NotFound` when the process has it not.
+    pub fn open_held(&self, vm: VmId, pid: u32) -> io::Result<File> {
+        let folder = self.folder.canonicalize()?;
+        let name = format!("{}/{vm}.raw (deleted)", folder.display());
+        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+            let path = entry?.path();
+            // It closes others while it is looked at.
+            if fs::read_link(&path).is_ok_and(|target| target.as_os_str() == &*name) {
+                return File::open(path);
+            }
+        }
+        Err(io::ErrorKind::NotFound.into())
     }
 
     /// Unlinks what bears the id of `vm`; whoever has it open keeps it until they end.
@@ -213,13 +251,22 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 fn copy_sparse(from: &File, to: &Path) -> io::Result<()> {
     let to = File::options().write(true).create_new(true).open(to)?;
     to.set_permissions(Permissions::from_mode(0o600))?;
-    match ioctl_ficlone(&to, from) {
+    copy_into(from, &to)
+}
+
+fn copy_into(from: &File, to: &File) -> io::Result<()> {
+    match ioctl_ficlone(to, from) {
         Ok(()) => return Ok(()),
         Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL) => {}
         Err(error) => return Err(error.into()),
     }
     let size = from.metadata()?.size();
     to.set_len(size)?;
+    copy_data(from, to, size)
+}
+
+/// Copies what is no hole in the first `size` bytes of `from` to the same places of `to`.
+pub(crate) fn copy_data(from: &File, to: &File, size: u64) -> io::Result<()> {
     let mut at = 0;
     while at < size {
         let start = match seek(from, SeekFrom::Data(at)) {
@@ -228,8 +275,8 @@ fn copy_sparse(from: &File, to: &Path) -> io::Result<()> {
             Err(Errno::NXIO) => break,
             Err(error) => return Err(error.into()),
         };
-        let end = seek(from, SeekFrom::Hole(start))?;
-        copy_range(from, &to, start, end)?;
+        let end = seek(from, SeekFrom::Hole(start))?.min(size);
+        copy_range(from, to, start, end)?;
         at = end;
     }
     Ok(())

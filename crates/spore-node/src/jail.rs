@@ -8,7 +8,8 @@
 //! ```text
 //!   daemon ──exec──▶ launcher: cgroup, session, namespaces, root of read-only binds, pivot
 //!                        │ clone3(CLONE_PARENT | CLONE_NEWPID)
-//!                        ├──▶ child: rlimits, fds, uid, no capabilities, no_new_privs ─exec─▶ VMM
+//!                        ├──▶ child: /proc, rlimits, fds, uid, no capabilities,
+//!                        │           no_new_privs ─exec─▶ VMM
 //!                        └──▶ says the child's pid, ends
 //! ```
 //!
@@ -54,6 +55,9 @@ const FDS_MAX: usize = 32;
 
 /// How long the daemon waits for a launcher; one takes some milliseconds.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Where the VMM finds itself until its root is emptied, to open its own descriptors by a path.
+const PROC: &str = "/proc";
 
 /// VMMs are killed for want of memory long before the daemon, whose score is 0 or less.
 const OOM_SCORE: &str = "500";
@@ -371,6 +375,7 @@ fn enter_root(jail: &Jail, files: &[OwnedFd]) -> Result<(), Failure> {
             .and_then(|()| close_bind(&to))
             .step(format!("binding {}", path.display()))?;
     }
+    stub(&under(Path::new(PROC)), true).step("making a place for /proc")?;
     mount_remount(root, root_flags() | MountFlags::RDONLY, c"").step("closing the root")?;
     std::env::set_current_dir(root).step("entering the root")?;
     pivot_root(".", ".").step("pivoting the root")?;
@@ -416,11 +421,12 @@ fn close_bind(to: &Path) -> io::Result<()> {
 
 /// The child: gives up everything and becomes the program. Returns only when that fails.
 fn become_vmm(jail: &Jail, fds: Vec<OwnedFd>, daemon: OwnedFd) -> ExitCode {
+    let shown = mount_proc().step("mounting /proc");
     let limited = jail.limits.set().map_err(|error| Failure {
         step: error.to_string(),
         source: error.source,
     });
-    let given_up = limited.and_then(|()| give_up_rights(jail.uid));
+    let given_up = shown.and(limited).and_then(|()| give_up_rights(jail.uid));
     if let Err(failure) = given_up {
         return tell_failure(&daemon, failure);
     }
@@ -439,6 +445,12 @@ fn become_vmm(jail: &Jail, fds: Vec<OwnedFd>, daemon: OwnedFd) -> ExitCode {
             source,
         },
     )
+}
+
+/// Processes only, of this pid namespace, which the child is the first of: so it is mounted here,
+/// and shows the VMM nothing but itself.
+fn mount_proc() -> rustix::io::Result<()> {
+    mount("proc", PROC, "proc", root_flags(), c"subset=pid")
 }
 
 fn give_up_rights(uid: u32) -> Result<(), Failure> {
@@ -473,7 +485,8 @@ fn give_up_rights(uid: u32) -> Result<(), Failure> {
 /// What the kernel says; [`io::ErrorKind::DirectoryNotEmpty`] when something is left.
 pub fn empty_root(pid: u32, jail: &Jail) -> io::Result<()> {
     let namespace = fs::File::open(format!("/proc/{pid}/ns/mnt"))?;
-    let paths: Vec<PathBuf> = jail.files.iter().chain(&jail.binds).cloned().collect();
+    let mut paths: Vec<PathBuf> = jail.files.iter().chain(&jail.binds).cloned().collect();
+    paths.push(PROC.into());
     let worker = std::thread::Builder::new()
         .name("empty-root".to_owned())
         .spawn(move || {

@@ -1,8 +1,8 @@
 //! The system calls that rustix lacks or marks unsafe: the only unsafe code of this crate.
 //!
 //! Called by `jail.rs` (a single-threaded launcher), `net/` (threads of its own) and the `qemu`
-//! driver (the TSC). Each function is safe to call as far as memory goes; what it does to the
-//! process is said at each. Never keeps state.
+//! driver (the TSC, a paused guest's memory). Each function is safe to call as far as memory goes;
+//! what it does to the process is said at each. Never keeps state.
 #![expect(
     unsafe_code,
     reason = "system calls without a safe wrapper live here and nowhere else"
@@ -102,6 +102,60 @@ pub(crate) fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor is owned by the returned value and gives the same number for as long
     // as that lives.
     Ok(unsafe { AsyncFd::register(pidfd)? })
+}
+
+/// The most ranges of one process_vm_readv(2) (`UIO_MAXIOV`).
+const RANGES_MAX: usize = 1024;
+
+/// Reads `ranges`, each an address and a length, of the process `pid` into `buffer`, one behind the
+/// other; the buffer is as long as all of them together.
+pub(crate) fn read_process(pid: u32, ranges: &[(u64, u64)], buffer: &mut [u8]) -> io::Result<()> {
+    let invalid = |_error| io::Error::from(io::ErrorKind::InvalidInput);
+    let pid = libc::pid_t::try_from(pid).map_err(invalid)?;
+    let mut rest = buffer;
+    for some in ranges.chunks(RANGES_MAX) {
+        let mut remote = Vec::with_capacity(some.len());
+        let mut total = 0_usize;
+        for (address, len) in some {
+            let len = usize::try_from(*len).map_err(invalid)?;
+            total = total.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+            remote.push(libc::iovec {
+                iov_base: std::ptr::with_exposed_provenance_mut(
+                    usize::try_from(*address).map_err(invalid)?,
+                ),
+                iov_len: len,
+            });
+        }
+        let (to, behind) = rest
+            .split_at_mut_checked(total)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        rest = behind;
+        let local = libc::iovec {
+            iov_base: to.as_mut_ptr().cast(),
+            iov_len: to.len(),
+        };
+        // SAFETY: the kernel writes at most `to.len()` bytes to `to`, which is borrowed for the
+        // call; the remote addresses are the other process's and are only read from.
+        let read = unsafe {
+            libc::process_vm_readv(
+                pid,
+                &raw const local,
+                1,
+                remote.as_ptr(),
+                remote.len() as libc::c_ulong,
+                0,
+            )
+        };
+        match usize::try_from(read) {
+            Ok(read) if read == total => {}
+            Ok(_short) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(_negative) => return Err(io::Error::last_os_error()),
+        }
+    }
+    match rest.is_empty() {
+        true => Ok(()),
+        false => Err(io::ErrorKind::InvalidInput.into()),
+    }
 }
 
 /// The processor's time stamp counter.
@@ -316,8 +370,24 @@ pub(crate) mod probe {
 
 #[cfg(test)]
 mod tests {
-    use super::{hardware_address, interface_request, socket_address};
+    use super::{RANGES_MAX, hardware_address, interface_request, read_process, socket_address};
     use std::net::Ipv4Addr;
+
+    #[test]
+    fn ranges_of_a_process_are_read_one_behind_the_other() {
+        let text: Vec<u8> = (0..=255).collect();
+        let address = text.as_ptr().addr() as u64;
+        let mut ranges = vec![(address + 10, 2); RANGES_MAX];
+        ranges.extend([(address, 3), (address + 255, 1)]);
+        let mut read = vec![0; 2 * RANGES_MAX + 4];
+        read_process(std::process::id(), &ranges, &mut read).unwrap();
+        assert_eq!(read[..4], [10, 11, 10, 11]);
+        assert_eq!(read[2 * RANGES_MAX..], [0, 1, 2, 255]);
+        assert!(read_process(std::process::id(), &ranges, &mut read[1..]).is_err());
+        let mut longer = vec![0; 5];
+        assert!(read_process(std::process::id(), &[(address, 4)], &mut longer).is_err());
+        assert!(read_process(std::process::id(), &[(0, 4)], &mut [0; 4]).is_err());
+    }
 
     #[test]
     fn a_name_that_does_not_fit_is_refused() {

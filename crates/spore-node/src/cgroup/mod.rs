@@ -196,6 +196,28 @@ impl Cgroups {
         Ok(())
     }
 
+    /// Lets the cgroup `name` have more memory than it was made with.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn raise_memory(&self, name: &str, bytes: u64) -> io::Result<()> {
+        let memory = bytes.to_string();
+        for (hierarchy, path) in self.folders(name) {
+            if !hierarchy.controllers.contains(&Controller::Memory) {
+                continue;
+            }
+            match hierarchy.version {
+                Version::One => {
+                    // The limit with swap goes first: it is never below the one without.
+                    write_if_there(&path.join("memory.memsw.limit_in_bytes"), &memory)?;
+                    fs::write(path.join("memory.limit_in_bytes"), &memory)?;
+                }
+                Version::Two => fs::write(path.join("memory.max"), &memory)?,
+            }
+        }
+        Ok(())
+    }
+
     /// The files that a process writes `0` to in order to be in the cgroup `name`.
     #[must_use]
     pub fn entrances(&self, name: &str) -> Vec<PathBuf> {

@@ -17,6 +17,8 @@
 //! is idempotent and needs no memory of its own: names of cgroups, folders and the like are made
 //! from the [`VmId`]. `sweep` removes what bears no id that is kept.
 
+pub mod fork;
+pub mod memory_image;
 pub mod process;
 pub mod proxy;
 pub mod qemu;
@@ -38,6 +40,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use self::fork::{Afterwards, Capture, CaptureError, ForkError, ForkFrom, PauseError};
 use crate::egress::launch::LaunchError;
 
 /// A driver.
@@ -64,6 +67,19 @@ pub trait Hypervisor: Send + Sync + 'static {
         machine: &Machine,
         prepared: &Prepared,
     ) -> Result<Identity, BootError>;
+
+    /// As [`Hypervisor::boot`], with the guest of `from` instead of a new one: it is loaded and
+    /// paused, and its next instruction runs once it is resumed. Legal once, after `prepare`.
+    ///
+    /// # Errors
+    /// [`ForkError`]; the caller calls `release`.
+    async fn fork(
+        &self,
+        vm: VmId,
+        machine: &Machine,
+        prepared: &Prepared,
+        from: &ForkFrom,
+    ) -> Result<Identity, ForkError>;
 
     /// Takes hold of a VM that this or an earlier daemon booted. The process is the one of
     /// `identity` or the call fails: pid, start time and cgroup are checked behind a pidfd.
@@ -115,6 +131,24 @@ pub trait Vm: Send + Sync + 'static {
     /// # Errors
     /// [`PolicyError`]; the caller kills the VM.
     async fn open_network(&self) -> Result<(), PolicyError>;
+
+    /// Lets the guest stand still, with nothing under way on its disks. Idempotent.
+    ///
+    /// # Errors
+    /// [`PauseError`]; whether it runs is then not known.
+    async fn pause(&self) -> Result<(), PauseError>;
+
+    /// Lets it run. Idempotent.
+    ///
+    /// # Errors
+    /// [`PauseError`]; whether it runs is then not known.
+    async fn resume(&self) -> Result<(), PauseError>;
+
+    /// Copies what makes this VM what it is, while it is paused; legal then.
+    ///
+    /// # Errors
+    /// [`CaptureError`]; the VM stays paused, unless it has ended.
+    async fn capture(&self, afterwards: Afterwards) -> Result<Capture, CaptureError>;
 
     /// What it uses of the host.
     ///
@@ -352,6 +386,10 @@ pub type HostAddresses = Vec<IpAddr>;
 pub struct VmFds {
     /// The tap, opened inside the VM's namespace.
     pub tap: OwnedFd,
+    /// The guest's memory: its own, or the image that it shares with other forks.
+    pub memory: OwnedFd,
     /// The root image, the folder's image, the scratch disk, in the order of the devices.
     pub disks: Vec<OwnedFd>,
+    /// Of a fork, what its devices begin with.
+    pub state: Option<OwnedFd>,
 }

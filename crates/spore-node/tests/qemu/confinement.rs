@@ -5,7 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use spore_node::hypervisor::Hypervisor;
+use spore_node::cgroup::Cgroups;
+use spore_node::hypervisor::fork::Afterwards;
+use spore_node::hypervisor::{Hypervisor, Identity, Prepared};
+use spore_wire::id::VmId;
 use tokio::time::timeout;
 
 use crate::guest::{FILL_MIB, Then, WORD};
@@ -20,6 +23,8 @@ fn expected(host: &TestHost) -> BTreeMap<String, usize> {
         ("/dev/null".to_owned(), 1),
         ("/memfd:vmm-output (deleted)".to_owned(), 2),
         ("/dev/net/tun".to_owned(), 1),
+        // Two of the memory: the node's descriptor, and QEMU's own, opened through it.
+        ("/memfd:guest-memory (deleted)".to_owned(), 2),
         (file("image"), 2),
         (file("folder"), 2),
         (format!("{} (deleted)", file("data/scratch/VM.raw")), 2),
@@ -65,10 +70,36 @@ async fn every_vm_process_has_exactly_its_fds_uid_and_filter() {
     let held = driver.attach(vm, &prepared, &identity).await.unwrap();
     said(&*held, WORD).await;
     assert_eq!(host.processes(), [identity.pid]);
+    let mut allowed = expected(&host);
+    check_process(&host, vm, &prepared, &identity, &allowed);
+
+    held.pause().await.unwrap();
+    let capture = held.capture(Afterwards::Ends).await.unwrap();
+    driver.release(vm).await.unwrap();
+    let (fork, source) = (new_id(), capture.into_source().unwrap());
+    let prepared = driver.prepare(fork, &machine).await.unwrap();
+    let identity = driver
+        .fork(fork, &machine, &prepared, &source)
+        .await
+        .unwrap();
+    let held = driver.attach(fork, &prepared, &identity).await.unwrap();
+    held.resume().await.unwrap();
+    allowed.insert("/memfd:device-state (deleted)".to_owned(), 1);
+    check_process(&host, fork, &prepared, &identity, &allowed);
+    driver.release(fork).await.unwrap();
+    assert_eq!(host.left(), Vec::<String>::new());
+}
+
+/// What the process of a VM is and has.
+fn check_process(
+    host: &TestHost,
+    vm: VmId,
+    prepared: &Prepared,
+    identity: &Identity,
+    allowed: &BTreeMap<String, usize>,
+) {
     let proc = Path::new("/proc").join(identity.pid.to_string());
     let read = |name: &str| fs::read_to_string(proc.join(name)).unwrap();
-
-    let allowed = expected(&host);
     for (name, count) in open_files(&proc, &vm.to_string()) {
         let most = allowed.get(&name).copied().unwrap_or(0);
         assert!(count <= most, "{count} of {name}, {most} at most");
@@ -105,15 +136,9 @@ async fn every_vm_process_has_exactly_its_fds_uid_and_filter() {
         let ours = fs::read_link(Path::new("/proc/self/ns").join(kind)).unwrap();
         assert_ne!(theirs, ours, "{kind}");
     }
-    assert!(
-        driver
-            .rooms()
-            .cgroups()
-            .holds(&identity.cgroup, &read("cgroup"))
-    );
+    let cgroups = Cgroups::open(&host.config.room.cgroup_parent).unwrap();
+    assert!(cgroups.holds(&identity.cgroup, &read("cgroup")));
     assert_eq!(read("oom_score_adj").trim(), "500");
-    driver.release(vm).await.unwrap();
-    assert_eq!(host.left(), Vec::<String>::new());
 }
 
 /// A file of the VM's cgroup: by its name on v1, or on v2.

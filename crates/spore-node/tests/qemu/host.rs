@@ -81,6 +81,23 @@ impl TestHost {
         Some(Self { config, root })
     }
 
+    /// One whose guests have the agent and an image that it can serve, with the machine for it.
+    pub(crate) fn with_agent() -> Option<(Self, Machine)> {
+        let mut host = Self::new(Then::Wait)?;
+        let deps = host.config.kernel.ancestors().nth(2).unwrap().to_owned();
+        let initramfs = deps.join("guest/initramfs.cpio");
+        let image = base_image(&deps).unwrap_or_default();
+        if !initramfs.is_file() || !image.is_file() {
+            println!("SKIPPED: no initramfs or base image: run `make deps`");
+            return None;
+        }
+        let mut machine = host.machine();
+        machine.image = image;
+        machine.folder = None;
+        host.config.initramfs = initramfs;
+        Some((host, machine))
+    }
+
     pub(crate) async fn driver(&self) -> Qemu {
         Qemu::open(self.config.clone()).await.unwrap()
     }
@@ -185,6 +202,12 @@ impl Drop for TestHost {
         }
         fs::remove_dir_all(&self.root).unwrap();
     }
+}
+
+/// The file of the image `debian/base`.
+pub(crate) fn base_image(deps: &Path) -> Option<PathBuf> {
+    let id = fs::read_to_string(deps.join("images/names/debian--base")).ok()?;
+    Some(deps.join(format!("images/{}.img", id.trim())))
 }
 
 fn names(folder: &Path) -> Vec<String> {

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -24,7 +24,7 @@ use spore_wire::id::{ImageId, VmId};
 use spore_wire::node::{Owner, Process, Resources, StartVm, VmPhase};
 
 use crate::guest::Then;
-use crate::host::{HANG, TestHost, new_id};
+use crate::host::{HANG, TestHost, base_image, new_id};
 use crate::orders::{Answer, End, Orders, Point, Room, Sighting, Task};
 
 /// A server that says a number made at its start, how often it was asked, and how often an app was
@@ -98,12 +98,6 @@ fn daemon_sigkill_at_every_effect_readopts_the_same_vm() {
     let going_on = fates.iter().filter(|fate| **fate == Fate::WentOn).count();
     println!("{total} kill points, the same VM went on at {going_on}");
     assert!(going_on >= GOING_ON_MIN, "{going_on} of {total}");
-}
-
-/// The file of the image `debian/base`.
-fn base_image(deps: &Path) -> Option<PathBuf> {
-    let id = fs::read_to_string(deps.join("images/names/debian--base")).ok()?;
-    Some(deps.join(format!("images/{}.img", id.trim())))
 }
 
 fn lane(host: &TestHost, world: &World, todo: &Mutex<VecDeque<(VmEffect, Point)>>) -> Vec<Fate> {

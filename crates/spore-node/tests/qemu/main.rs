@@ -6,7 +6,9 @@
     reason = "the whole program is tests: a failed step ends its test, and a skip is said"
 )]
 
+mod agent;
 mod confinement;
+mod fork;
 mod guest;
 mod host;
 mod kill_points;

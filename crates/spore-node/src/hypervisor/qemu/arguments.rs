@@ -20,7 +20,23 @@ pub(super) const INITRAMFS: &str = "/initramfs";
 pub(super) const FD_TAP: usize = 3;
 pub(super) const FD_QMP: usize = 4;
 pub(super) const FD_AGENT: usize = 5;
-pub(super) const FD_DISKS: usize = 6;
+pub(super) const FD_MEMORY: usize = 6;
+pub(super) const FD_DISKS: usize = 7;
+
+/// Where a VMM begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Begin {
+    /// With a kernel, in memory of its own.
+    Boot,
+    /// Paused, with an image's memory as far as it does not write to it, and device state that is
+    /// loaded once its root is empty: it was written by a VMM that a guest may have taken over.
+    Fork,
+}
+
+/// The descriptor of a fork's device state: behind its disks.
+pub(super) const fn fd_state(disks: usize) -> usize {
+    FD_DISKS + disks
+}
 
 /// The character device of the guest's console: a ring in QEMU's memory, which can neither block
 /// the guest nor fill a disk.
@@ -68,13 +84,18 @@ impl Disk {
     /// with its VM, so nothing is gained by flushing it; freed blocks are given back to the host.
     /// Without `auto-read-only=off` QEMU would open it read-only first, which its descriptor is
     /// not.
-    const fn options(self) -> &'static str {
+    const fn access(self) -> &'static str {
         match self {
-            Self::Image | Self::Folder => "format=raw,readonly=on,file.locking=off",
-            Self::Scratch => concat!(
-                "format=raw,auto-read-only=off,file.locking=off,",
-                "cache=unsafe,discard=unmap,werror=report,rerror=report",
-            ),
+            Self::Image | Self::Folder => "read-only=on,auto-read-only=off",
+            Self::Scratch => "auto-read-only=off,cache.no-flush=on,discard=unmap",
+        }
+    }
+
+    /// What the guest is told of a failure of the host's disk.
+    const fn on_error(self) -> &'static str {
+        match self {
+            Self::Image | Self::Folder => "",
+            Self::Scratch => ",werror=report,rerror=report",
         }
     }
 }
@@ -95,13 +116,18 @@ pub(super) fn kernel_line(tsc_khz: u64) -> String {
 }
 
 /// The whole command line, without the program.
-pub(super) fn arguments(resources: &Resources, disks: &[Disk], tsc_khz: u64) -> Vec<String> {
+pub(super) fn arguments(
+    begin: Begin,
+    resources: &Resources,
+    disks: &[Disk],
+    tsc_khz: u64,
+) -> Vec<String> {
     let mut line = Line::default();
     line.flag("-no-user-config")
         .flag("-nodefaults")
         .flag("-no-reboot");
     line.option("-display", "none");
-    line.option("-machine", "microvm,mem-merge=off,dump-guest-core=off");
+    add_machine(&mut line, begin, resources);
     line.option(
         "-accel",
         format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"),
@@ -109,16 +135,25 @@ pub(super) fn arguments(resources: &Resources, disks: &[Disk], tsc_khz: u64) -> 
     // What x86-64-v2 has, since prebuilt programs expect it, and RDRAND for the first entropy.
     line.option("-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand");
     line.option("-smp", resources.cpus.to_string());
-    line.option("-m", format!("{}M", resources.memory_mib));
     // After the guest's end QEMU waits, so that the console can be read before it quits.
     line.option("-action", "shutdown=pause,panic=pause");
     line.option(
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     );
-    line.option("-kernel", KERNEL).option("-initrd", INITRAMFS);
-    line.option("-append", kernel_line(tsc_khz));
-    line.option("-global", "virtio-mmio.force-legacy=false");
+    match begin {
+        Begin::Boot => {
+            line.option("-kernel", KERNEL).option("-initrd", INITRAMFS);
+            line.option("-append", kernel_line(tsc_khz));
+        }
+        // What xen-save-devices-state writes does not say whether the VM ran.
+        Begin::Fork => {
+            line.flag("-S").option("-incoming", "defer");
+        }
+    }
+    // Modern registers have 1024 queues per device, each of which is saved and loaded: ten times
+    // the state and five times the time, for nothing that these devices would use.
+    line.option("-global", "virtio-mmio.force-legacy=true");
     line.option(
         "-chardev",
         format!("socket,id=qmp,fd={FD_QMP},server=on,wait=off"),
@@ -130,17 +165,7 @@ pub(super) fn arguments(resources: &Resources, disks: &[Disk], tsc_khz: u64) -> 
     );
     line.option("-serial", format!("chardev:{CONSOLE}"));
     for (index, disk) in disks.iter().enumerate() {
-        let (fd, serial) = (FD_DISKS + index, disk.serial());
-        line.option("-add-fd", format!("fd={fd},set={fd}"));
-        let options = disk.options();
-        line.option(
-            "-drive",
-            format!("if=none,id={serial},file=/dev/fdset/{fd},{options}"),
-        );
-        line.option(
-            "-device",
-            format!("virtio-blk-device,drive={serial},serial={serial}"),
-        );
+        add_disk(&mut line, index, *disk);
     }
     line.option("-netdev", format!("tap,id=net,fd={FD_TAP},vhost=off"));
     line.option(
@@ -159,6 +184,50 @@ pub(super) fn arguments(resources: &Resources, disks: &[Disk], tsc_khz: u64) -> 
     line.option("-object", "rng-builtin,id=rng");
     line.option("-device", "virtio-rng-device,rng=rng");
     line.words
+}
+
+/// Memory is a file of the node's, so that it can be read and sealed from outside. A fork's is the
+/// sealed one that it shares with others, mapped privately; QEMU opens it for writing all the same,
+/// and by a path, which `/proc` gives it until its root is emptied.
+fn add_machine(line: &mut Line, begin: Begin, resources: &Resources) {
+    line.option(
+        "-machine",
+        "microvm,mem-merge=off,dump-guest-core=off,memory-backend=mem,suppress-vmdesc=on",
+    );
+    // A description of the configuration, which what is loaded here does not have.
+    line.option("-global", "migration.send-configuration=off");
+    let share = match begin {
+        Begin::Boot => "on",
+        Begin::Fork => "off",
+    };
+    let mib = resources.memory_mib;
+    line.option("-m", format!("{mib}M"));
+    line.option(
+        "-object",
+        format!(
+            "memory-backend-file,id=mem,size={mib}M,mem-path=/proc/self/fd/{FD_MEMORY},\
+             share={share},merge=off,dump=off"
+        ),
+    );
+}
+
+/// A disk is two nodes of QEMU's block graph, so that a layer can be put over it while it runs.
+fn add_disk(line: &mut Line, index: usize, disk: Disk) {
+    let (fd, serial) = (FD_DISKS + index, disk.serial());
+    let (access, on_error) = (disk.access(), disk.on_error());
+    line.option("-add-fd", format!("fd={fd},set={fd}"));
+    line.option(
+        "-blockdev",
+        format!("driver=file,node-name=f{index},filename=/dev/fdset/{fd},locking=off,{access}"),
+    );
+    line.option(
+        "-blockdev",
+        format!("driver=raw,node-name=d{index},file=f{index},{access}"),
+    );
+    line.option(
+        "-device",
+        format!("virtio-blk-device,drive=d{index},serial={serial}{on_error}"),
+    );
 }
 
 #[derive(Debug, Default)]
@@ -185,7 +254,7 @@ mod tests {
 
     use spore_wire::node::Resources;
 
-    use super::{Disk, arguments, kernel_line};
+    use super::{Begin, Disk, INITRAMFS, KERNEL, arguments, kernel_line};
 
     const RESOURCES: Resources = Resources {
         cpus: 2,
@@ -193,11 +262,23 @@ mod tests {
         disk_mib: 1024,
     };
 
-    #[test]
-    fn the_command_line_is_the_golden_one() {
+    fn golden(begin: Begin) -> String {
         let disks = Disk::of(Some(Path::new("/folder")), &RESOURCES);
-        let line = arguments(&RESOURCES, &disks, 2_100_000).join("\n");
-        assert_eq!(line, include_str!("arguments.golden.txt").trim_end());
+        arguments(begin, &RESOURCES, &disks, 2_100_000).join("\n")
+    }
+
+    #[test]
+    fn the_command_lines_are_the_golden_ones() {
+        for (begin, name) in [(Begin::Boot, "arguments"), (Begin::Fork, "fork")] {
+            let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/hypervisor/qemu");
+            let path = format!("{folder}/{name}.golden.txt");
+            let line = golden(begin);
+            if std::env::var_os("SPORE_GOLDEN").is_some() {
+                std::fs::write(&path, format!("{line}\n")).unwrap();
+            }
+            let expected = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(line, expected.trim_end(), "{path}");
+        }
     }
 
     #[test]
@@ -212,12 +293,16 @@ mod tests {
     #[test]
     fn no_word_names_a_path_outside_the_jail() {
         let disks = Disk::of(None, &RESOURCES);
-        for word in arguments(&RESOURCES, &disks, 1) {
-            let path = word.split(['=', ',']).find(|part| part.starts_with('/'));
-            let known = |path: &str| {
-                path.starts_with("/dev/fdset/") || path == "/kernel" || path == "/initramfs"
-            };
-            assert!(path.is_none_or(known), "{word}");
+        for begin in [Begin::Boot, Begin::Fork] {
+            for word in arguments(begin, &RESOURCES, &disks, 1) {
+                let path = word.split(['=', ',']).find(|part| part.starts_with('/'));
+                let of_a_descriptor = ["/dev/fdset/", "/proc/self/fd/"];
+                let known = |path: &str| {
+                    let is_of = |start: &&str| path.starts_with(*start);
+                    of_a_descriptor.iter().any(is_of) || path == KERNEL || path == INITRAMFS
+                };
+                assert!(path.is_none_or(known), "{word}");
+            }
         }
     }
 

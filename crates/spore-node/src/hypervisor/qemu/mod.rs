@@ -7,9 +7,12 @@
 //!
 //! ```text
 //!   boot: open files ▶ launcher ▶ QMP answers ▶ root emptied, scratch unlinked ▶ Identity
+//!   fork: the same with a source's memory and disk ▶ its devices loaded, paused ▶ Identity
 //! ```
 
 mod arguments;
+mod capture;
+mod pages;
 mod qmp;
 mod tsc;
 mod vm;
@@ -27,13 +30,16 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use serde_json::{Value, json};
 use spore_wire::id::VmId;
 use spore_wire::node::Boundary;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use self::arguments::{Disk, FD_DISKS, INITRAMFS, KERNEL, arguments};
+use self::arguments::{Begin, Disk, FD_DISKS, INITRAMFS, KERNEL, arguments, fd_state};
 use self::qmp::Qmp;
 use self::vm::{QemuVm, VmHost};
+use super::fork::{ForkError, ForkFrom};
+use super::memory_image::{MemoryDraft, MemoryImageError};
 use super::room::{RoomConfig, RoomError, Rooms, blocking};
 use super::{
     AttachError, BootError, Caps, Hypervisor, Identity, Machine, PrepareError, Prepared,
@@ -57,8 +63,8 @@ const PROXY_MIB: u32 = 32;
 /// What of QEMU's own output is kept.
 const LOG_BYTES: u64 = 64 * 1024;
 
-/// The least file size that a VMM may write: its own output.
-const FILE_BYTES_MIN: u64 = LOG_BYTES;
+/// The least file size that a VMM may write: its own output, and what its devices are.
+const FILE_BYTES_MIN: u64 = MIB;
 
 /// How long QEMU may take until its monitor answers; usually 30 ms.
 const QMP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -68,6 +74,12 @@ const VERSION_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a VMM whose monitor hung up is given to end.
 const ENDING: Duration = Duration::from_secs(5);
+
+/// How long QEMU may take to load its devices; usually 10 ms.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often it is asked whether it has.
+const LOAD_STEP: Duration = Duration::from_millis(1);
 
 /// The monitor's socket in the VM's folder.
 const QMP_SOCKET: &str = "qmp.sock";
@@ -273,14 +285,36 @@ impl Hypervisor for Qemu {
         let (machine, prepared) = (machine.clone(), prepared.clone());
         let guard = shared.rooms.lock(vm).await;
         let work = async move {
-            let booted = shared.boot(vm, &machine, &prepared).await;
+            let booted = shared.start(vm, &machine, &prepared, None).await;
             drop(guard);
-            booted
+            booted.map(|started| started.identity)
         };
         uncancelled(work).await.map_err(|source| BootError::Step {
             what: "a task",
             source,
         })?
+    }
+
+    async fn fork(
+        &self,
+        vm: VmId,
+        machine: &Machine,
+        prepared: &Prepared,
+        from: &ForkFrom,
+    ) -> Result<Identity, ForkError> {
+        let shared = Arc::clone(&self.shared);
+        let (machine, prepared, from) = (machine.clone(), prepared.clone(), from.clone());
+        let guard = shared.rooms.lock(vm).await;
+        let work = async move {
+            let forked = shared.fork(vm, &machine, &prepared, from).await;
+            drop(guard);
+            forked
+        };
+        let failed = |source| BootError::Step {
+            what: "a task",
+            source,
+        };
+        uncancelled(work).await.map_err(failed)?
     }
 
     async fn attach(
@@ -353,33 +387,47 @@ struct Files {
     vm: VmFds,
     qmp: UnixListener,
     agent: UnixListener,
-    kernel: File,
-    initramfs: File,
+    /// The kernel and the initramfs, of what boots.
+    kernel: Vec<File>,
+}
+
+/// A VMM that runs and whose root is empty.
+#[derive(Debug)]
+struct Started {
+    identity: Identity,
+    monitor: Qmp,
+    log: OwnedFd,
 }
 
 impl Shared {
-    async fn boot(
+    async fn start(
         self: &Arc<Self>,
         vm: VmId,
         machine: &Machine,
         prepared: &Prepared,
-    ) -> Result<Identity, BootError> {
+        from: Option<ForkFrom>,
+    ) -> Result<Started, BootError> {
         let step = |what| move |source| BootError::Step { what, source };
         let tap = self.rooms.namespaces().open_tap(&prepared.namespace).await;
         let tap = tap.map_err(step("opening the tap"))?;
-        let files = self.open_files(vm, machine, tap)?;
-        let log = files.log.try_clone().map_err(step("its output"))?;
-        let jail = self.jail(vm, machine, prepared);
+        let (this, machine) = (Arc::clone(self), machine.clone());
+        let jail = self.jail(vm, &machine, prepared, from.as_ref());
         let launched = {
-            let (this, jail) = (Arc::clone(self), jail.clone());
-            blocking(move || this.launch(&jail, &files)).await
+            let jail = jail.clone();
+            blocking(move || {
+                let files = this.open_files(vm, &machine, tap, from.as_ref())?;
+                let log = files.log.try_clone().map_err(step("its output"))?;
+                let launched = this.launch(&jail, &files);
+                launched
+                    .map(|pid| (pid, log))
+                    .map_err(|error| step("the jail")(io::Error::other(error)))
+            })
+            .await
         };
-        let pid = launched
-            .map_err(step("a worker thread"))?
-            .map_err(|error| step("the jail")(io::Error::other(error)))?;
+        let (pid, log) = launched.map_err(step("a worker thread"))??;
         let identity = process::identity(pid, &vm.to_string());
         let identity = identity.map_err(|_gone| BootError::Ended(vm::log_tail(&log)))?;
-        self.await_monitor(vm, &identity, &log).await?;
+        let monitor = self.await_monitor(vm, &identity, &log).await?;
         let emptied = blocking(move || jail::empty_root(pid, &jail)).await;
         emptied
             .and_then(|done| done)
@@ -389,10 +437,72 @@ impl Shared {
             .disks()
             .remove(vm)
             .map_err(step("unlinking the scratch disk"))?;
+        Ok(Started {
+            identity,
+            monitor,
+            log,
+        })
+    }
+
+    async fn fork(
+        self: &Arc<Self>,
+        vm: VmId,
+        machine: &Machine,
+        prepared: &Prepared,
+        from: ForkFrom,
+    ) -> Result<Identity, ForkError> {
+        check_shape(machine, &from)?;
+        self.allow_holes(vm, machine, &from)?;
+        let disks = Disk::of(machine.folder.as_deref(), &machine.resources);
+        let started = self.start(vm, machine, prepared, Some(from)).await?;
+        let Started {
+            identity,
+            mut monitor,
+            log,
+        } = started;
+        let loaded = load(&mut monitor, fd_state(disks.len())).await;
+        loaded.map_err(|error| ForkError::Load(format!("{error}; {}", vm::log_tail(&log))))?;
         Ok(identity)
     }
 
-    fn open_files(&self, vm: VmId, machine: &Machine, tap: OwnedFd) -> Result<Files, BootError> {
+    /// Whoever touches a hole of the image first pays for it, on top of a page of its own.
+    fn allow_holes(&self, vm: VmId, machine: &Machine, from: &ForkFrom) -> Result<(), BootError> {
+        let step = |source| BootError::Step {
+            what: "allowing for the holes of its source's memory",
+            source,
+        };
+        let holes = from.memory.hole_bytes();
+        let holes = holes.map_err(|error| step(io::Error::other(error)))?;
+        let bytes = limits(machine).memory_bytes + holes;
+        let cgroups = self.rooms.cgroups();
+        cgroups.raise_memory(&vm.to_string(), bytes).map_err(step)
+    }
+
+    fn open_memory(
+        &self,
+        machine: &Machine,
+        from: Option<&ForkFrom>,
+    ) -> Result<OwnedFd, MemoryImageError> {
+        let cloned = |source| MemoryImageError::Kernel {
+            what: "share",
+            source,
+        };
+        match from {
+            Some(from) => from.memory.fd().try_clone_to_owned().map_err(cloned),
+            None => {
+                let draft = MemoryDraft::new(memory_bytes(machine))?;
+                draft.fd().try_clone_to_owned().map_err(cloned)
+            }
+        }
+    }
+
+    fn open_files(
+        &self,
+        vm: VmId,
+        machine: &Machine,
+        tap: OwnedFd,
+        from: Option<&ForkFrom>,
+    ) -> Result<Files, BootError> {
         let step = |what| move |source| BootError::Step { what, source };
         let image = |path: &Path| {
             let opened = File::open(path).map(OwnedFd::from);
@@ -406,9 +516,29 @@ impl Shared {
             disks.push(image(folder)?);
         }
         if machine.resources.disk_mib > 0 {
+            let made = match from.and_then(|from| from.scratch.as_ref()) {
+                Some(from) => self.rooms.disks().remake(vm, from),
+                None => Ok(()),
+            };
+            made.map_err(step("copying the scratch disk"))?;
             let scratch = self.rooms.disks().open_scratch(vm);
             disks.push(scratch.map_err(step("opening the scratch disk"))?);
         }
+        // Each VMM reads the state from its beginning, so each has a description of its own.
+        let state =
+            from.map(|from| File::open(format!("/proc/self/fd/{}", from.state.as_raw_fd())));
+        let state = state
+            .transpose()
+            .map_err(step("opening the source's devices"))?;
+        let memory = self.open_memory(machine, from);
+        let memory = memory.map_err(|error| step("its memory")(io::Error::other(error)))?;
+        let kernel = match from {
+            Some(_) => Vec::new(),
+            None => vec![
+                File::open(&self.config.kernel).map_err(step("opening the kernel"))?,
+                File::open(&self.config.initramfs).map_err(step("opening the initramfs"))?,
+            ],
+        };
         let socket = |name| {
             let path = self.rooms.folder(vm).join(name);
             let listener = UnixListener::bind(&path)?;
@@ -420,27 +550,41 @@ impl Shared {
                 .map_err(step("opening /dev/null"))?
                 .into(),
             log: bounded_log().map_err(step("its output"))?,
-            vm: VmFds { tap, disks },
+            vm: VmFds {
+                tap,
+                memory,
+                disks,
+                state: state.map(OwnedFd::from),
+            },
             qmp: socket(QMP_SOCKET).map_err(step("its control socket"))?,
             agent: socket(AGENT_SOCKET).map_err(step("the agent's socket"))?,
-            kernel: File::open(&self.config.kernel).map_err(step("opening the kernel"))?,
-            initramfs: File::open(&self.config.initramfs).map_err(step("opening the initramfs"))?,
+            kernel,
         })
     }
 
-    fn jail(&self, vm: VmId, machine: &Machine, prepared: &Prepared) -> Jail {
+    fn jail(
+        &self,
+        vm: VmId,
+        machine: &Machine,
+        prepared: &Prepared,
+        from: Option<&ForkFrom>,
+    ) -> Jail {
         let disks = Disk::of(machine.folder.as_deref(), &machine.resources);
         let mut binds = vec![self.config.qemu.clone()];
         binds.extend(self.config.libraries.iter().cloned());
         let limits = limits(machine);
+        let (begin, files, fds) = match from {
+            None => (Begin::Boot, vec![KERNEL.into(), INITRAMFS.into()], 0),
+            Some(_) => (Begin::Fork, Vec::new(), 1),
+        };
         Jail {
             cgroup: self.rooms.cgroups().entrances(&vm.to_string()),
             stage: self.rooms.stage(),
             binds,
-            files: vec![PathBuf::from(KERNEL), PathBuf::from(INITRAMFS)],
-            fds: FD_DISKS + disks.len(),
+            files,
+            fds: FD_DISKS + disks.len() + fds,
             program: self.config.qemu.clone(),
-            arguments: arguments(&machine.resources, &disks, self.tsc_khz),
+            arguments: arguments(begin, &machine.resources, &disks, self.tsc_khz),
             uid: prepared.uid,
             limits: ProcessLimits::vmm(
                 u64::from(limits.pids),
@@ -454,8 +598,10 @@ impl Shared {
         // The order is that of the FD_* numbers in `arguments.rs`.
         let mut fds = vec![files.null.as_fd(), log, log, files.vm.tap.as_fd()];
         fds.extend([files.qmp.as_fd(), files.agent.as_fd()]);
+        fds.push(files.vm.memory.as_fd());
         fds.extend(files.vm.disks.iter().map(AsFd::as_fd));
-        fds.extend([files.kernel.as_fd(), files.initramfs.as_fd()]);
+        fds.extend(files.vm.state.iter().map(AsFd::as_fd));
+        fds.extend(files.kernel.iter().map(AsFd::as_fd));
         Launch {
             launcher: &self.config.launcher,
             jail,
@@ -470,7 +616,7 @@ impl Shared {
         vm: VmId,
         identity: &Identity,
         log: &OwnedFd,
-    ) -> Result<(), BootError> {
+    ) -> Result<Qmp, BootError> {
         let ended = || BootError::Ended(vm::log_tail(log));
         let step = |what| move |source| BootError::Step { what, source };
         let pidfd = process::open(identity, self.rooms.cgroups()).map_err(|_gone| ended())?;
@@ -480,7 +626,7 @@ impl Shared {
             biased;
             _readable = pidfd.readable() => Err(ended()),
             monitor = Qmp::connect(&socket, QMP_TIMEOUT) => match monitor {
-                Ok(_hang_up) => Ok(()),
+                Ok(monitor) => Ok(monitor),
                 // A VMM that ends resets the connection a moment before its pidfd tells.
                 Err(source) => match timeout(ENDING, pidfd.readable()).await {
                     Ok(_readable) => Err(ended()),
@@ -489,6 +635,56 @@ impl Shared {
             },
         }
     }
+}
+
+fn memory_bytes(machine: &Machine) -> u64 {
+    u64::from(machine.resources.memory_mib) * MIB
+}
+
+/// What is loaded says nothing of sizes, and a VMM that is given others may read nonsense.
+fn check_shape(machine: &Machine, from: &ForkFrom) -> Result<(), ForkError> {
+    let differs = |what, wanted: String, actual: String| match wanted == actual {
+        true => Ok(()),
+        false => Err(ForkError::Shape {
+            what,
+            wanted,
+            actual,
+        }),
+    };
+    let mib = |bytes: u64| format!("{} MiB", bytes / MIB);
+    let (wanted, actual) = (memory_bytes(machine), from.memory.bytes());
+    differs("memory", mib(wanted), mib(actual))?;
+    let wanted = u64::from(machine.resources.disk_mib) * MIB;
+    let actual = from
+        .scratch
+        .as_ref()
+        .map_or(Ok(0), |file| file.metadata().map(|metadata| metadata.len()));
+    let actual = actual.map_err(|source| BootError::Step {
+        what: "measuring the source's scratch disk",
+        source,
+    })?;
+    differs("scratch disk", mib(wanted), mib(actual))
+}
+
+/// Loads the devices of a fork; its guest is paused before and after.
+async fn load(monitor: &mut Qmp, state: usize) -> io::Result<()> {
+    let uri = format!("fd:{state}");
+    monitor
+        .execute("migrate-incoming", json!({"uri": uri}))
+        .await?;
+    let loaded = async {
+        loop {
+            let told = monitor.execute("query-migrate", json!({})).await?;
+            match told.get("status").and_then(Value::as_str) {
+                Some("completed") => return Ok(()),
+                Some("failed") => return Err(io::Error::other(told.to_string())),
+                _ => sleep(LOAD_STEP).await,
+            }
+        }
+    };
+    timeout(LOAD_TIMEOUT, loaded)
+        .await
+        .map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
 /// A file in memory of a fixed size: writing behind its end fails.

@@ -5,14 +5,17 @@
 //! and nothing of them is more than text. Never starts or kills a process.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Duration;
 
 use data_encoding::BASE64;
 use futures_util::StreamExt;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
@@ -75,8 +78,24 @@ impl Qmp {
         self.step == Step::In
     }
 
+    /// Gives QEMU a descriptor, and gives the number under which it has it in `/dev/fdset`.
+    pub(super) async fn add_fd(&mut self, fd: BorrowedFd<'_>) -> io::Result<u64> {
+        let added = self.exchange("add-fd", json!({}), Some(fd)).await?;
+        let number = added.get("fdset-id").and_then(Value::as_u64);
+        number.ok_or_else(|| io::Error::other("QMP add-fd: no number in the answer"))
+    }
+
     /// One command and what it returns. One that takes too long, or is cancelled, is the last one.
     pub(super) async fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
+        self.exchange(command, arguments, None).await
+    }
+
+    async fn exchange(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> io::Result<Value> {
         if !self.is_in_step() {
             return Err(io::Error::other(format!(
                 "QMP {command}: an earlier command was given up, and its answer may still come"
@@ -86,7 +105,11 @@ impl Qmp {
         let mut line = json!({"execute": command, "arguments": arguments}).to_string();
         line.push('\n');
         let exchange = async {
-            self.write.write_all(line.as_bytes()).await?;
+            let mut line = line.as_bytes();
+            if let Some(fd) = fd {
+                line = &line[self.send_with(line, fd).await?..];
+            }
+            self.write.write_all(line).await?;
             loop {
                 let mut answer = self.read().await?;
                 if let Some(value) = answer.get_mut("return") {
@@ -107,6 +130,27 @@ impl Qmp {
         let answer = answer?;
         self.step = Step::In;
         answer.map_err(io::Error::other)
+    }
+
+    /// Sends the beginning of `line` with a descriptor; gives how much of it.
+    async fn send_with(&self, line: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let socket: &UnixStream = self.write.as_ref();
+        let fds = [fd];
+        let send = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            let flags = SendFlags::NOSIGNAL;
+            Ok(sendmsg(
+                socket,
+                &[IoSlice::new(line)],
+                &mut ancillary,
+                flags,
+            )?)
+        };
+        socket.async_io(Interest::WRITABLE, send).await
     }
 
     /// The next event's name. May be cancelled.

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   Watching ──SHUTDOWN (guest's end)──▶ reads the console, `quit` ──▶ Watching
-//!       │ ├────asked for the console──▶ reads it ──▶ Watching
+//!       │ ├────asked to read the console, pause, save, resume ──▶ does it ──▶ Watching
 //!       │ └────egress proxy gone──▶ says that the VM is unsound ──▶ Watching
 //!       └──process gone──▶ Over (exit published)
 //! ```
@@ -15,6 +15,7 @@
 //! When the last holder lets go the task ends and its connection closes, so that the next daemon
 //! or `attach` can connect; the VM goes on. Never restarts anything.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -37,6 +38,7 @@ use super::qmp::Qmp;
 use super::{AGENT_SOCKET, ENDING, LOG_BYTES, QMP_SOCKET, open_log};
 use crate::cgroup::kill_process;
 use crate::egress::launch::EgressLauncher;
+use crate::hypervisor::fork::{Afterwards, Capture, CaptureError, PauseError};
 use crate::hypervisor::proxy::EgressProxy;
 use crate::hypervisor::room::Rooms;
 use crate::hypervisor::{AgentStream, AttachError, PolicyError, Prepared, Vm, VmExit, VmStats};
@@ -63,14 +65,15 @@ pub(super) struct VmHost {
 /// A VM.
 #[derive(Debug)]
 pub(super) struct QemuVm {
-    rooms: Arc<Rooms>,
-    vm: VmId,
+    pub(super) rooms: Arc<Rooms>,
+    pub(super) vm: VmId,
+    pub(super) pid: u32,
     namespace: String,
     policy: Policy,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     exit: watch::Receiver<Option<VmExit>>,
     unsound: watch::Receiver<Option<String>>,
-    orders: mpsc::Sender<Order>,
+    pub(super) orders: mpsc::Sender<Order>,
     /// Where it has grants.
     proxy: Option<Arc<EgressProxy>>,
     watcher: JoinHandle<()>,
@@ -78,11 +81,19 @@ pub(super) struct QemuVm {
 
 /// What the task of a VM is asked.
 #[derive(Debug)]
-enum Order {
+pub(super) enum Order {
     /// The console's last lines.
     Console(oneshot::Sender<Vec<String>>),
     /// To miss this process, its egress proxy, when it ends.
     Miss(OwnedFd),
+    /// Whether the guest runs, in QEMU's word.
+    Status(oneshot::Sender<io::Result<String>>),
+    /// To let the guest stand still.
+    Pause(oneshot::Sender<io::Result<()>>),
+    /// To let it run.
+    Resume(oneshot::Sender<io::Result<()>>),
+    /// To write what its devices are to this file.
+    Save(File, oneshot::Sender<io::Result<()>>),
 }
 
 impl QemuVm {
@@ -144,6 +155,7 @@ impl QemuVm {
             namespace: prepared.namespace.clone(),
             rooms,
             vm,
+            pid,
             pidfd,
             exit,
             unsound,
@@ -185,6 +197,18 @@ impl Vm for QemuVm {
             .namespaces()
             .open_policy(&self.namespace, self.policy)
             .await
+    }
+
+    async fn pause(&self) -> Result<(), PauseError> {
+        self.run_state("pause", Order::Pause).await
+    }
+
+    async fn resume(&self) -> Result<(), PauseError> {
+        self.run_state("resume", Order::Resume).await
+    }
+
+    async fn capture(&self, afterwards: Afterwards) -> Result<Capture, CaptureError> {
+        self.take(afterwards).await
     }
 
     async fn stats(&self) -> io::Result<VmStats> {
@@ -281,6 +305,11 @@ impl Watcher {
                 Ok(proxy) => self.proxy = Some(proxy),
                 Err(error) => self.give_up(format!("its egress proxy cannot be watched: {error}")),
             },
+            // Whoever asked may have given up.
+            Order::Status(answer) => drop(answer.send(self.status().await)),
+            Order::Pause(answer) => drop(answer.send(self.execute("stop").await.map(drop))),
+            Order::Resume(answer) => drop(answer.send(self.execute("cont").await.map(drop))),
+            Order::Save(to, answer) => drop(answer.send(self.save(&to).await)),
         }
     }
 
@@ -311,9 +340,27 @@ impl Watcher {
         self.monitor().await?.execute(command, json!({})).await
     }
 
+    async fn status(&mut self) -> io::Result<String> {
+        let told = self.execute("query-status").await?;
+        let status = told.get("status").and_then(Value::as_str);
+        Ok(status.unwrap_or_default().to_owned())
+    }
+
     async fn is_shut_down(&mut self) -> bool {
-        let status = self.execute("query-status").await;
-        status.is_ok_and(|status| status.get("status").and_then(Value::as_str) == Some("shutdown"))
+        self.status().await.is_ok_and(|status| status == "shutdown")
+    }
+
+    /// The file goes over the connection, and QEMU forgets it again: it opens no path.
+    async fn save(&mut self, to: &File) -> io::Result<()> {
+        let monitor = self.monitor().await?;
+        let given = monitor.add_fd(to.as_fd()).await?;
+        let path = format!("/dev/fdset/{given}");
+        let arguments = json!({"filename": path, "live": false});
+        let saved = monitor.execute("xen-save-devices-state", arguments).await;
+        monitor
+            .execute("remove-fd", json!({"fdset-id": given}))
+            .await?;
+        saved.map(drop)
     }
 
     /// The guest has ended: keeps what it last said and lets QEMU go.

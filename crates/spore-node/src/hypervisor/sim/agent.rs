@@ -80,7 +80,10 @@ pub(super) async fn serve(guest: Arc<Guest>, stream: DuplexStream, trouble: Trou
             match decoder.next_frame() {
                 Ok(None) => match reader.read(&mut buffer).await {
                     Ok(0) | Err(_) => break,
-                    Ok(got) => decoder.feed(&buffer[..got]),
+                    Ok(got) => {
+                        guest.resumed().await;
+                        decoder.feed(&buffer[..got]);
+                    }
                 },
                 Ok(Some(frame)) => take(&guest, &out, frame, &mut session, trouble),
                 // What a daemon cut in the middle.
@@ -332,7 +335,9 @@ impl Job {
             return Err(error(AgentErrorCode::NotNow, "thawed already"));
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
+        let random = self.guest.renew_random(thaw.entropy.expose());
         let mut state = lock(&self.guest.state);
+        state.random = random;
         state.hostname = thaw.hostname;
         state.life = match thaw.hold {
             true => Life::Held(thaw.incarnation),
@@ -434,6 +439,10 @@ impl Job {
             ["print", count] => {
                 let count = count.parse().unwrap_or(0);
                 self.give(OutputKind::Stderr, &vec![b'x'; count]).await;
+            }
+            ["random"] => {
+                let random = lock(&self.guest.state).random.to_string();
+                self.give(OutputKind::Stdout, random.as_bytes()).await;
             }
             ["exit", wanted] => code = wanted.parse().unwrap_or(1),
             ["sleep"] => core::future::pending().await,

@@ -8,6 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use spore_wire::guest::{AppStatus, Event, Exit, LogRecord, OutputKind, StartApp};
 use spore_wire::id::VmId;
 use tokio::io::DuplexStream;
@@ -33,12 +34,27 @@ pub(super) struct Guest {
     booted_at: Instant,
     exit: watch::Sender<Option<VmExit>>,
     pub(super) unsound: watch::Sender<Option<String>>,
+    pub(super) paused: watch::Sender<bool>,
+    pub(super) memory_mib: u32,
     session: Mutex<CancellationToken>,
     host: SimHost,
 }
 
+/// Everything of a guest that its forks begin with.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct GuestCopy {
+    boot_id: String,
+    life: Life,
+    app: AppStatus,
+    hostname: String,
+    port: u16,
+    random: u64,
+    records: Vec<LogRecord>,
+    files: HashMap<String, Vec<u8>>,
+}
+
 /// Whether its tenant may run, and under which name it was thawed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Life {
     #[default]
     New,
@@ -72,6 +88,8 @@ pub(super) struct GuestState {
     pub(super) app: AppStatus,
     pub(super) hostname: String,
     pub(super) port: u16,
+    /// Stands for the kernel's random numbers: made of what the last thaw gave.
+    pub(super) random: u64,
     pub(super) starts: u32,
     pub(super) records: Vec<LogRecord>,
     pub(super) files: HashMap<String, Vec<u8>>,
@@ -80,28 +98,81 @@ pub(super) struct GuestState {
 }
 
 impl Guest {
-    pub(super) fn boot(host: &SimHost, vm: VmId, pid: u32) -> Arc<Self> {
+    pub(super) fn boot(host: &SimHost, vm: VmId, pid: u32, memory_mib: u32) -> Arc<Self> {
         let word = host.draw(vm, "boot id");
         let boot_ms = 100 + host.draw(vm, "kernel") % 700;
-        let guest = Arc::new(Self {
+        let boot_id = format!(
+            "{:08x}-{:04x}-4000-8000-{:012x}",
+            word >> 32,
+            (word >> 16) & 0xffff,
+            pid
+        );
+        let guest = Self::new(host, vm, pid, memory_mib, boot_id);
+        guest.live(boot_ms)
+    }
+
+    /// A guest that stands where the copied one stood; it waits to be resumed.
+    pub(super) fn fork(
+        host: &SimHost,
+        vm: VmId,
+        pid: u32,
+        memory_mib: u32,
+        copy: GuestCopy,
+    ) -> Arc<Self> {
+        let wake_ms = 20 + host.draw(vm, "translation") % 80;
+        let guest = Self::new(host, vm, pid, memory_mib, copy.boot_id);
+        guest.paused.send_replace(true);
+        *lock(&guest.state) = GuestState {
+            life: copy.life,
+            app: copy.app,
+            hostname: copy.hostname,
+            port: copy.port,
+            random: copy.random,
+            records: copy.records,
+            files: copy.files,
+            ..GuestState::default()
+        };
+        guest.live(wake_ms)
+    }
+
+    pub(super) fn copy(&self) -> GuestCopy {
+        let state = lock(&self.state);
+        GuestCopy {
+            boot_id: self.boot_id.clone(),
+            life: state.life.clone(),
+            app: state.app.clone(),
+            hostname: state.hostname.clone(),
+            port: state.port,
+            random: state.random,
+            records: state.records.clone(),
+            files: state.files.clone(),
+        }
+    }
+
+    fn new(host: &SimHost, vm: VmId, pid: u32, memory_mib: u32, boot_id: String) -> Self {
+        Self {
             vm,
             pid,
-            boot_id: format!(
-                "{:08x}-{:04x}-4000-8000-{:012x}",
-                word >> 32,
-                (word >> 16) & 0xffff,
-                pid
-            ),
+            boot_id,
+            memory_mib,
+            paused: watch::Sender::new(false),
             state: Mutex::default(),
             news: broadcast::channel(256).0,
             printed: Notify::new(),
             over: CancellationToken::new(),
-            booted_at: Instant::now() + Duration::from_millis(boot_ms),
+            booted_at: Instant::now(),
             exit: watch::Sender::new(None),
             unsound: watch::Sender::new(None),
             session: Mutex::default(),
             host: host.clone(),
-        });
+        }
+    }
+
+    /// From now on it takes its time to its first word, and dies when the plan says so.
+    fn live(mut self, first_word_ms: u64) -> Arc<Self> {
+        self.booted_at += Duration::from_millis(first_word_ms);
+        let guest = Arc::new(self);
+        let (host, vm) = (guest.host.clone(), guest.vm);
         if host.happens(vm, "dies", |plan| plan.dies) {
             let after = Duration::from_millis(host.draw(vm, "death") % 60_000);
             let dying = Arc::clone(&guest);
@@ -120,6 +191,24 @@ impl Guest {
         drop(tokio::spawn(async move {
             over.run_until_cancelled(work).await;
         }));
+    }
+
+    /// What the kernel's random numbers are made of from now on; nobody else may have it.
+    pub(super) fn renew_random(&self, entropy: &[u8]) -> u64 {
+        let mixed = entropy
+            .iter()
+            .fold(0, |mixed, byte| super::mix(mixed ^ u64::from(*byte)));
+        if !lock(&self.host.world.held).randoms.insert(mixed) {
+            self.violation("it was thawed with another's entropy");
+        }
+        mixed
+    }
+
+    /// Waits while the guest is paused.
+    pub(super) async fn resumed(&self) {
+        let mut paused = self.paused.subscribe();
+        // The sender is the guest's own.
+        drop(paused.wait_for(|paused| !paused).await);
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -179,6 +268,7 @@ impl Guest {
         self.spawn(async move {
             let serve = async {
                 tokio::time::sleep_until(booted_at).await;
+                guest.resumed().await;
                 agent::serve(guest, theirs, trouble).await;
             };
             token.run_until_cancelled(serve).await;

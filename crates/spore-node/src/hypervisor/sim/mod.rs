@@ -11,6 +11,7 @@
 //! before the clock moves on, since tokio polls its sockets before it advances a paused clock.
 
 mod agent;
+mod copy;
 mod guest;
 mod web;
 
@@ -26,6 +27,7 @@ use spore_wire::node::Boundary;
 use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 
+use super::fork::{Afterwards, Capture, CaptureError, ForkError, ForkFrom, PauseError};
 use super::{
     AgentStream, AttachError, BootError, Caps, Hypervisor, Identity, Left, Machine, PolicyError,
     PrepareError, Prepared, ReleaseError, Swept, Vm, VmExit, VmStats,
@@ -105,6 +107,7 @@ struct Held {
     draws: HashMap<(VmId, &'static str), u64>,
     next_pid: u32,
     violations: Vec<String>,
+    randoms: BTreeSet<u64>,
     died: BTreeSet<VmId>,
     struck: BTreeSet<VmId>,
 }
@@ -358,6 +361,50 @@ pub struct SimHypervisor {
 
 const HOST_BOOT_ID: &str = "5a5a5a5a-0000-4000-8000-000000000000";
 
+impl SimHypervisor {
+    /// Starts the VMM with the guest that `make` gives for its pid.
+    async fn begin(
+        &self,
+        vm: VmId,
+        prepared: &Prepared,
+        make: impl FnOnce(u32) -> Arc<Guest> + Send,
+    ) -> Result<Identity, BootError> {
+        let host = &self.host;
+        if prepared.namespace != format!("sim-{vm}") {
+            host.violation(format!("{vm} booted in another's namespace"));
+        }
+        host.step(vm, "spawn").await;
+        let fails = host.happens(vm, "boot", |plan| plan.boot);
+        if fails && host.draw(vm, "left").is_multiple_of(2) {
+            return Err(BootError::Ended("it ended before its socket".to_owned()));
+        }
+        let pid = {
+            let mut held = lock(&host.world.held);
+            held.next_pid += 1;
+            held.next_pid
+        };
+        let guest = make(pid);
+        let mut twice = false;
+        host.change(vm, |machine| {
+            twice = machine.guest.is_some();
+            machine.guest = Some(guest);
+        });
+        if twice {
+            host.violation(format!("{vm} booted twice"));
+        }
+        host.step(vm, "control socket").await;
+        if fails {
+            return Err(BootError::Ended("its socket never answered".to_owned()));
+        }
+        Ok(Identity {
+            host_boot_id: HOST_BOOT_ID.to_owned(),
+            pid,
+            start_time: u64::from(pid),
+            cgroup: format!("sim-{vm}"),
+        })
+    }
+}
+
 #[async_trait]
 impl Hypervisor for SimHypervisor {
     fn caps(&self) -> &Caps {
@@ -388,42 +435,25 @@ impl Hypervisor for SimHypervisor {
     async fn boot(
         &self,
         vm: VmId,
-        _machine: &Machine,
+        machine: &Machine,
         prepared: &Prepared,
     ) -> Result<Identity, BootError> {
-        let host = &self.host;
-        if prepared.namespace != format!("sim-{vm}") {
-            host.violation(format!("{vm} booted in another's namespace"));
-        }
-        host.step(vm, "spawn").await;
-        let fails = host.happens(vm, "boot", |plan| plan.boot);
-        if fails && host.draw(vm, "left").is_multiple_of(2) {
-            return Err(BootError::Ended("it ended before its socket".to_owned()));
-        }
-        let pid = {
-            let mut held = lock(&host.world.held);
-            held.next_pid += 1;
-            held.next_pid
-        };
-        let guest = Guest::boot(host, vm, pid);
-        let mut twice = false;
-        host.change(vm, |machine| {
-            twice = machine.guest.is_some();
-            machine.guest = Some(guest);
-        });
-        if twice {
-            host.violation(format!("{vm} booted twice"));
-        }
-        host.step(vm, "control socket").await;
-        if fails {
-            return Err(BootError::Ended("its socket never answered".to_owned()));
-        }
-        Ok(Identity {
-            host_boot_id: HOST_BOOT_ID.to_owned(),
-            pid,
-            start_time: u64::from(pid),
-            cgroup: format!("sim-{vm}"),
-        })
+        let memory_mib = machine.resources.memory_mib;
+        let boot = |pid| Guest::boot(&self.host, vm, pid, memory_mib);
+        self.begin(vm, prepared, boot).await
+    }
+
+    async fn fork(
+        &self,
+        vm: VmId,
+        machine: &Machine,
+        prepared: &Prepared,
+        from: &ForkFrom,
+    ) -> Result<Identity, ForkError> {
+        let memory_mib = machine.resources.memory_mib;
+        let copy = copy::read(from, memory_mib)?;
+        let fork = |pid| Guest::fork(&self.host, vm, pid, memory_mib, copy);
+        Ok(self.begin(vm, prepared, fork).await?)
     }
 
     async fn attach(
@@ -521,6 +551,31 @@ impl Vm for SimVm {
                 .violation(format!("{vm}: network opened before the thaw"));
         }
         Ok(())
+    }
+
+    async fn pause(&self) -> Result<(), PauseError> {
+        self.host.step(self.guest.vm, "pause").await;
+        self.guest.paused.send_replace(true);
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), PauseError> {
+        self.host.step(self.guest.vm, "resume").await;
+        self.guest.paused.send_replace(false);
+        Ok(())
+    }
+
+    async fn capture(&self, afterwards: Afterwards) -> Result<Capture, CaptureError> {
+        let guest = &self.guest;
+        self.host.step(guest.vm, "capture").await;
+        if !guest.is_alive() || !*guest.paused.borrow() {
+            return Err(CaptureError::NotPaused("running".to_owned()));
+        }
+        let capture = copy::write(guest)?;
+        if afterwards == Afterwards::Ends {
+            guest.end("captured", false);
+        }
+        Ok(capture)
     }
 
     async fn stats(&self) -> io::Result<VmStats> {

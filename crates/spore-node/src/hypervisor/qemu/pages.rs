@@ -1,0 +1,179 @@
+//! What a VMM has written of its guest's memory, seen from outside.
+//!
+//! Called by `capture.rs` while the guest is paused. The kernel knows it (proc(5), pagemap): a page
+//! of a private mapping that is present and no page of the file was copied because it was written
+//! to. Reads the VMM's memory and never writes it; what is read is a tenant's, and never more than
+//! the size of the guest.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+use zeroize::Zeroizing;
+
+use crate::hypervisor::memory_image::{CapturedPages, PAGE_BYTES, PageRun};
+use crate::sys;
+
+/// Pagemap entries that are read at once.
+const ENTRIES: usize = 64 * 1024;
+
+const ENTRY_BYTES: usize = 8;
+
+/// Bits of an entry: in memory, in swap, a page of a file or shared.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_FILE: u64 = 1 << 61;
+
+/// How a VMM has its guest's memory mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// What it writes is in the file.
+    Shared,
+    /// What it writes is its own.
+    Private,
+}
+
+/// Where the guest's memory is in the VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mapping {
+    pub(super) start: u64,
+    pub(super) sharing: Sharing,
+}
+
+/// Finds the memory of `bytes` bytes, the file `inode`, in the VMM `pid`.
+pub(super) fn find(pid: u32, inode: u64, bytes: u64) -> io::Result<Mapping> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    parse(&maps, inode, bytes).ok_or_else(|| {
+        io::Error::other(format!(
+            "the VMM {pid} does not map the {bytes} bytes of its guest's memory"
+        ))
+    })
+}
+
+/// Lines of proc(5)'s maps: `from-to rwxp offset device inode path`.
+fn parse(maps: &str, inode: u64, bytes: u64) -> Option<Mapping> {
+    maps.lines().find_map(|line| {
+        let mut fields = line.split_whitespace();
+        let (from, to) = fields.next()?.split_once('-')?;
+        let access = fields.next()?;
+        let whole = fields.next()?.bytes().all(|digit| digit == b'0');
+        // Of a file without a name only the number says which it is.
+        let of = fields.nth(1)?.parse::<u64>().ok()?;
+        if !whole || of != inode || !fields.next()?.starts_with("/memfd:") {
+            return None;
+        }
+        let [start, end] = [from, to].map(|text| u64::from_str_radix(text, 16).ok());
+        let start = start?;
+        (end?.checked_sub(start)? == bytes).then_some(Mapping {
+            start,
+            sharing: match access.ends_with('s') {
+                true => Sharing::Shared,
+                false => Sharing::Private,
+            },
+        })
+    })
+}
+
+/// Copies the pages of a private mapping that are the VMM's own. Blocks.
+pub(super) fn copy_private(pid: u32, mapping: Mapping, bytes: u64) -> io::Result<CapturedPages> {
+    let runs = private(pid, mapping.start, bytes / PAGE_BYTES)?;
+    let total: u64 = runs.iter().map(|run| run.pages * PAGE_BYTES).sum();
+    let total = usize::try_from(total).map_err(io::Error::other)?;
+    let mut copied = Zeroizing::new(vec![0; total]);
+    let ranges: Vec<(u64, u64)> = runs
+        .iter()
+        .map(|run| {
+            (
+                mapping.start + run.first * PAGE_BYTES,
+                run.pages * PAGE_BYTES,
+            )
+        })
+        .collect();
+    sys::read_process(pid, &ranges, &mut copied)?;
+    Ok(CapturedPages::new(runs, copied))
+}
+
+fn private(pid: u32, start: u64, pages: u64) -> io::Result<Vec<PageRun>> {
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut buffer = vec![0; ENTRIES * ENTRY_BYTES];
+    let mut runs = Vec::new();
+    let mut page = 0;
+    while page < pages {
+        let wanted = usize::try_from(pages - page).map_or(ENTRIES, |left| left.min(ENTRIES));
+        let entries = &mut buffer[..wanted * ENTRY_BYTES];
+        let at = (start / PAGE_BYTES + page) * ENTRY_BYTES as u64;
+        pagemap.read_exact_at(entries, at)?;
+        page = note(&mut runs, page, entries);
+    }
+    Ok(runs)
+}
+
+/// Adds the own pages among `entries`, which are of pages from `page` on; gives the next page.
+fn note(runs: &mut Vec<PageRun>, mut page: u64, entries: &[u8]) -> u64 {
+    for entry in entries.as_chunks::<ENTRY_BYTES>().0 {
+        let entry = u64::from_ne_bytes(*entry);
+        if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
+            match runs.last_mut() {
+                Some(run) if run.first + run.pages == page => run.pages += 1,
+                _ => runs.push(PageRun {
+                    first: page,
+                    pages: 1,
+                }),
+            }
+        }
+        page += 1;
+    }
+    page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Mapping, OF_FILE, PRESENT, SWAPPED, Sharing, note, parse};
+    use crate::hypervisor::memory_image::PageRun;
+
+    const MAPS: &str = "\
+55d5e0000000-55d5e0400000 r--p 00000000 08:01 1 /usr/bin/qemu-system-x86_64
+7f0000000000-7f0000001000 rw-s 00000000 00:01 5 /memfd:vmm-output (deleted)
+7f1000000000-7f1000008000 rw-p 00000000 00:01 6 /memfd:guest-memory (deleted)
+7f2000001000-7f2000009000 rw-s 00001000 00:01 7 /memfd:guest-memory (deleted)
+7f3000000000-7f3000010000 rw-s 00000000 00:01 8 /memfd:guest-memory (deleted)
+7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
+";
+
+    #[test]
+    fn the_memory_is_found_by_file_size_and_beginning() {
+        let private = Mapping {
+            start: 0x7f10_0000_0000,
+            sharing: Sharing::Private,
+        };
+        assert_eq!(parse(MAPS, 6, 0x8000), Some(private));
+        let shared = Mapping {
+            start: 0x7f30_0000_0000,
+            sharing: Sharing::Shared,
+        };
+        assert_eq!(parse(MAPS, 8, 0x10000), Some(shared));
+        for (inode, bytes) in [(6, 0x7000), (7, 0x8000), (0, 0x21000), (1, 0x400000)] {
+            assert_eq!(parse(MAPS, inode, bytes), None);
+        }
+        assert_eq!(parse("rubbish\n\n-\n", 1, 1), None);
+    }
+
+    #[test]
+    fn own_pages_are_those_in_memory_or_swap_that_are_not_the_files() {
+        let of_file = PRESENT | OF_FILE;
+        let first = [0, PRESENT, PRESENT | 7, of_file, SWAPPED];
+        let second = [SWAPPED, of_file, OF_FILE | SWAPPED, PRESENT];
+        let bytes = |entries: &[u64]| -> Vec<u8> {
+            entries
+                .iter()
+                .flat_map(|entry| entry.to_ne_bytes())
+                .collect()
+        };
+        let mut runs = Vec::new();
+        let next = note(&mut runs, 10, &bytes(&first));
+        assert_eq!(note(&mut runs, next, &bytes(&second)), 19);
+        let expected = [(11, 2), (14, 2), (18, 1)];
+        let expected = expected.map(|(first, pages)| PageRun { first, pages });
+        assert_eq!(runs, expected);
+    }
+}

@@ -1,0 +1,58 @@
+//! What a simulated guest is when it is captured, and what a fork of it begins with.
+//!
+//! Used by the driver's `capture` and `fork`. The guest's whole state travels as the device state;
+//! its memory is an image of the right size without a page in it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, fcntl_add_seals, memfd_create};
+
+use super::guest::{Guest, GuestCopy, Life};
+use super::lock;
+use crate::hypervisor::fork::{Capture, CaptureError, ForkError, ForkFrom};
+use crate::hypervisor::memory_image::{CapturedMemory, MemoryDraft, SEALED};
+
+const MIB: u64 = 1024 * 1024;
+
+pub(super) fn write(guest: &Guest) -> Result<Capture, CaptureError> {
+    if !matches!(lock(&guest.state).life, Life::Frozen(_)) {
+        guest.violation("captured while its tenant runs");
+    }
+    let step = |source| CaptureError::Step {
+        what: "writing its state",
+        source,
+    };
+    let memory = MemoryDraft::new(u64::from(guest.memory_mib) * MIB)?.seal()?;
+    Ok(Capture {
+        memory: CapturedMemory::Whole(Arc::new(memory)),
+        state: state_file(&guest.copy()).map_err(step)?,
+        scratch: None,
+    })
+}
+
+fn state_file(copy: &GuestCopy) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create(c"simulated-state", flags)?);
+    file.write_all_at(&serde_json::to_vec(copy)?, 0)?;
+    fcntl_add_seals(&file, SEALED)?;
+    Ok(file)
+}
+
+pub(super) fn read(from: &ForkFrom, memory_mib: u32) -> Result<GuestCopy, ForkError> {
+    let (wanted, actual) = (u64::from(memory_mib) * MIB, from.memory.bytes());
+    if wanted != actual {
+        return Err(ForkError::Shape {
+            what: "memory",
+            wanted: format!("{memory_mib} MiB"),
+            actual: format!("{} MiB", actual / MIB),
+        });
+    }
+    let load = |error: io::Error| ForkError::Load(error.to_string());
+    let len = from.state.metadata().map_err(load)?.len();
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    from.state.read_exact_at(&mut bytes, 0).map_err(load)?;
+    serde_json::from_slice(&bytes).map_err(|error| load(error.into()))
+}
