@@ -39,8 +39,12 @@
 //! - `Prepare` and `Boot` are never cut off: a stop waits for them, since a driver cut in the
 //!   middle might go on making things behind the release.
 
+mod effect;
+
 use serde::{Deserialize, Serialize};
 use spore_wire::node::{StopMode, VmFailureKind, VmPhase};
+
+pub use self::effect::VmEffect;
 
 /// Where a VM stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -219,113 +223,6 @@ pub enum VmEvent {
     Exited(Failure),
     /// Somebody wants it stopped. Ignored once it ends.
     Stop(StopMode),
-}
-
-/// What the actor has to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum VmEffect {
-    /// Write the journal.
-    Journal(Milestone),
-    /// Remove the journal.
-    RemoveJournal,
-    /// Tell whoever watches.
-    Report,
-    /// Wait for a turn to boot. Asks.
-    TakeTurn,
-    /// Make the host's side. Asks; is not cut off.
-    Prepare,
-    /// Start the VMM. Asks; is not cut off.
-    Boot,
-    /// Take hold of the VMM. Asks.
-    Attach,
-    /// Open the agent's session. Asks.
-    ConnectAgent,
-    /// Renew the guest. Asks.
-    Thaw,
-    /// Open the network. Asks.
-    OpenNetwork,
-    /// Start the app. Asks.
-    StartApp,
-    /// Wait for the app. Asks.
-    AwaitReady,
-    /// Ask the guest to power off and wait for it. Asks.
-    Shutdown,
-    /// Wait for control, which was told of the end, to stop the VM; not for long. Asks.
-    Farewell,
-    /// Kill the VMM.
-    Kill,
-    /// Remove everything. Asks.
-    Release,
-}
-
-impl VmEffect {
-    /// Every effect, in the order of a life: what a test that kills the daemon enumerates.
-    pub const ALL: [Self; 24] = [
-        Self::Journal(Milestone::Preparing),
-        Self::TakeTurn,
-        Self::Prepare,
-        Self::Journal(Milestone::Prepared),
-        Self::Boot,
-        Self::Journal(Milestone::Booted),
-        Self::Attach,
-        Self::ConnectAgent,
-        Self::Thaw,
-        Self::Journal(Milestone::Thawed),
-        Self::OpenNetwork,
-        Self::Journal(Milestone::Open),
-        Self::StartApp,
-        Self::Journal(Milestone::Started),
-        Self::AwaitReady,
-        Self::Report,
-        Self::Journal(Milestone::Draining),
-        Self::Shutdown,
-        Self::Journal(Milestone::EndingStopped),
-        Self::Journal(Milestone::EndingFailed),
-        Self::Farewell,
-        Self::Kill,
-        Self::Release,
-        Self::RemoveJournal,
-    ];
-
-    /// Its name, unique among [`Self::ALL`].
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Journal(Milestone::Preparing) => "journal_preparing",
-            Self::Journal(Milestone::Prepared) => "journal_prepared",
-            Self::Journal(Milestone::Booted) => "journal_booted",
-            Self::Journal(Milestone::Thawed) => "journal_thawed",
-            Self::Journal(Milestone::Open) => "journal_open",
-            Self::Journal(Milestone::Started) => "journal_started",
-            Self::Journal(Milestone::Draining) => "journal_draining",
-            Self::Journal(Milestone::EndingStopped) => "journal_ending_stopped",
-            Self::Journal(Milestone::EndingFailed) => "journal_ending_failed",
-            Self::RemoveJournal => "remove_journal",
-            Self::Report => "report",
-            Self::TakeTurn => "take_turn",
-            Self::Prepare => "prepare",
-            Self::Boot => "boot",
-            Self::Attach => "attach",
-            Self::ConnectAgent => "connect_agent",
-            Self::Thaw => "thaw",
-            Self::OpenNetwork => "open_network",
-            Self::StartApp => "start_app",
-            Self::AwaitReady => "await_ready",
-            Self::Shutdown => "shutdown",
-            Self::Farewell => "farewell",
-            Self::Kill => "kill",
-            Self::Release => "release",
-        }
-    }
-
-    /// Whether its result comes back as an event.
-    #[must_use]
-    pub const fn asks(self) -> bool {
-        !matches!(
-            self,
-            Self::Journal(_) | Self::RemoveJournal | Self::Report | Self::Kill
-        )
-    }
 }
 
 impl VmState {
