@@ -1,4 +1,4 @@
-//! Names that travel between processes: VMs, image contents, and traces.
+//! Names that travel between processes: VMs, snapshots, image contents, and traces.
 //!
 //! All are validated when decoded, since they become parts of paths and of log lines.
 
@@ -13,6 +13,12 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct VmId([u8; 16]);
+
+/// One snapshot: 128 random bits, shown as a [`VmId`] is. Knowing it gives no right to it: what
+/// bears it is looked for inside one account.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SnapshotId([u8; 16]);
 
 /// The content of an image: the BLAKE3 hash of its file, shown as 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -31,30 +37,15 @@ pub enum IdError {
     /// Not 26 characters of lower-case base32.
     #[error("`{0}` is not a VM id: 26 characters a-z and 2-7 are expected")]
     Vm(String),
+    /// Not 26 characters of lower-case base32.
+    #[error("`{0}` is not a snapshot id: 26 characters a-z and 2-7 are expected")]
+    Snapshot(String),
     /// Not 64 hexadecimal digits.
     #[error("`{0}` is not an image id: 64 digits 0-9 and a-f are expected")]
     Image(String),
     /// Not 32 hexadecimal digits.
     #[error("`{0}` is not a trace id: 32 digits 0-9 and a-f are expected")]
     Trace(String),
-}
-
-impl VmId {
-    /// A new id from the kernel's random numbers (`getrandom(2)`).
-    ///
-    /// # Errors
-    /// When the kernel gives no random bytes.
-    pub fn random() -> Result<Self, getrandom::Error> {
-        let mut bytes = [0_u8; 16];
-        getrandom::fill(&mut bytes)?;
-        Ok(Self(bytes))
-    }
-
-    /// The id with exactly these bits: for a simulator, whose chance comes from a seed.
-    #[must_use]
-    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
-        Self(bytes)
-    }
 }
 
 impl ImageId {
@@ -65,47 +56,79 @@ impl ImageId {
     }
 }
 
-impl fmt::Display for VmId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&BASE32_NOPAD.encode(&self.0).to_ascii_lowercase())
-    }
-}
+/// What the ids of 128 random bits have in common.
+macro_rules! random_id {
+    ($type:ident, $wrong:path) => {
+        impl $type {
+            /// A new id from the kernel's random numbers (`getrandom(2)`).
+            ///
+            /// # Errors
+            /// When the kernel gives no random bytes.
+            pub fn random() -> Result<Self, getrandom::Error> {
+                let mut bytes = [0_u8; 16];
+                getrandom::fill(&mut bytes)?;
+                Ok(Self(bytes))
+            }
 
-impl fmt::Debug for VmId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VmId({self})")
-    }
-}
+            /// The id with exactly these bits: for a simulator, whose chance comes from a seed.
+            #[must_use]
+            pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+                Self(bytes)
+            }
 
-impl FromStr for VmId {
-    type Err = IdError;
-
-    fn from_str(text: &str) -> Result<Self, IdError> {
-        let wrong = || IdError::Vm(text.chars().take(64).collect());
-        if text.len() != 26 || text.bytes().any(|b| b.is_ascii_uppercase()) {
-            return Err(wrong());
+            /// The bits.
+            #[must_use]
+            pub const fn as_bytes(&self) -> &[u8; 16] {
+                &self.0
+            }
         }
-        let bytes = BASE32_NOPAD
-            .decode(text.to_ascii_uppercase().as_bytes())
-            .map_err(|_e| wrong())?;
-        let bytes = <[u8; 16]>::try_from(bytes).map_err(|_e| wrong())?;
-        Ok(Self(bytes))
-    }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&BASE32_NOPAD.encode(&self.0).to_ascii_lowercase())
+            }
+        }
+
+        impl fmt::Debug for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}({self})", stringify!($type))
+            }
+        }
+
+        impl FromStr for $type {
+            type Err = IdError;
+
+            fn from_str(text: &str) -> Result<Self, IdError> {
+                let wrong = || $wrong(text.chars().take(64).collect());
+                if text.len() != 26 || text.bytes().any(|b| b.is_ascii_uppercase()) {
+                    return Err(wrong());
+                }
+                let bytes = BASE32_NOPAD
+                    .decode(text.to_ascii_uppercase().as_bytes())
+                    .map_err(|_e| wrong())?;
+                let bytes = <[u8; 16]>::try_from(bytes).map_err(|_e| wrong())?;
+                Ok(Self(bytes))
+            }
+        }
+
+        impl TryFrom<String> for $type {
+            type Error = IdError;
+
+            fn try_from(text: String) -> Result<Self, IdError> {
+                text.parse()
+            }
+        }
+
+        impl From<$type> for String {
+            fn from(id: $type) -> Self {
+                id.to_string()
+            }
+        }
+    };
 }
 
-impl TryFrom<String> for VmId {
-    type Error = IdError;
-
-    fn try_from(text: String) -> Result<Self, IdError> {
-        text.parse()
-    }
-}
-
-impl From<VmId> for String {
-    fn from(id: VmId) -> Self {
-        id.to_string()
-    }
-}
+random_id!(VmId, IdError::Vm);
+random_id!(SnapshotId, IdError::Snapshot);
 
 impl fmt::Display for ImageId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -185,12 +208,14 @@ impl From<ImageId> for String {
 
 #[cfg(test)]
 mod tests {
-    use super::{ImageId, TraceId, VmId};
+    use super::{ImageId, SnapshotId, TraceId, VmId};
 
     #[test]
     fn a_random_id_reads_back() {
         let id = VmId::random().unwrap();
         assert_eq!(id.to_string().parse::<VmId>().unwrap(), id);
+        let id = SnapshotId::random().unwrap();
+        assert_eq!(id.to_string().parse::<SnapshotId>().unwrap(), id);
     }
 
     #[test]
@@ -202,6 +227,7 @@ mod tests {
             "a/b",
         ] {
             assert!(text.parse::<VmId>().is_err(), "{text}");
+            assert!(text.parse::<SnapshotId>().is_err(), "{text}");
             assert!(text.parse::<ImageId>().is_err(), "{text}");
             assert!(text.parse::<TraceId>().is_err(), "{text}");
         }
