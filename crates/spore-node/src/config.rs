@@ -8,10 +8,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use spore_wire::id::{ImageId, VmId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
+use thiserror::Error;
 
 use crate::capacity::CapacityLimits;
 use crate::clock::{Clock, HostClock};
+use crate::hypervisor::fork::ForkFrom;
 use crate::memory::{HostMemory, ProcMemory};
 use crate::vm::state::VmEffect;
 
@@ -34,6 +36,8 @@ pub struct Config {
     pub clock: Arc<dyn Clock>,
     /// Told before and after each effect.
     pub kill_points: Arc<dyn KillPoints>,
+    /// What VMs may begin from.
+    pub sources: Arc<dyn Sources>,
 }
 
 impl Config {
@@ -56,6 +60,7 @@ impl Config {
             memory: Arc::new(ProcMemory),
             clock: Arc::new(HostClock),
             kill_points: Arc::new(NoKillPoints),
+            sources: Arc::new(NoSources),
         }
     }
 }
@@ -69,6 +74,8 @@ pub struct VmLimits {
     pub boot: Duration,
     /// From then to the agent's first word.
     pub agent: Duration,
+    /// The same of a fork, whose kernel and agent are up already.
+    pub agent_of_fork: Duration,
     /// One answer of the agent that takes no work.
     pub answer: Duration,
     /// Added to what an app may take to be ready, before the guest's silence counts as a no.
@@ -91,6 +98,7 @@ impl Default for VmLimits {
             prepare: Duration::from_secs(60),
             boot: Duration::from_secs(60),
             agent: Duration::from_secs(90),
+            agent_of_fork: Duration::from_secs(30),
             answer: Duration::from_secs(20),
             ready_slack: Duration::from_secs(5),
             shutdown_slack: Duration::from_secs(10),
@@ -106,6 +114,50 @@ impl Default for VmLimits {
 pub trait Images: Debug + Send + Sync + 'static {
     /// The file of an image, or `None` when the node does not have it.
     fn path(&self, id: &ImageId) -> Option<PathBuf>;
+}
+
+/// What VMs begin from; the snapshot store answers.
+#[async_trait]
+pub trait Sources: Debug + Send + Sync + 'static {
+    /// Opens a snapshot of `account`, or a public one.
+    ///
+    /// # Errors
+    /// [`SourceError`]. Another account's snapshot is missing like one that never was.
+    async fn open(&self, account: &str, id: SnapshotId) -> Result<ForkFrom, SourceError>;
+}
+
+/// Why nothing can begin from a snapshot.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SourceError {
+    /// There is none.
+    #[error("the account `{account}` has no snapshot {id}: start the VM without one")]
+    Missing {
+        /// Whose it should be.
+        account: String,
+        /// Which.
+        id: SnapshotId,
+    },
+    /// It cannot be used.
+    #[error("the snapshot {id} cannot be used")]
+    Unusable {
+        /// Which.
+        id: SnapshotId,
+        /// Why: damaged, of another host, no room.
+        source: Box<dyn core::error::Error + Send + Sync>,
+    },
+}
+
+/// Has nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoSources;
+
+#[async_trait]
+impl Sources for NoSources {
+    async fn open(&self, account: &str, id: SnapshotId) -> Result<ForkFrom, SourceError> {
+        let account = account.to_owned();
+        Err(SourceError::Missing { account, id })
+    }
 }
 
 /// Before or after an effect.

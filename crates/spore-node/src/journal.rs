@@ -22,8 +22,12 @@ use thiserror::Error;
 use crate::hypervisor::{Identity, Machine, Prepared};
 use crate::vm::state::Milestone;
 
-/// The version of the record. A record of another generation is released, not guessed at.
-pub const JOURNAL_GENERATION: u32 = 1;
+/// The version of the record. A record of a generation that is not served is released, not guessed
+/// at. 2 added where a VM begins, and the milestones of forks.
+pub const JOURNAL_GENERATION: u32 = 2;
+
+/// The oldest that is still read: every VM of it was booted.
+const JOURNAL_GENERATION_OLDEST: u32 = 1;
 
 /// The most bytes of one record: command, environment and grants have limits far below.
 pub const JOURNAL_BYTES_MAX: u64 = 1024 * 1024;
@@ -128,7 +132,9 @@ pub enum RecordError {
     #[error("it is not a journal record")]
     Decode(#[source] serde_json::Error),
     /// It is of another version.
-    #[error("it is of generation {0}, and {JOURNAL_GENERATION} is served")]
+    #[error(
+        "it is of generation {0}; {JOURNAL_GENERATION_OLDEST} to {JOURNAL_GENERATION} are served"
+    )]
     Generation(u32),
     /// It is in another VM's folder.
     #[error("it names {0}, whose folder this is not")]
@@ -265,16 +271,18 @@ impl Journal {
             .read_to_end(&mut bytes)
             .map_err(RecordError::Read)?;
         let header: Header = serde_json::from_slice(&bytes).map_err(RecordError::Decode)?;
-        if header.generation != JOURNAL_GENERATION {
+        if !(JOURNAL_GENERATION_OLDEST..=JOURNAL_GENERATION).contains(&header.generation) {
             return Err(RecordError::Generation(header.generation));
         }
-        let record: Record = serde_json::from_slice(&bytes).map_err(RecordError::Decode)?;
+        let mut record: Record = serde_json::from_slice(&bytes).map_err(RecordError::Decode)?;
         if record.start.vm != vm {
             return Err(RecordError::Foreign(record.start.vm));
         }
         if record.hypervisor != self.hypervisor {
             return Err(RecordError::Hypervisor(record.hypervisor));
         }
+        // It is written anew with what this generation has.
+        record.generation = JOURNAL_GENERATION;
         Ok(record)
     }
 
@@ -289,11 +297,11 @@ mod tests {
     use std::path::PathBuf;
 
     use spore_wire::guest::Readiness;
-    use spore_wire::id::{ImageId, VmId};
-    use spore_wire::node::{Owner, Process, Resources, StartVm};
+    use spore_wire::id::{ImageId, SnapshotId, VmId};
+    use spore_wire::node::{Owner, Process, Resources, Source, StartVm};
     use spore_wire::secret::SecretBytes;
 
-    use super::{Journal, Record, RecordError, SecretsKept};
+    use super::{JOURNAL_GENERATION, Journal, Record, RecordError, SecretsKept};
     use crate::hypervisor::Machine;
     use crate::vm::state::Milestone;
 
@@ -330,6 +338,7 @@ mod tests {
                 stop_grace_ms: 1000,
             },
             egress: Vec::new(),
+            source: Source::Boot,
             trace: None,
         }
     }
@@ -361,6 +370,36 @@ mod tests {
         assert_eq!(read.milestone, Milestone::Open);
         assert_eq!(read.secrets, SecretsKept::Elsewhere);
         assert_eq!(read.start.owner, wanted.start.owner);
+    }
+
+    #[test]
+    fn a_record_of_generation_1_is_of_a_vm_that_was_booted() {
+        let runtime = tempfile::tempdir().unwrap();
+        let journal = Journal::open(runtime.path(), "sim").unwrap();
+        let vm = VmId::from_bytes([7; 16]);
+        fs::create_dir(runtime.path().join("vms").join(vm.to_string())).unwrap();
+        let old = include_str!("journal.golden-1.json").replace("VMID", &vm.to_string());
+        fs::write(journal.path(vm), old).unwrap();
+        let read = journal.read_all().unwrap().remove(&vm).unwrap().unwrap();
+        assert_eq!(read.start.source, Source::Boot);
+        assert_eq!(
+            (read.generation, read.milestone),
+            (JOURNAL_GENERATION, Milestone::Booted)
+        );
+    }
+
+    #[test]
+    fn a_record_of_a_fork_names_its_source() {
+        let runtime = tempfile::tempdir().unwrap();
+        let journal = Journal::open(runtime.path(), "sim").unwrap();
+        let vm = VmId::random().unwrap();
+        let mut wanted = record(vm);
+        wanted.start.source = Source::Snapshot(SnapshotId::from_bytes([3; 16]));
+        wanted.milestone = Milestone::Running;
+        journal.write(&wanted).unwrap();
+        let read = journal.read_all().unwrap().remove(&vm).unwrap().unwrap();
+        assert_eq!(read.start.source, wanted.start.source);
+        assert_eq!(read.milestone, Milestone::Running);
     }
 
     #[test]

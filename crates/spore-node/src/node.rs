@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use spore_wire::guest::{AgentStatus, Exec, WriteFile};
 use spore_wire::id::{ImageId, VmId};
 use spore_wire::node::{
-    NodeStatus, StartVm, StopMode, VmFailure, VmFailureKind, VmPhase, VmStatus,
+    NodeStatus, Source, StartVm, StopMode, VmFailure, VmFailureKind, VmPhase, VmStatus,
 };
 use thiserror::Error;
 use tokio::net::TcpStream;
@@ -26,7 +26,7 @@ use crate::log::{Follow, LogError, LogLine, LogStore, is_name};
 use crate::vm::actor::{self, Access, ActorHandle, Adopted, Host, Secrets, VmRequest};
 use crate::vm::board::{Board, Watch};
 use crate::vm::guest::{ExecStream, FileReader, FileWriter, GuestError, chain};
-use crate::vm::state::VmEvent;
+use crate::vm::state::{Begin, VmEvent};
 use crate::vm::tasks::Tasks;
 
 /// How long something asked of a guest waits for a session with its agent.
@@ -316,7 +316,11 @@ impl Node {
         let now = self.host.config.memory.now();
         capacity.admit(vm, ask_of(&start), now.map_err(StartError::Memory)?)?;
         let record = Record::new(self.host.hypervisor.caps().name, &start, machine);
-        actor::spawn(&self.host, record, Some(secrets), VmEvent::Start);
+        let begin = match start.source {
+            Source::Boot => Begin::Boot,
+            _ => Begin::Fork,
+        };
+        actor::spawn(&self.host, record, Some(secrets), VmEvent::Start(begin));
         drop(capacity);
         self.host
             .board

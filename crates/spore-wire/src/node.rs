@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::egress::Grant;
 use crate::gateway::Phase;
 use crate::guest::{AppStatus, Readiness};
-use crate::id::{ImageId, TraceId, VmId};
+use crate::id::{ImageId, SnapshotId, TraceId, VmId};
 use crate::secret::SecretBytes;
 
 /// How long a VM goes on that its node ends while it lives: the node tells
@@ -46,9 +46,32 @@ pub struct StartVm {
     pub process: Process,
     /// Where it may connect to; empty means nowhere.
     pub egress: Vec<Grant>,
+    /// Where it begins.
+    #[serde(default, skip_serializing_if = "Source::is_boot")]
+    pub source: Source,
     /// The request that it is started for, if one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<TraceId>,
+}
+
+/// Where a VM's memory begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "from", content = "id", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Source {
+    /// With the guest's kernel.
+    #[default]
+    Boot,
+    /// Where the VM stood that this snapshot was taken of: one of the owner's account, or public.
+    Snapshot(SnapshotId),
+}
+
+impl Source {
+    /// Whether it is an ordinary boot.
+    #[must_use]
+    pub const fn is_boot(&self) -> bool {
+        matches!(self, Self::Boot)
+    }
 }
 
 /// What a VM gets of the host. Each is a hard cap.
@@ -93,6 +116,8 @@ pub enum VmPhase {
     Preparing,
     /// The guest's kernel is on its way to the agent.
     Booting,
+    /// The same of a guest that begins where another stood.
+    Forking,
     /// The guest is renewed and its app started.
     Thawing,
     /// The app is ready.
@@ -173,6 +198,8 @@ pub enum VmFailureKind {
     Boot,
     /// The guest could not be renewed, so it was killed.
     Thaw,
+    /// The snapshot that it was to begin from is missing, damaged or of another kind of machine.
+    Snapshot,
     /// The app ended again and again, or was not ready in its time.
     App,
     /// The VM ended by itself.

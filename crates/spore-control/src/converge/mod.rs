@@ -388,6 +388,7 @@ impl Converge {
             let text = match status.phase {
                 VmPhase::Preparing => "Preparing a VM",
                 VmPhase::Booting => "Booting it",
+                VmPhase::Forking => "Forking it",
                 VmPhase::Thawing => "Starting the app and waiting until it is ready",
                 VmPhase::Ready => "Ready: switching over",
                 VmPhase::Draining | VmPhase::Stopped | VmPhase::Failed => return,

@@ -7,7 +7,7 @@ use spore_wire::cause::chain;
 use spore_wire::frame::MESSAGE_BYTES_MAX;
 use spore_wire::guest::Readiness;
 use spore_wire::id::{TraceId, VmId};
-use spore_wire::node::{Owner, Process, Resources, StartVm, StopMode};
+use spore_wire::node::{Owner, Process, Resources, Source, StartVm, StopMode};
 use spore_wire::secret::SecretBytes;
 
 use super::life::Failure;
@@ -118,6 +118,7 @@ impl Converge {
             },
             process,
             egress: rules.egress,
+            source: Source::Boot,
             trace: None,
         })
     }

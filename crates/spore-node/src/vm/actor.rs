@@ -22,7 +22,7 @@ use futures_util::future::BoxFuture;
 use spore_wire::gateway::Phase;
 use spore_wire::guest::{AgentHello, AppStatus, Event};
 use spore_wire::id::VmId;
-use spore_wire::node::{StartVm, StopMode, VmFailure, VmFailureKind, VmStatus};
+use spore_wire::node::{Source, StartVm, StopMode, VmFailure, VmFailureKind, VmStatus};
 use spore_wire::secret::SecretBytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
@@ -173,7 +173,7 @@ pub(crate) fn spawn(
         masking: Masking::default(),
         releases: 0,
         history: match first {
-            VmEvent::Start => History::None,
+            VmEvent::Start(_) => History::None,
             _ => History::Some,
         },
         state: VmState::Absent,
@@ -423,6 +423,8 @@ impl Actor {
             VmEffect::TakeTurn if took < Duration::from_millis(1) => return,
             VmEffect::TakeTurn => "queue",
             VmEffect::Prepare => "prepare",
+            VmEffect::Fork | VmEffect::Resume => "fork",
+            VmEffect::Attach if !self.record.start.source.is_boot() => "fork",
             VmEffect::Boot | VmEffect::Attach => "boot",
             VmEffect::ConnectAgent => "agent",
             VmEffect::Thaw | VmEffect::OpenNetwork => "thaw",
@@ -461,7 +463,10 @@ impl Actor {
         let limits = &self.host.config.limits;
         let patience = Patience {
             times: SessionTimes::default(),
-            first: limits.agent,
+            first: match self.record.start.source {
+                Source::Boot => limits.agent,
+                _ => limits.agent_of_fork,
+            },
             failures_max: limits.agent_failures_max,
         };
         let (link, events) = AgentLink::new(Arc::clone(&vm), patience, &self.host.tasks);

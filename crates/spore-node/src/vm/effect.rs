@@ -11,7 +11,8 @@ use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use spore_wire::generation::{GENERATION, GENERATION_FORKS};
 use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw, ThawStep};
-use spore_wire::node::{FAREWELL_MAX, VmFailureKind};
+use spore_wire::id::VmId;
+use spore_wire::node::{FAREWELL_MAX, Source, VmFailureKind};
 use spore_wire::secret::SecretBytes;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, watch};
@@ -21,7 +22,8 @@ use super::guest::{AgentLink, GuestError, chain};
 use super::mask::Masking;
 use super::state::{AgentSeen, AppSeen, Failure, VmEffect, VmEvent};
 use crate::config::VmLimits;
-use crate::hypervisor::{AttachError, Identity, Prepared, Vm, VmExit};
+use crate::hypervisor::fork::ForkError;
+use crate::hypervisor::{AttachError, BootError, Identity, Prepared, Vm, VmExit};
 use crate::journal::{Record, SecretsKept};
 
 /// What an effect gave besides its event.
@@ -68,9 +70,11 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
         VmEffect::TakeTurn => take_turn(host).boxed(),
         VmEffect::Prepare => prepare(host, record).boxed(),
         VmEffect::Boot => boot(host, record).boxed(),
+        VmEffect::Fork => fork(host, record).boxed(),
         VmEffect::Attach => attach(host, record).boxed(),
         VmEffect::Release => release(host, record, actor.releases).boxed(),
-        VmEffect::ConnectAgent => connect_agent(actor.hello.subscribe()).boxed(),
+        VmEffect::ConnectAgent => connect_agent(actor.hello.subscribe(), record.start.vm).boxed(),
+        VmEffect::Resume => resume(actor.vm.clone(), limits).boxed(),
         VmEffect::Farewell => farewell().boxed(),
         VmEffect::AwaitReady => await_ready(actor.app.subscribe(), record, limits).boxed(),
         VmEffect::Thaw | VmEffect::OpenNetwork | VmEffect::StartApp | VmEffect::Shutdown => {
@@ -135,11 +139,57 @@ async fn boot(host: Arc<Host>, record: Record) -> Outcome {
             event: VmEvent::Booted,
             gain: Gain::Identity(identity),
         },
-        Ok(Err(error @ crate::hypervisor::BootError::Image { .. })) => {
-            failed(VmFailureKind::Image, chain(&error))
-        }
+        Ok(Err(error @ BootError::Image { .. })) => failed(VmFailureKind::Image, chain(&error)),
         Ok(Err(error)) => failed(VmFailureKind::Boot, chain(&error)),
         Err(_elapsed) => failed(VmFailureKind::Boot, slow("starting the VMM", limit)),
+    }
+}
+
+async fn fork(host: Arc<Host>, record: Record) -> Outcome {
+    let Some(prepared) = &record.prepared else {
+        unreachable!("a fork before anything was prepared");
+    };
+    let Source::Snapshot(id) = record.start.source else {
+        let message = "this node does not know what the VM is to begin from: update it".to_owned();
+        return failed(VmFailureKind::Snapshot, message);
+    };
+    let (limit, start) = (host.config.limits.boot, &record.start);
+    let work = async {
+        let from = host.config.sources.open(&start.owner.account, id).await;
+        let from = from.map_err(|error| failed(VmFailureKind::Snapshot, chain(&error)))?;
+        let forked = host
+            .hypervisor
+            .fork(start.vm, &record.machine, prepared, &from);
+        forked.await.map_err(|error| {
+            let kind = match &error {
+                ForkError::Start(BootError::Image { .. }) => VmFailureKind::Image,
+                ForkError::Start(_) => VmFailureKind::Boot,
+                _ => VmFailureKind::Snapshot,
+            };
+            failed(kind, chain(&error))
+        })
+    };
+    match tokio::time::timeout(limit, work).await {
+        Ok(Ok(identity)) => Outcome {
+            event: VmEvent::Forked,
+            gain: Gain::Identity(identity),
+        },
+        Ok(Err(outcome)) => outcome,
+        Err(_elapsed) => failed(VmFailureKind::Boot, slow("forking the VM", limit)),
+    }
+}
+
+async fn resume(vm: Option<Arc<dyn Vm>>, limits: VmLimits) -> Outcome {
+    let Some(vm) = vm else {
+        unreachable!("a VM that was not attached is resumed");
+    };
+    match tokio::time::timeout(limits.answer, vm.resume()).await {
+        Ok(Ok(())) => VmEvent::Resumed.into(),
+        Ok(Err(error)) => failed(VmFailureKind::Boot, chain(&error)),
+        Err(_elapsed) => {
+            let message = slow("letting the fork run", limits.answer);
+            failed(VmFailureKind::Boot, message)
+        }
     }
 }
 
@@ -185,7 +235,7 @@ async fn release(host: Arc<Host>, record: Record, tried: u32) -> Outcome {
     }
 }
 
-async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>) -> Outcome {
+async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>, vm: VmId) -> Outcome {
     // The link tells the actor when it gives up, so this wait needs no end of its own.
     let said = match hello.wait_for(Option::is_some).await {
         Ok(said) => said.clone(),
@@ -193,13 +243,19 @@ async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>) -> Outcom
     };
     match said {
         Some(hello) => VmEvent::AgentUp(AgentSeen {
-            // One that is held was renewed by a daemon that did not live to let it run.
-            thawed: hello.thawed && !hello.frozen,
+            // One that is held was renewed by a daemon that did not live to let it run; one that
+            // says another's name is a fork of that one.
+            thawed: hello.thawed && !hello.frozen && is_named(hello.incarnation.as_deref(), vm),
             app: seen(&hello.app),
         })
         .into(),
         None => failed(VmFailureKind::Boot, "the VM is ending".to_owned()),
     }
+}
+
+/// Whether an agent speaks as this VM; one of generation 1 says no name, and is never a fork.
+fn is_named(incarnation: Option<&str>, vm: VmId) -> bool {
+    incarnation.is_none_or(|name| name == vm.to_string())
 }
 
 pub(super) const fn seen(app: &AppStatus) -> AppSeen {
@@ -219,8 +275,11 @@ async fn thaw(host: Arc<Host>, record: Record, link: AgentLink, generation: u32)
             Ok(()) => return VmEvent::Thawed.into(),
             Err(ThawError::Guest(error @ GuestError::Unreachable(_))) => {
                 // The last answer may have been lost, not the work.
-                let status = link.status(limit).await;
-                if status.is_ok_and(|status| status.thawed && !status.frozen) {
+                let done = link.status(limit).await.is_ok_and(|status| {
+                    let name = status.incarnation.as_deref();
+                    status.thawed && !status.frozen && is_named(name, record.start.vm)
+                });
+                if done {
                     return VmEvent::Thawed.into();
                 }
                 last = guest(&error);

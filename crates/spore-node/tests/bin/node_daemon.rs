@@ -3,6 +3,13 @@
 //! Started by `tests/qemu/kill_points.rs` with the file of its [`Orders`]. Never installed, never
 //! used by anything else.
 
+#[path = "../qemu/agent.rs"]
+#[expect(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "the tests' own client, of which a template needs the first words only"
+)]
+mod agent;
 mod orders;
 
 use std::error::Error;
@@ -13,17 +20,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal, getpid, kill_process};
-use spore_node::config::{Config, Images, KillPoint, KillPoints};
+use spore_node::config::{Config, Images, KillPoint, KillPoints, SourceError, Sources};
 use spore_node::egress::launch::EgressLauncher;
+use spore_node::hypervisor::fork::{Afterwards, ForkFrom};
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
+use spore_node::hypervisor::{Hypervisor as _, Machine};
 use spore_node::journal::Journal;
 use spore_node::node::Node;
 use spore_node::vm::state::VmEffect;
-use spore_wire::id::{ImageId, VmId};
+use spore_wire::guest::Request;
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{NodeEvent, StartVm, StopMode, VmPhase};
 use tokio::io::AsyncReadExt as _;
 
+use self::agent::Agent;
 use self::orders::{Answer, End, Orders, Point, Sighting, Task};
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -43,6 +54,11 @@ async fn main() -> Outcome<()> {
     let death = Arc::new(Death::default());
     let qemu = Qemu::open(driver_config(&orders)).await?;
     let mut config = Config::new(orders.runtime.clone(), orders.logs.clone(), 8192);
+    if let Task::DieAt { start, .. } = &orders.task
+        && !start.source.is_boot()
+    {
+        config.sources = Arc::new(OneSource(template(&qemu, &orders, start).await?));
+    }
     config.kill_points = Arc::clone(&death) as Arc<dyn KillPoints>;
     let images = Arc::new(OneImage(orders.image.clone()));
     let (node, adoption) = Node::open(config, Arc::new(qemu.clone()), images).await?;
@@ -89,6 +105,31 @@ fn driver_config(orders: &Orders) -> QemuConfig {
         // The VMs of these tests have no grants.
         egress: EgressLauncher::new("egress-proxy", [""; 0]),
     }
+}
+
+/// What the VM of `start` begins from: another one that was thawed, frozen and ended.
+async fn template(qemu: &Qemu, orders: &Orders, start: &StartVm) -> Outcome<ForkFrom> {
+    let machine = Machine {
+        resources: start.resources,
+        image: orders.image.clone(),
+        folder: None,
+        egress: Vec::new(),
+    };
+    let vm = VmId::random()?;
+    let prepared = qemu.prepare(vm, &machine).await?;
+    let identity = qemu.boot(vm, &machine, &prepared).await?;
+    let held = qemu.attach(vm, &prepared, &identity).await?;
+    let (mut agent, _hello) = Agent::greet(&*held).await;
+    for asked in [
+        agent.thaw(vm, "template").await,
+        agent.ask(Request::Freeze).await,
+    ] {
+        asked.map_err(|error| error.message)?;
+    }
+    held.pause().await?;
+    let capture = held.capture(Afterwards::Ends).await?;
+    qemu.release(vm).await?;
+    Ok(tokio::task::spawn_blocking(|| capture.into_source()).await??)
 }
 
 /// A whole life, in the middle of which this process is killed.
@@ -224,6 +265,17 @@ impl SightingFile {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut seen);
         Ok(fs::write(&self.path, serde_json::to_vec(&*seen)?)?)
+    }
+}
+
+/// The same for every snapshot.
+#[derive(Debug)]
+struct OneSource(ForkFrom);
+
+#[async_trait]
+impl Sources for OneSource {
+    async fn open(&self, _account: &str, _id: SnapshotId) -> Result<ForkFrom, SourceError> {
+        Ok(self.0.clone())
     }
 }
 

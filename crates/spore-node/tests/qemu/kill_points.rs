@@ -20,8 +20,8 @@ use spore_node::hypervisor::process::start_time;
 use spore_node::journal::Journal;
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::Readiness;
-use spore_wire::id::{ImageId, VmId};
-use spore_wire::node::{Owner, Process, Resources, StartVm, VmPhase};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
+use spore_wire::node::{Owner, Process, Resources, Source, StartVm, VmPhase};
 
 use crate::guest::Then;
 use crate::host::{HANG, TestHost, base_image, new_id};
@@ -43,7 +43,7 @@ for (my $count = 1; accept(my $client, $server); $count++) {
 "#;
 
 /// Kill points at which a VM goes on: behind the journal of its identity, before it is ended.
-const GOING_ON_MIN: usize = 18;
+const GOING_ON_MIN: usize = 18 + 5;
 
 /// Kill points that are under way at once.
 const LANES: usize = 2;
@@ -121,7 +121,7 @@ fn die_at(host: &TestHost, world: &World, effect: VmEffect, point: Point) -> Fat
     let what = format!("{} {point:?}", effect.name());
     let vm = new_id();
     let task = Task::DieAt {
-        start: Box::new(start(vm)),
+        start: Box::new(start(vm, effect)),
         effect: effect.name().to_owned(),
         point,
         end: match effect {
@@ -176,6 +176,8 @@ const fn is_adopted(milestone: Milestone) -> bool {
     matches!(
         milestone,
         Milestone::Booted
+            | Milestone::Forked
+            | Milestone::Running
             | Milestone::Thawed
             | Milestone::Open
             | Milestone::Started
@@ -260,7 +262,8 @@ fn run_daemon(
     (sighting, status, String::from_utf8_lossy(&log).into_owned())
 }
 
-fn start(vm: VmId) -> StartVm {
+/// A VM that meets `effect`: what only forks have is met by a fork.
+fn start(vm: VmId, effect: VmEffect) -> StartVm {
     StartVm {
         vm,
         owner: Owner {
@@ -287,6 +290,10 @@ fn start(vm: VmId) -> StartVm {
             stop_grace_ms: 2000,
         },
         egress: Vec::new(),
+        source: match effect.is_of_forks() {
+            true => Source::Snapshot(SnapshotId::from_bytes([1; 16])),
+            false => Source::Boot,
+        },
         trace: None,
     }
 }

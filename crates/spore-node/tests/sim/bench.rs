@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use spore_node::config::{Config, Images, KillPoint, KillPoints};
+use spore_node::config::{Config, Images, KillPoint, KillPoints, SourceError, Sources};
+use spore_node::hypervisor::fork::ForkFrom;
 use spore_node::hypervisor::sim::SimHost;
 use spore_node::node::{Adoption, Node};
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::{Exec, Readiness};
-use spore_wire::id::{ImageId, VmId};
-use spore_wire::node::{NodeEvent, Owner, Process, Resources, StartVm, VmPhase, VmStatus};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
+use spore_wire::node::{NodeEvent, Owner, Process, Resources, Source, StartVm, VmPhase, VmStatus};
 use spore_wire::secret::SecretBytes;
 use tokio::sync::Notify;
 
@@ -26,6 +27,21 @@ pub(crate) struct AnyImage;
 impl Images for AnyImage {
     fn path(&self, id: &ImageId) -> Option<PathBuf> {
         (*id != ImageId::from_hash([0xff; 32])).then(|| PathBuf::from(format!("/images/{id}")))
+    }
+}
+
+/// One snapshot, of the account `me`.
+#[derive(Debug)]
+struct OneSource(ForkFrom);
+
+#[async_trait]
+impl Sources for OneSource {
+    async fn open(&self, account: &str, id: SnapshotId) -> Result<ForkFrom, SourceError> {
+        if account == "me" && id == snapshot() {
+            return Ok(self.0.clone());
+        }
+        let account = account.to_owned();
+        Err(SourceError::Missing { account, id })
     }
 }
 
@@ -67,6 +83,8 @@ pub(crate) async fn open(host: &SimHost, folder: &Path, crash: &Arc<Crash>) -> (
     let mut config = Config::new(folder.join("run"), folder.join("log"), 4096);
     config.memory = Arc::new(host.clone());
     config.kill_points = Arc::clone(crash) as Arc<dyn KillPoints>;
+    let source = VmId::from_bytes([0xbb; 16]);
+    config.sources = Arc::new(OneSource(host.template(source, 256).unwrap()));
     Node::open(config, Arc::new(host.hypervisor()), Arc::new(AnyImage))
         .await
         .unwrap()
@@ -155,7 +173,20 @@ pub(crate) fn start(vm: VmId, app: &str) -> StartVm {
             stop_grace_ms: 1000,
         },
         egress: Vec::new(),
+        source: Source::Boot,
         trace: None,
+    }
+}
+
+/// The snapshot that every [`Bench`] has.
+pub(crate) fn snapshot() -> SnapshotId {
+    SnapshotId::from_bytes([0xaa; 16])
+}
+
+pub(crate) fn fork(vm: VmId, app: &str) -> StartVm {
+    StartVm {
+        source: Source::Snapshot(snapshot()),
+        ..start(vm, app)
     }
 }
 
@@ -214,6 +245,8 @@ pub(crate) const fn must_adopt(milestone: Milestone) -> bool {
     matches!(
         milestone,
         Milestone::Booted
+            | Milestone::Forked
+            | Milestone::Running
             | Milestone::Thawed
             | Milestone::Open
             | Milestone::Started

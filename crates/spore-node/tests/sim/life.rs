@@ -11,7 +11,7 @@ use spore_node::hypervisor::sim::FaultPlan;
 use spore_wire::id::VmId;
 use spore_wire::node::StopMode;
 
-use crate::bench::{Bench, Crash, must_adopt, on_virtual_time, open, start, vm};
+use crate::bench::{Bench, Crash, fork, must_adopt, on_virtual_time, open, start, vm};
 
 /// Numbers from a seed.
 struct Chance(u64);
@@ -57,7 +57,8 @@ async fn life(seed: u64) -> Vec<String> {
         let action = chance.below(10);
         match action {
             0..=3 if wanted.len() < 6 => {
-                bench.node.start(start(vm(next), "hello")).unwrap();
+                let kind = [start, fork][usize::from(chance.permille(2))];
+                bench.node.start(kind(vm(next), "hello")).unwrap();
                 wanted.insert(vm(next));
                 story.push(format!("start {next}"));
                 next += 1;

@@ -5,6 +5,7 @@
 #![cfg(test)]
 
 mod bench;
+mod forks;
 mod life;
 
 use core::time::Duration;
@@ -15,13 +16,14 @@ use spore_node::hypervisor::sim::{AppScript, FaultPlan};
 use spore_node::node::{Node, StartError};
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::{Exit, OutputKind, WriteFile};
-use spore_wire::id::ImageId;
-use spore_wire::node::{FAREWELL_MAX, StopMode, VmFailureKind, VmPhase, VmStatus};
+use spore_wire::id::{ImageId, VmId};
+use spore_wire::node::{FAREWELL_MAX, StartVm, StopMode, VmFailureKind, VmPhase, VmStatus};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::Instant;
 
 use bench::{
-    Bench, exec, must_adopt, on_virtual_time, start, until, until_phase, vm, walk, with_secret,
+    Bench, exec, fork, must_adopt, on_virtual_time, start, until, until_phase, vm, walk,
+    with_secret,
 };
 
 #[test]
@@ -460,7 +462,7 @@ fn waiting_for_a_turn_to_boot_is_told_apart_from_the_boot() {
 fn daemon_killed_at_every_effect_readopts_the_same_vm() {
     on_virtual_time(async {
         let mut adopted = 0;
-        for effect in VmEffect::ALL {
+        for (start, effect) in lives() {
             for point in [KillPoint::Before, KillPoint::After] {
                 let mut bench = Bench::new(12).await;
                 *bench.crash.at.lock().unwrap() = Some((effect, point));
@@ -486,8 +488,22 @@ fn daemon_killed_at_every_effect_readopts_the_same_vm() {
                 bench.nothing_is_left();
             }
         }
-        assert!(adopted >= 18, "only {adopted} kill points adopt");
+        assert!(adopted >= 18 + 22, "only {adopted} kill points adopt");
     });
+}
+
+/// Every effect of a VM that boots and of one that is forked.
+fn lives() -> impl Iterator<Item = (fn(VmId, &str) -> StartVm, VmEffect)> {
+    let all = VmEffect::ALL.into_iter();
+    let boots = all.clone().filter(|effect| !effect.is_of_forks());
+    let forks = all.filter(|effect| {
+        !matches!(
+            effect,
+            VmEffect::Boot | VmEffect::Journal(Milestone::Booted)
+        )
+    });
+    let boots = boots.map(|effect| (start as fn(VmId, &str) -> StartVm, effect));
+    boots.chain(forks.map(|effect| (fork as fn(VmId, &str) -> StartVm, effect)))
 }
 
 /// Lives until the daemon is frozen at `effect`, which is met on the way up, in a stop, after a

@@ -486,6 +486,7 @@ fn failure_of(status: &VmStatus) -> Failure {
         VmFailureKind::Image
         | VmFailureKind::Boot
         | VmFailureKind::Thaw
+        | VmFailureKind::Snapshot
         | VmFailureKind::Policy => ErrorCode::Internal,
     };
     Failure {

@@ -237,7 +237,7 @@ impl World {
         };
         let next = match self.node[&vm].1 {
             VmPhase::Preparing => VmPhase::Booting,
-            VmPhase::Booting => VmPhase::Thawing,
+            VmPhase::Booting | VmPhase::Forking => VmPhase::Thawing,
             VmPhase::Thawing => VmPhase::Ready,
             VmPhase::Draining => VmPhase::Stopped,
             other => other,

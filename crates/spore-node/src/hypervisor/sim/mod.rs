@@ -244,6 +244,18 @@ impl SimHost {
         lock(&self.world.held).struck.insert(vm);
     }
 
+    /// What a builder would leave: a guest that was thawed as `of`, then frozen and captured.
+    ///
+    /// # Errors
+    /// When the kernel has no memory for it.
+    pub fn template(&self, of: VmId, memory_mib: u32) -> Result<ForkFrom, CaptureError> {
+        let guest = Guest::boot(self, of, 0, memory_mib);
+        lock(&guest.state).life = Life::Frozen(of.to_string());
+        let capture = copy::write(&guest);
+        guest.end("captured", false);
+        Ok(capture?.into_source()?)
+    }
+
     /// How often the app of this VM was started by its agent.
     #[must_use]
     pub fn app_starts(&self, vm: VmId) -> u32 {

@@ -20,8 +20,12 @@ pub enum VmEffect {
     Prepare,
     /// Start the VMM. Asks; is not cut off.
     Boot,
+    /// Start the VMM with a source's guest, paused. Asks; is not cut off.
+    Fork,
     /// Take hold of the VMM. Asks.
     Attach,
+    /// Let a fork's guest run. Asks.
+    Resume,
     /// Open the agent's session. Asks.
     ConnectAgent,
     /// Renew the guest. Asks.
@@ -44,14 +48,18 @@ pub enum VmEffect {
 
 impl VmEffect {
     /// Every effect, in the order of a life: what a test that kills the daemon enumerates.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 28] = [
         Self::Journal(Milestone::Preparing),
         Self::TakeTurn,
         Self::Prepare,
         Self::Journal(Milestone::Prepared),
         Self::Boot,
         Self::Journal(Milestone::Booted),
+        Self::Fork,
+        Self::Journal(Milestone::Forked),
         Self::Attach,
+        Self::Journal(Milestone::Running),
+        Self::Resume,
         Self::ConnectAgent,
         Self::Thaw,
         Self::Journal(Milestone::Thawed),
@@ -78,6 +86,8 @@ impl VmEffect {
             Self::Journal(Milestone::Preparing) => "journal_preparing",
             Self::Journal(Milestone::Prepared) => "journal_prepared",
             Self::Journal(Milestone::Booted) => "journal_booted",
+            Self::Journal(Milestone::Forked) => "journal_forked",
+            Self::Journal(Milestone::Running) => "journal_running",
             Self::Journal(Milestone::Thawed) => "journal_thawed",
             Self::Journal(Milestone::Open) => "journal_open",
             Self::Journal(Milestone::Started) => "journal_started",
@@ -89,7 +99,9 @@ impl VmEffect {
             Self::TakeTurn => "take_turn",
             Self::Prepare => "prepare",
             Self::Boot => "boot",
+            Self::Fork => "fork",
             Self::Attach => "attach",
+            Self::Resume => "resume",
             Self::ConnectAgent => "connect_agent",
             Self::Thaw => "thaw",
             Self::OpenNetwork => "open_network",
@@ -100,6 +112,15 @@ impl VmEffect {
             Self::Kill => "kill",
             Self::Release => "release",
         }
+    }
+
+    /// Whether only a fork has it.
+    #[must_use]
+    pub const fn is_of_forks(self) -> bool {
+        matches!(
+            self,
+            Self::Fork | Self::Resume | Self::Journal(Milestone::Forked | Milestone::Running)
+        )
     }
 
     /// Whether its result comes back as an event.

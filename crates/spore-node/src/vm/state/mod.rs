@@ -8,7 +8,7 @@
 //!                    Start                            Adopt(booted … draining)
 //!                      │                                        │
 //!   Absent ──▶ Preparing ──prepared──▶ Booting ◀────────────────┘
-//!                 │  turn, host           │  vmm, attach, agent
+//!                 │  turn, host           │  vmm, attach, (a fork: resume,) agent
 //!                 │                       ├───────agent up───────┐
 //!                 │                       ▼                      │ (adopted: the app runs)
 //!                 │                    Thawing ──app ready──▶  Ready
@@ -36,8 +36,10 @@
 //! - A VM that lives and may be sent requests is not killed for a failure before its end was told
 //!   and control has stopped it, or had the time to.
 //! - The journal goes only when nothing is left, and the final state is told once, after that.
-//! - `Prepare` and `Boot` are never cut off: a stop waits for them, since a driver cut in the
-//!   middle might go on making things behind the release.
+//! - A fork's first instruction runs only once it is journaled as running, and its guest is
+//!   renewed before it is anything else: until then it believes that it is its source.
+//! - `Prepare`, `Boot` and `Fork` are never cut off: a stop waits for them, since a driver cut in
+//!   the middle might go on making things behind the release.
 
 mod effect;
 
@@ -55,6 +57,8 @@ pub enum VmState {
     Preparing {
         /// Which step is under way.
         at: PrepareStep,
+        /// How it is to begin.
+        begin: Begin,
         /// A stop that waits for it.
         stop: Option<StopMode>,
     },
@@ -62,6 +66,8 @@ pub enum VmState {
     Booting {
         /// Which step is under way.
         at: BootStep,
+        /// How it begins; of an earlier daemon's VM that was thawed it does not matter any more.
+        begin: Begin,
         /// The last journaled milestone when an earlier daemon began this; `None` is our own VM.
         adopted: Option<Milestone>,
         /// A stop that waits for it.
@@ -86,6 +92,15 @@ pub enum VmState {
     Failed(Failure),
 }
 
+/// How a VM begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// With its kernel.
+    Boot,
+    /// Where another one stood.
+    Fork,
+}
+
 /// The steps of [`VmState::Preparing`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrepareStep {
@@ -102,6 +117,8 @@ pub enum BootStep {
     Vmm,
     /// The node takes hold of the process.
     Attach,
+    /// A fork's guest is let run.
+    Resume,
     /// The agent is awaited.
     Agent,
 }
@@ -129,6 +146,10 @@ pub enum Milestone {
     Prepared,
     /// The VMM runs and its identity is known.
     Booted,
+    /// The same of a fork, whose guest is paused.
+    Forked,
+    /// A fork's guest may have run.
+    Running,
     /// The guest is renewed.
     Thawed,
     /// The network is open.
@@ -165,7 +186,7 @@ pub struct Failure {
 /// lie harms nobody but the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AgentSeen {
-    /// Whether it was thawed.
+    /// Whether it was thawed as this VM, and its tenant may run.
     pub thawed: bool,
     /// The app's process.
     pub app: AppSeen,
@@ -188,7 +209,7 @@ pub enum AppSeen {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VmEvent {
     /// It is wanted. Legal in `Absent`.
-    Start,
+    Start(Begin),
     /// An earlier daemon left it, journaled so far. Legal in `Absent`.
     Adopt(Milestone),
     /// `TakeTurn` is done.
@@ -197,8 +218,12 @@ pub enum VmEvent {
     Prepared,
     /// `Boot` is done.
     Booted,
+    /// `Fork` is done.
+    Forked,
     /// `Attach` is done.
     Attached,
+    /// `Resume` is done.
+    Resumed,
     /// `ConnectAgent` is done.
     AgentUp(AgentSeen),
     /// `Thaw` is done.
@@ -231,7 +256,10 @@ impl VmState {
     pub const fn phase(&self) -> VmPhase {
         match self {
             Self::Absent | Self::Preparing { .. } => VmPhase::Preparing,
-            Self::Booting { .. } => VmPhase::Booting,
+            Self::Booting { begin, .. } => match begin {
+                Begin::Boot => VmPhase::Booting,
+                Begin::Fork => VmPhase::Forking,
+            },
             Self::Thawing { .. } => VmPhase::Thawing,
             Self::Ready => VmPhase::Ready,
             Self::Draining | Self::Leaving(_) | Self::Releasing(_) => VmPhase::Draining,
@@ -251,7 +279,7 @@ impl VmState {
         matches!(
             self,
             Self::Booting {
-                at: BootStep::Agent,
+                at: BootStep::Resume | BootStep::Agent,
                 ..
             } | Self::Thawing { .. }
                 | Self::Ready
@@ -282,8 +310,21 @@ impl VmState {
     pub fn step(self, event: VmEvent) -> (Self, Vec<VmEffect>) {
         match self {
             Self::Absent => absent(event),
-            Self::Preparing { at, stop } => preparing(at, stop, event),
-            Self::Booting { at, adopted, stop } => booting(at, adopted, stop, event),
+            Self::Preparing { at, begin, stop } => preparing(at, begin, stop, event),
+            Self::Booting {
+                at,
+                begin,
+                adopted,
+                stop,
+            } => booting(
+                Boot {
+                    begin,
+                    adopted,
+                    stop,
+                },
+                at,
+                event,
+            ),
             Self::Thawing { at } => thawing(at, event),
             Self::Ready => ready(event),
             Self::Draining => draining(event),
@@ -349,13 +390,18 @@ fn stronger(one: Option<StopMode>, other: StopMode) -> Option<StopMode> {
 fn absent(event: VmEvent) -> (VmState, Vec<VmEffect>) {
     let adopt = |milestone, stop| VmState::Booting {
         at: BootStep::Attach,
+        begin: match milestone {
+            Milestone::Forked | Milestone::Running => Begin::Fork,
+            _ => Begin::Boot,
+        },
         adopted: Some(milestone),
         stop,
     };
     match event {
-        VmEvent::Start => (
+        VmEvent::Start(begin) => (
             VmState::Preparing {
                 at: PrepareStep::Turn,
+                begin,
                 stop: None,
             },
             vec![
@@ -395,13 +441,19 @@ fn absent(event: VmEvent) -> (VmState, Vec<VmEffect>) {
     }
 }
 
-fn preparing(at: PrepareStep, stop: Option<StopMode>, event: VmEvent) -> (VmState, Vec<VmEffect>) {
-    let state = VmState::Preparing { at, stop };
+fn preparing(
+    at: PrepareStep,
+    begin: Begin,
+    stop: Option<StopMode>,
+    event: VmEvent,
+) -> (VmState, Vec<VmEffect>) {
+    let state = VmState::Preparing { at, begin, stop };
     match (at, event) {
         (PrepareStep::Turn, VmEvent::Stop(_)) => state.end(Ending::Stopped),
         (PrepareStep::Turn, VmEvent::TurnTaken) => (
             VmState::Preparing {
                 at: PrepareStep::Host,
+                begin,
                 stop,
             },
             vec![VmEffect::Prepare],
@@ -410,18 +462,23 @@ fn preparing(at: PrepareStep, stop: Option<StopMode>, event: VmEvent) -> (VmStat
         (PrepareStep::Host, VmEvent::Prepared) => (
             VmState::Booting {
                 at: BootStep::Vmm,
+                begin,
                 adopted: None,
                 stop: None,
             },
             vec![
                 VmEffect::Journal(Milestone::Prepared),
                 VmEffect::Report,
-                VmEffect::Boot,
+                match begin {
+                    Begin::Boot => VmEffect::Boot,
+                    Begin::Fork => VmEffect::Fork,
+                },
             ],
         ),
         (PrepareStep::Host, VmEvent::Stop(mode)) => (
             VmState::Preparing {
                 at,
+                begin,
                 stop: stronger(stop, mode),
             },
             Vec::new(),
@@ -431,14 +488,32 @@ fn preparing(at: PrepareStep, stop: Option<StopMode>, event: VmEvent) -> (VmStat
     }
 }
 
-fn booting(
-    at: BootStep,
+/// What stays the same while a VM begins.
+#[derive(Clone, Copy)]
+struct Boot {
+    begin: Begin,
     adopted: Option<Milestone>,
     stop: Option<StopMode>,
-    event: VmEvent,
-) -> (VmState, Vec<VmEffect>) {
-    let state = VmState::Booting { at, adopted, stop };
-    let goes_to = |at| VmState::Booting { at, adopted, stop };
+}
+
+impl Boot {
+    const fn at(self, at: BootStep) -> VmState {
+        VmState::Booting {
+            at,
+            begin: self.begin,
+            adopted: self.adopted,
+            stop: self.stop,
+        }
+    }
+}
+
+fn booting(boot: Boot, at: BootStep, event: VmEvent) -> (VmState, Vec<VmEffect>) {
+    let Boot {
+        begin,
+        adopted,
+        stop,
+    } = boot;
+    let state = boot.at(at);
     // Only a guest whose app may run has anything to lose by a kill.
     let worth_asking = adopted.is_some_and(|milestone| milestone >= Milestone::Started);
     match (at, event) {
@@ -446,31 +521,46 @@ fn booting(
         (_, VmEvent::Failed(failure) | VmEvent::Exited(failure)) => {
             state.end(ending_of(stop, failure))
         }
-        (BootStep::Vmm, VmEvent::Booted) if stop.is_some() => state.end(Ending::Stopped),
+        (BootStep::Vmm, VmEvent::Booted | VmEvent::Forked) if stop.is_some() => {
+            state.end(Ending::Stopped)
+        }
         (BootStep::Vmm, VmEvent::Booted) => (
-            goes_to(BootStep::Attach),
+            boot.at(BootStep::Attach),
             vec![VmEffect::Journal(Milestone::Booted), VmEffect::Attach],
         ),
-        (BootStep::Attach, VmEvent::Attached) => match stop {
-            Some(StopMode::Graceful) if worth_asking => {
-                (goes_to(BootStep::Agent), vec![VmEffect::ConnectAgent])
+        (BootStep::Vmm, VmEvent::Forked) => (
+            boot.at(BootStep::Attach),
+            vec![VmEffect::Journal(Milestone::Forked), VmEffect::Attach],
+        ),
+        (BootStep::Attach, VmEvent::Attached) => match (stop, begin) {
+            (Some(StopMode::Graceful), _) if worth_asking => {
+                (boot.at(BootStep::Agent), vec![VmEffect::ConnectAgent])
             }
-            Some(_) => goes_to(BootStep::Agent).end(Ending::Stopped),
-            None => (goes_to(BootStep::Agent), vec![VmEffect::ConnectAgent]),
+            (Some(_), _) => boot.at(BootStep::Agent).end(Ending::Stopped),
+            (None, Begin::Boot) => (boot.at(BootStep::Agent), vec![VmEffect::ConnectAgent]),
+            // Whoever finds it journaled so takes it for one that has run.
+            (None, Begin::Fork) => (
+                boot.at(BootStep::Resume),
+                vec![VmEffect::Journal(Milestone::Running), VmEffect::Resume],
+            ),
         },
+        (BootStep::Resume, VmEvent::Resumed) => {
+            (boot.at(BootStep::Agent), vec![VmEffect::ConnectAgent])
+        }
+        (BootStep::Resume, VmEvent::Stop(_)) => state.end(Ending::Stopped),
         (BootStep::Agent, VmEvent::AgentUp(seen)) if stop.is_none() => agent_up(adopted, seen),
         (BootStep::Agent, VmEvent::AgentUp(_)) => drain(),
         (BootStep::Agent, VmEvent::Stop(mode)) => {
             if mode == StopMode::Graceful && worth_asking && stop != Some(StopMode::Kill) {
                 let stop = Some(StopMode::Graceful);
-                (VmState::Booting { at, adopted, stop }, Vec::new())
+                (Boot { stop, ..boot }.at(at), Vec::new())
             } else {
                 state.end(Ending::Stopped)
             }
         }
         (BootStep::Vmm | BootStep::Attach, VmEvent::Stop(mode)) => {
             let stop = stronger(stop, mode);
-            (VmState::Booting { at, adopted, stop }, Vec::new())
+            (Boot { stop, ..boot }.at(at), Vec::new())
         }
         (at, other) => unreachable!("{other:?} while booting ({at:?})"),
     }

@@ -5,7 +5,7 @@ use proptest::prelude::{
 };
 use spore_wire::node::{StopMode, VmFailureKind, VmPhase};
 
-use super::{AgentSeen, AppSeen, Failure, Milestone, VmEffect, VmEvent, VmState};
+use super::{AgentSeen, AppSeen, Begin, Failure, Milestone, VmEffect, VmEvent, VmState};
 
 /// What the world does next to the machine under test.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,10 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
     )
 }
 
+fn begins() -> impl Strategy<Value = Begin> {
+    prop_oneof![Just(Begin::Boot), Just(Begin::Fork)]
+}
+
 /// The host as the effects leave it, and the checks on the way.
 #[expect(
     clippy::struct_excessive_bools,
@@ -49,6 +53,8 @@ struct World {
     journal: Option<Milestone>,
     made: bool,
     runs: bool,
+    /// A fork that was never let run.
+    paused: bool,
     attached: bool,
     thawed: bool,
     open: bool,
@@ -72,13 +78,13 @@ struct Run {
 }
 
 impl Run {
-    fn new() -> Self {
+    fn new(begin: Begin) -> Self {
         let mut run = Self {
             world: World::default(),
             state: VmState::Absent,
             pending: None,
         };
-        run.feed(VmEvent::Start);
+        run.feed(VmEvent::Start(begin));
         run
     }
 
@@ -89,7 +95,10 @@ impl Run {
             if effect.asks() {
                 assert_eq!(at + 1, effects.len(), "an asking effect is the last");
                 assert!(
-                    !matches!(self.pending, Some(VmEffect::Prepare | VmEffect::Boot)),
+                    !matches!(
+                        self.pending,
+                        Some(VmEffect::Prepare | VmEffect::Boot | VmEffect::Fork)
+                    ),
                     "{effect:?} cuts {:?} off",
                     self.pending
                 );
@@ -112,7 +121,14 @@ impl Run {
                 world.journal = Some(milestone);
             }
             VmEffect::Prepare => assert_eq!(world.journal, Some(Milestone::Preparing)),
-            VmEffect::Boot => assert_eq!(world.journal, Some(Milestone::Prepared)),
+            VmEffect::Boot | VmEffect::Fork => {
+                assert_eq!(world.journal, Some(Milestone::Prepared));
+            }
+            VmEffect::Resume => {
+                assert_eq!(world.journal, Some(Milestone::Running));
+                assert!(world.attached, "nobody holds it");
+            }
+            VmEffect::ConnectAgent => assert!(!world.paused, "it cannot answer"),
             VmEffect::Attach => assert!(world.journal >= Some(Milestone::Booted)),
             VmEffect::Thaw => assert!(!world.thawed, "thawed twice"),
             VmEffect::OpenNetwork => assert!(world.thawed, "opened before the thaw"),
@@ -137,11 +153,7 @@ impl Run {
                     world.finals += 1;
                 }
             }
-            VmEffect::TakeTurn
-            | VmEffect::ConnectAgent
-            | VmEffect::AwaitReady
-            | VmEffect::Shutdown
-            | VmEffect::Release => {}
+            VmEffect::TakeTurn | VmEffect::AwaitReady | VmEffect::Shutdown | VmEffect::Release => {}
             VmEffect::Farewell => {
                 assert!(world.runs, "nobody is there to wait for");
                 assert_eq!(self.state.phase(), VmPhase::Draining);
@@ -162,6 +174,15 @@ impl Run {
             VmEffect::Boot => {
                 world.runs = true;
                 VmEvent::Booted
+            }
+            VmEffect::Fork => {
+                world.runs = true;
+                world.paused = true;
+                VmEvent::Forked
+            }
+            VmEffect::Resume => {
+                world.paused = false;
+                VmEvent::Resumed
             }
             VmEffect::Attach => {
                 if !world.runs {
@@ -196,6 +217,7 @@ impl Run {
             VmEffect::Release => {
                 world.made = false;
                 world.runs = false;
+                world.paused = false;
                 world.releases += 1;
                 VmEvent::Released
             }
@@ -251,8 +273,12 @@ impl Run {
 
 proptest! {
     #[test]
-    fn every_life_ends_once_with_nothing_left(moves in moves(), kill in any::<bool>()) {
-        let mut run = Run::new();
+    fn every_life_ends_once_with_nothing_left(
+        begin in begins(),
+        moves in moves(),
+        kill in any::<bool>(),
+    ) {
+        let mut run = Run::new(begin);
         for a_move in moves {
             run.make(a_move);
         }
@@ -276,8 +302,8 @@ proptest! {
     }
 
     #[test]
-    fn without_crashes_it_is_released_exactly_once(moves in moves()) {
-        let mut run = Run::new();
+    fn without_crashes_it_is_released_exactly_once(begin in begins(), moves in moves()) {
+        let mut run = Run::new(begin);
         for a_move in moves {
             if !matches!(a_move, Move::Crash) {
                 run.make(a_move);
@@ -296,7 +322,15 @@ proptest! {
 
 /// A run that has begun `effect`.
 fn run_until(effect: VmEffect) -> Run {
-    let mut run = Run::new();
+    let begin = match effect.is_of_forks() {
+        true => Begin::Fork,
+        false => Begin::Boot,
+    };
+    run_from(begin, effect)
+}
+
+fn run_from(begin: Begin, effect: VmEffect) -> Run {
+    let mut run = Run::new(begin);
     while run.pending != Some(effect) {
         run.make(Move::Succeed);
     }
@@ -305,37 +339,44 @@ fn run_until(effect: VmEffect) -> Run {
 
 #[test]
 fn a_life_without_incident_goes_through_every_phase_in_order() {
-    let mut run = Run::new();
-    let mut phases = vec![run.state.phase()];
-    while run.state != VmState::Ready {
-        run.make(Move::Succeed);
-        phases.push(run.state.phase());
+    for (begin, beginning) in [
+        (Begin::Boot, VmPhase::Booting),
+        (Begin::Fork, VmPhase::Forking),
+    ] {
+        let mut run = Run::new(begin);
+        let mut phases = vec![run.state.phase()];
+        while run.state != VmState::Ready {
+            run.make(Move::Succeed);
+            phases.push(run.state.phase());
+        }
+        phases.dedup();
+        let (preparing, thawing) = (VmPhase::Preparing, VmPhase::Thawing);
+        assert_eq!(phases, [preparing, beginning, thawing, VmPhase::Ready]);
+        assert!(phases.is_sorted());
     }
-    phases.dedup();
-    assert_eq!(
-        phases,
-        [
-            VmPhase::Preparing,
-            VmPhase::Booting,
-            VmPhase::Thawing,
-            VmPhase::Ready
-        ]
-    );
 }
 
 #[test]
 fn a_daemon_killed_under_any_effect_after_the_identity_adopts_the_vm() {
     let mut seen = 0;
-    for effect in VmEffect::ALL {
+    let begins = [Begin::Boot, Begin::Fork];
+    let lives = begins
+        .into_iter()
+        .flat_map(|begin| VmEffect::ALL.map(|effect| (begin, effect)));
+    for (begin, effect) in lives {
         let of_an_end = matches!(
             effect,
             VmEffect::Shutdown | VmEffect::Farewell | VmEffect::Release
         );
-        if !effect.asks() || of_an_end {
+        let of_another = match begin {
+            Begin::Boot => effect.is_of_forks(),
+            Begin::Fork => effect == VmEffect::Boot,
+        };
+        if !effect.asks() || of_an_end || of_another {
             continue;
         }
         for done in [false, true] {
-            let mut run = run_until(effect);
+            let mut run = run_from(begin, effect);
             if done {
                 run.complete(effect);
             }
@@ -348,7 +389,7 @@ fn a_daemon_killed_under_any_effect_after_the_identity_adopts_the_vm() {
             seen += 1;
         }
     }
-    assert_eq!(seen, 18);
+    assert_eq!(seen, 18 + 20);
 }
 
 #[test]
@@ -365,13 +406,48 @@ fn stop_is_ignored_after_failure() {
 
 #[test]
 fn a_stop_waits_for_a_boot_under_way_and_then_takes_it_back() {
-    let mut run = run_until(VmEffect::Boot);
-    run.make(Move::Stop(StopMode::Kill));
-    assert_eq!(run.pending, Some(VmEffect::Boot));
-    run.make(Move::Succeed);
-    assert_eq!(run.pending, Some(VmEffect::Release));
-    run.make(Move::Succeed);
-    assert_eq!(run.state, VmState::Stopped);
+    for start in [VmEffect::Boot, VmEffect::Fork] {
+        let mut run = run_until(start);
+        run.make(Move::Stop(StopMode::Kill));
+        assert_eq!(run.pending, Some(start));
+        run.make(Move::Succeed);
+        assert_eq!(run.pending, Some(VmEffect::Release));
+        run.make(Move::Succeed);
+        assert_eq!(run.state, VmState::Stopped);
+    }
+}
+
+#[test]
+fn a_fork_that_is_stopped_before_it_runs_never_runs() {
+    for mode in [StopMode::Graceful, StopMode::Kill] {
+        for under_way in [VmEffect::Attach, VmEffect::Resume] {
+            let mut run = run_from(Begin::Fork, under_way);
+            run.make(Move::Stop(mode));
+            while !run.state.is_over() {
+                assert_ne!(run.pending, Some(VmEffect::ConnectAgent));
+                run.make(Move::Succeed);
+            }
+            assert_eq!(run.state, VmState::Stopped);
+        }
+    }
+}
+
+#[test]
+fn a_fork_of_an_earlier_daemon_is_thawed_unless_it_was_under_its_own_name() {
+    for thawed in [false, true] {
+        let mut run = run_from(Begin::Fork, VmEffect::Thaw);
+        run.world.thawed = thawed;
+        run.crash();
+        for effect in [VmEffect::Attach, VmEffect::Resume, VmEffect::ConnectAgent] {
+            assert_eq!(run.pending, Some(effect));
+            run.make(Move::Succeed);
+        }
+        let next = match thawed {
+            true => VmEffect::OpenNetwork,
+            false => VmEffect::Thaw,
+        };
+        assert_eq!(run.pending, Some(next));
+    }
 }
 
 #[test]

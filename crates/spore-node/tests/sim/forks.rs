@@ -1,0 +1,109 @@
+//! VMs that begin where another stood, on the simulated host.
+
+use core::time::Duration;
+
+use spore_wire::id::SnapshotId;
+use spore_wire::node::{Source, StopMode, VmFailureKind, VmPhase};
+
+use crate::bench::{Bench, exec, fork, on_virtual_time, start, until, until_phase, vm};
+
+async fn said(bench: &Bench, number: u8, argv: &[&str]) -> String {
+    let program = bench.node.exec(vm(number), exec(argv)).await.unwrap();
+    let mut said = Vec::new();
+    while let Some((_of, bytes)) = program.next_output().await.unwrap() {
+        said.extend(bytes);
+    }
+    String::from_utf8(said).unwrap()
+}
+
+#[test]
+fn forks_of_one_source_are_thawed_apart_and_serve() {
+    on_virtual_time(async {
+        let bench = Bench::new(21).await;
+        bench.node.start(fork(vm(1), "hello")).unwrap();
+        bench.node.start(fork(vm(2), "hello")).unwrap();
+        let forking = until(&bench.node, vm(1), |status| {
+            status.phase > VmPhase::Preparing
+        });
+        assert_eq!(forking.await.phase, VmPhase::Forking);
+        for number in [1, 2] {
+            let status = until_phase(&bench.node, vm(number), VmPhase::Ready).await;
+            assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
+            let names = status.phases.iter().map(|phase| phase.name.as_str());
+            let names: Vec<&str> = names.collect();
+            assert_eq!(names, ["prepare", "fork", "agent", "thaw", "app"]);
+        }
+        let random = said(&bench, 1, &["random"]).await;
+        assert!(random.len() > 1, "{random}");
+        assert_ne!(random, said(&bench, 2, &["random"]).await);
+        for number in [1, 2] {
+            bench
+                .node
+                .stop(vm(number), StopMode::Graceful)
+                .await
+                .unwrap();
+            bench.node.stopped(vm(number)).await.unwrap();
+        }
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_fork_is_quicker_than_a_boot() {
+    on_virtual_time(async {
+        let bench = Bench::new(22).await;
+        bench.node.start(start(vm(1), "hello")).unwrap();
+        bench.node.start(fork(vm(2), "hello")).unwrap();
+        let mut agent_us = Vec::new();
+        for number in [1, 2] {
+            let status = until_phase(&bench.node, vm(number), VmPhase::Ready).await;
+            let agent = status.phases.iter().find(|phase| phase.name == "agent");
+            agent_us.push(agent.unwrap().us);
+        }
+        assert!(agent_us[1] < agent_us[0], "{agent_us:?}");
+    });
+}
+
+#[test]
+fn a_fork_of_what_is_not_there_or_another_accounts_or_of_another_size_fails_and_leaves_nothing() {
+    on_virtual_time(async {
+        let bench = Bench::new(23).await;
+        let mut missing = fork(vm(1), "hello");
+        missing.source = Source::Snapshot(SnapshotId::from_bytes([1; 16]));
+        let mut foreign = fork(vm(2), "hello");
+        foreign.owner.account = "other".to_owned();
+        let mut larger = fork(vm(3), "hello");
+        larger.resources.memory_mib *= 2;
+        for (start, words) in [
+            (
+                missing,
+                "the account `me` has no snapshot aeaqcaibaeaqcaibaeaqcaibae",
+            ),
+            (foreign, "the account `other` has no snapshot"),
+            (larger, "512 MiB was asked for, and the source has 256 MiB"),
+        ] {
+            let vm = start.vm;
+            bench.node.start(start).unwrap();
+            let over = bench.node.stopped(vm).await.unwrap();
+            let failure = over.failure.unwrap();
+            assert_eq!(failure.kind, VmFailureKind::Snapshot, "{failure:?}");
+            assert!(failure.message.contains(words), "{failure:?}");
+        }
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_fork_that_is_stopped_at_any_moment_of_its_beginning_leaves_nothing() {
+    for ms in 0..60 {
+        on_virtual_time(async {
+            let bench = Bench::new(24 + ms).await;
+            bench.node.start(fork(vm(1), "hello")).unwrap();
+            tokio::time::sleep(Duration::from_millis(ms * 2)).await;
+            bench.node.stop(vm(1), StopMode::Kill).await.unwrap();
+            let over = bench.node.stopped(vm(1)).await.unwrap();
+            assert_eq!(over.phase, VmPhase::Stopped, "after {ms} ms: {over:?}");
+            bench.nothing_is_left();
+        });
+    }
+}
