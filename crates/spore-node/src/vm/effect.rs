@@ -26,6 +26,13 @@ use crate::hypervisor::fork::ForkError;
 use crate::hypervisor::{AttachError, BootError, Identity, Prepared, Vm, VmExit};
 use crate::journal::{Record, SecretsKept};
 
+/// How far a guest's clock may be off when its tenant begins, the way of the answer included: the
+/// agent may have been kept waiting between the reading of the time and its setting.
+const CLOCK_LAG_MAX: Duration = Duration::from_millis(40);
+
+/// How often it is set; a host where the last is late too is overloaded, and says so in its log.
+const CLOCK_TRIES: u32 = 3;
+
 /// What an effect gave besides its event.
 pub(super) enum Gain {
     Nothing,
@@ -313,18 +320,36 @@ async fn renew(
     let limit = host.config.limits.answer;
     // The time is read once the way is open, as late as possible.
     drop(link.session(limit).await?);
-    let thaw = fresh(host, record, generation)?;
-    let Some(thawed) = link.thaw(thaw, limit).await? else {
-        if generation < GENERATION_FORKS {
-            return Ok(());
+    let mut thaw = fresh(host, record, generation)?;
+    for tries_left in (0..CLOCK_TRIES).rev() {
+        let wanted = thaw.steps.clone();
+        let Some(thawed) = link.thaw(thaw, limit).await? else {
+            if generation < GENERATION_FORKS {
+                return Ok(());
+            }
+            return Err(GuestError::Protocol("no steps in the answer to a thaw").into());
+        };
+        let is_done = |step: &ThawStep| thawed.done.iter().any(|(done, _us)| done == step);
+        if let Some(withheld) = wanted.into_iter().find(|step| !is_done(step)) {
+            return Err(ThawError::Withheld(withheld));
         }
-        return Err(GuestError::Protocol("no steps in the answer to a thaw").into());
-    };
-    let is_done = |step: &ThawStep| thawed.done.iter().any(|(done, _us)| done == step);
-    if let Some(withheld) = ThawStep::ALL.into_iter().find(|step| !is_done(step)) {
-        return Err(ThawError::Withheld(withheld));
+        let lag = realtime_ns(host).abs_diff(thawed.realtime_ns);
+        if u128::from(lag) <= CLOCK_LAG_MAX.as_nanos() {
+            break;
+        }
+        if tries_left == 0 {
+            let lag_ms = lag / 1_000_000;
+            tracing::warn!(vm = %record.start.vm, lag_ms, "a guest's clock is off");
+            break;
+        }
+        thaw = fresh(host, record, generation)?;
+        thaw.steps = vec![ThawStep::Clock];
     }
     Ok(link.unfreeze(record.start.vm.to_string(), limit).await?)
+}
+
+fn realtime_ns(host: &Host) -> u64 {
+    u64::try_from(host.config.clock.realtime().as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What a VM must not share with another, new each time. An agent of generation 1 is asked for all
@@ -339,7 +364,7 @@ fn fresh(host: &Host, record: &Record, generation: u32) -> Result<Thaw, ThawErro
         false => ThawStep::ALL.to_vec(),
     };
     Ok(Thaw {
-        realtime_ns: u64::try_from(host.config.clock.realtime().as_nanos()).unwrap_or(u64::MAX),
+        realtime_ns: realtime_ns(host),
         entropy: SecretBytes::new(entropy),
         hostname: record.start.owner.app.clone(),
         machine_id: HEXLOWER.encode(&machine_id),

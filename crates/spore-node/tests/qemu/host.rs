@@ -238,7 +238,8 @@ pub(crate) async fn said(vm: &dyn Vm, word: &str) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(HANG, wait)
-        .await
-        .expect("the guest said its word");
+    if tokio::time::timeout(HANG, wait).await.is_err() {
+        let console = vm.console_tail().await;
+        unreachable!("the guest never said {word}: {console:#?}");
+    }
 }

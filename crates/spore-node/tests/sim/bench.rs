@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
+use spore_node::clock::Clock;
 use spore_node::config::{Config, Images, KillPoint, KillPoints, SourceError, Sources};
 use spore_node::hypervisor::fork::ForkFrom;
 use spore_node::hypervisor::sim::SimHost;
@@ -20,6 +21,7 @@ use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{NodeEvent, Owner, Process, Resources, Source, StartVm, VmPhase, VmStatus};
 use spore_wire::secret::SecretBytes;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 #[derive(Debug)]
 pub(crate) struct AnyImage;
@@ -42,6 +44,16 @@ impl Sources for OneSource {
         }
         let account = account.to_owned();
         Err(SourceError::Missing { account, id })
+    }
+}
+
+/// A wall clock that goes as the test's time does; each daemon's begins anew.
+#[derive(Debug)]
+struct VirtualClock(Instant);
+
+impl Clock for VirtualClock {
+    fn realtime(&self) -> Duration {
+        Duration::from_secs(1_700_000_000) + self.0.elapsed()
     }
 }
 
@@ -82,6 +94,7 @@ pub(crate) struct Bench {
 pub(crate) async fn open(host: &SimHost, folder: &Path, crash: &Arc<Crash>) -> (Node, Adoption) {
     let mut config = Config::new(folder.join("run"), folder.join("log"), 4096);
     config.memory = Arc::new(host.clone());
+    config.clock = Arc::new(VirtualClock(Instant::now()));
     config.kill_points = Arc::clone(crash) as Arc<dyn KillPoints>;
     let source = VmId::from_bytes([0xbb; 16]);
     config.sources = Arc::new(OneSource(host.template(source, 256).unwrap()));

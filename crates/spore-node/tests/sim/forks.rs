@@ -2,6 +2,7 @@
 
 use core::time::Duration;
 
+use spore_wire::guest::ThawStep;
 use spore_wire::id::SnapshotId;
 use spore_wire::node::{Source, StopMode, VmFailureKind, VmPhase};
 
@@ -89,6 +90,60 @@ fn a_fork_of_what_is_not_there_or_another_accounts_or_of_another_size_fails_and_
             assert_eq!(failure.kind, VmFailureKind::Snapshot, "{failure:?}");
             assert!(failure.message.contains(words), "{failure:?}");
         }
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn withheld_thaw_step_kills_the_vm_before_its_network_opens() {
+    for step in ThawStep::ALL {
+        for begin in [start, fork] {
+            on_virtual_time(async {
+                let bench = Bench::new(90).await;
+                bench.host.withhold(step);
+                bench.node.start(begin(vm(1), "hello")).unwrap();
+                let over = bench.node.stopped(vm(1)).await.unwrap();
+                let failure = over.failure.unwrap();
+                assert_eq!(failure.kind, VmFailureKind::Thaw, "{failure:?}");
+                let words = format!("did not renew {step:?}");
+                assert!(failure.message.contains(&words), "{failure:?}");
+                assert!(!bench.host.was_open(vm(1)), "{step:?}");
+                bench.nothing_is_left();
+            });
+        }
+    }
+}
+
+#[test]
+fn clock_is_right_before_the_apps_first_instruction_however_long_the_agent_was_kept_waiting() {
+    for begin in [start, fork] {
+        on_virtual_time(async {
+            let bench = Bench::new(92).await;
+            bench.host.delay_clock(vm(1), Duration::from_millis(300));
+            bench.node.start(begin(vm(1), "hello")).unwrap();
+            let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
+            assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
+            bench.node.stop(vm(1), StopMode::Graceful).await.unwrap();
+            bench.node.stopped(vm(1)).await.unwrap();
+            bench.nothing_is_left();
+        });
+    }
+}
+
+#[test]
+fn an_agent_of_generation_1_is_thawed_as_before_and_its_vm_goes_on_under_a_new_daemon() {
+    on_virtual_time(async {
+        let mut bench = Bench::new(91).await;
+        bench.host.age_agents();
+        bench.node.start(start(vm(1), "hello")).unwrap();
+        let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
+        assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
+        assert!(bench.host.was_open(vm(1)));
+        assert_eq!(bench.restart().await.adopted, [vm(1)]);
+        let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
+        assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
+        bench.node.stop(vm(1), StopMode::Graceful).await.unwrap();
+        bench.node.stopped(vm(1)).await.unwrap();
         bench.nothing_is_left();
     });
 }

@@ -9,17 +9,21 @@ use std::sync::Arc;
 
 use data_encoding::HEXLOWER_PERMISSIVE;
 use spore_wire::frame::{Decoder, Frame, FrameError, FrameKind, HEADER_BYTES, SYNC_MARK, encode};
-use spore_wire::generation::GENERATION;
+use spore_wire::generation::GENERATION_FORKS;
 use spore_wire::guest::{
     AgentError, AgentErrorCode, AgentHello, AgentMessage, AgentStatus, AppStatus, CREDIT_BYTES,
-    Event, Exec, Exit, HostMessage, LogBatch, OutputKind, Reply, Request, Thaw, Thawed,
+    Event, Exec, Exit, HostMessage, LogBatch, OutputKind, Reply, Request, Thaw, ThawStep, Thawed,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::sync::{Semaphore, broadcast, mpsc};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::guest::{Guest, Life};
 use super::lock;
+
+/// What an app's clock may be late at its first instruction.
+const CLOCK_LAG_MAX: Duration = Duration::from_millis(50);
 
 /// What goes wrong in one session.
 #[derive(Clone, Copy, Debug)]
@@ -184,9 +188,10 @@ fn take(
 }
 
 fn greet(guest: &Guest) -> AgentHello {
+    let generation = guest.generation();
     let state = lock(&guest.state);
     AgentHello {
-        generation: GENERATION,
+        generation,
         version: "simulated".to_owned(),
         boot_id: guest.boot_id.clone(),
         thawed: state.life.is_thawed(),
@@ -330,21 +335,34 @@ impl Job {
             Life::Frozen(name) => *name != thaw.incarnation,
             Life::Held(name) => *name == thaw.incarnation,
         };
+        let is_of_old = thaw.steps.is_empty() && !thaw.hold;
+        if is_of_old != (self.guest.generation() < GENERATION_FORKS) {
+            self.guest
+                .violation("thawed as an agent of another generation is");
+        }
         if !legal {
             self.guest.violation("thawed twice");
             return Err(error(AgentErrorCode::NotNow, "thawed already"));
         }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        let begun = Instant::now();
+        tokio::time::sleep(self.guest.delay() + Duration::from_millis(5)).await;
         let random = self.guest.renew_random(thaw.entropy.expose());
         let mut state = lock(&self.guest.state);
         state.random = random;
+        state.clock_lag = begun.elapsed();
         state.hostname = thaw.hostname;
         state.life = match thaw.hold {
             true => Life::Held(thaw.incarnation),
             false => Life::Running(thaw.incarnation),
         };
+        drop(state);
+        if self.guest.generation() < GENERATION_FORKS {
+            return Ok(Reply::Done);
+        }
+        let does = |step: &ThawStep| self.guest.does(*step);
+        let done = thaw.steps.into_iter().filter(does);
         Ok(Reply::Thawed(Thawed {
-            done: thaw.steps.into_iter().map(|step| (step, 1)).collect(),
+            done: done.map(|step| (step, 1)).collect(),
             realtime_ns: thaw.realtime_ns,
         }))
     }
@@ -369,6 +387,10 @@ impl Job {
                 drop(state);
                 self.guest.violation("the app was started twice");
                 return Err(error(AgentErrorCode::NotNow, "an app runs"));
+            }
+            if state.clock_lag > CLOCK_LAG_MAX {
+                self.guest
+                    .violation("the app was started with a wrong clock");
             }
             if !state.network_open {
                 drop(state);

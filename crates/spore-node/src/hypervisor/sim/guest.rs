@@ -9,7 +9,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
-use spore_wire::guest::{AppStatus, Event, Exit, LogRecord, OutputKind, StartApp};
+use spore_wire::generation::{GENERATION, GENERATION_OLDEST_SERVED};
+use spore_wire::guest::{AppStatus, Event, Exit, LogRecord, OutputKind, StartApp, ThawStep};
 use spore_wire::id::VmId;
 use tokio::io::DuplexStream;
 use tokio::sync::{Notify, broadcast, watch};
@@ -88,6 +89,8 @@ pub(super) struct GuestState {
     pub(super) app: AppStatus,
     pub(super) hostname: String,
     pub(super) port: u16,
+    /// How late its clock was set.
+    pub(super) clock_lag: Duration,
     /// Stands for the kernel's random numbers: made of what the last thaw gave.
     pub(super) random: u64,
     pub(super) starts: u32,
@@ -191,6 +194,25 @@ impl Guest {
         drop(tokio::spawn(async move {
             over.run_until_cancelled(work).await;
         }));
+    }
+
+    /// What its agent speaks.
+    pub(super) fn generation(&self) -> u32 {
+        match lock(&self.host.world.held).oldest {
+            true => GENERATION_OLDEST_SERVED,
+            false => GENERATION,
+        }
+    }
+
+    /// How long the agent is kept waiting this time.
+    pub(super) fn delay(&self) -> Duration {
+        let mut held = lock(&self.host.world.held);
+        held.delays.remove(&self.vm).unwrap_or_default()
+    }
+
+    /// What its agent does of a thaw.
+    pub(super) fn does(&self, step: ThawStep) -> bool {
+        lock(&self.host.world.held).withheld != Some(step)
     }
 
     /// What the kernel's random numbers are made of from now on; nobody else may have it.

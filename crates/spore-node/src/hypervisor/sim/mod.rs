@@ -22,6 +22,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use spore_wire::guest::ThawStep;
 use spore_wire::id::VmId;
 use spore_wire::node::Boundary;
 use tokio::io::DuplexStream;
@@ -108,6 +109,10 @@ struct Held {
     next_pid: u32,
     violations: Vec<String>,
     randoms: BTreeSet<u64>,
+    opened: BTreeSet<VmId>,
+    withheld: Option<ThawStep>,
+    delays: BTreeMap<VmId, Duration>,
+    oldest: bool,
     died: BTreeSet<VmId>,
     struck: BTreeSet<VmId>,
 }
@@ -157,6 +162,21 @@ impl SimHost {
         lock(&self.world.held)
             .scripts
             .insert(name.to_owned(), script);
+    }
+
+    /// From now on agents leave this step of a thaw out, and say so.
+    pub fn withhold(&self, step: ThawStep) {
+        lock(&self.world.held).withheld = Some(step);
+    }
+
+    /// The agent of this VM is kept waiting once, before it sets the clock.
+    pub fn delay_clock(&self, vm: VmId, by: Duration) {
+        lock(&self.world.held).delays.insert(vm, by);
+    }
+
+    /// From now on agents are of the oldest generation that is served.
+    pub fn age_agents(&self) {
+        lock(&self.world.held).oldest = true;
     }
 
     /// A connection to the app of a VM that passes no socket: for simulations that must be the
@@ -231,6 +251,12 @@ impl SimHost {
 
     fn note_death(&self, vm: VmId) {
         lock(&self.world.held).died.insert(vm);
+    }
+
+    /// Whether a packet may ever have passed this VM's tap.
+    #[must_use]
+    pub fn was_open(&self, vm: VmId) -> bool {
+        lock(&self.world.held).opened.contains(&vm)
     }
 
     /// Whether a fault took this VM's process or agent: by plan, [`Self::crash_vm`] or
@@ -555,6 +581,7 @@ impl Vm for SimVm {
         if self.host.happens(vm, "policy", |plan| plan.policy) {
             return Err(PolicyError::Differs("one rule is missing".to_owned()));
         }
+        lock(&self.host.world.held).opened.insert(vm);
         let mut state = lock(&self.guest.state);
         state.network_open = true;
         if !matches!(state.life, Life::Running(_)) {
