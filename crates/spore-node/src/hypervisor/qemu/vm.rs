@@ -140,7 +140,7 @@ impl QemuVm {
             pidfd: Arc::clone(&pidfd),
             monitor: Some(monitor.map_err(silent("monitor"))?),
             log,
-            tail: Vec::new(),
+            tail: Tail::default(),
             proxy: kept.map_err(silent("egress proxy"))?,
             cause,
             asked,
@@ -260,8 +260,8 @@ struct Watcher {
     /// `None` once it hung up.
     monitor: Option<Qmp>,
     log: OwnedFd,
-    /// The console's last lines.
-    tail: Vec<String>,
+    /// What the console said last.
+    tail: Tail,
     /// The egress proxy, once it serves.
     proxy: Option<Arc<AsyncFd<OwnedFd>>>,
     /// Why the VM must not go on.
@@ -299,7 +299,7 @@ impl Watcher {
             Order::Console(answer) => {
                 self.read_console().await;
                 // Whoever asked may have given up.
-                drop(answer.send(self.tail.clone()));
+                drop(answer.send(self.tail.lines.clone()));
             }
             Order::Miss(proxy) => match watched(proxy) {
                 Ok(proxy) => self.proxy = Some(proxy),
@@ -380,11 +380,7 @@ impl Watcher {
             Err(error) => Err(error),
         };
         match read {
-            Ok(bytes) => {
-                self.tail.extend(last_lines(&bytes));
-                let surplus = self.tail.len().saturating_sub(TAIL_LINES);
-                self.tail.drain(..surplus);
-            }
+            Ok(bytes) => self.tail.add(&bytes),
             Err(error) => tracing::warn!(vm = %self.vm, %error, "cannot read the console"),
         }
     }
@@ -402,7 +398,7 @@ impl Watcher {
         }
         for (what, text) in [
             ("VMM", log_tail(&self.log)),
-            ("console", self.tail.join("\n")),
+            ("console", self.tail.lines.join("\n")),
         ] {
             if !text.is_empty() {
                 reason.push_str(&format!("\n{what}: {text}"));
@@ -411,6 +407,34 @@ impl Watcher {
         VmExit {
             reason,
             out_of_memory,
+        }
+    }
+}
+
+/// A console's last lines, read piece by piece.
+#[derive(Debug, Default)]
+struct Tail {
+    lines: Vec<String>,
+    /// Whether the last piece ended in the middle of a line.
+    is_cut: bool,
+}
+
+impl Tail {
+    fn add(&mut self, piece: &[u8]) {
+        let mut lines = last_lines(piece).into_iter();
+        let goes_on = self.is_cut && !piece.starts_with(b"\n") && !piece.starts_with(b"\r\n");
+        if goes_on
+            && let Some(begun) = self.lines.last_mut()
+            && let Some(rest) = lines.next()
+        {
+            let whole = begun.chars().chain(rest.chars());
+            *begun = whole.take(TAIL_LINE_CHARS).collect();
+        }
+        self.lines.extend(lines);
+        let surplus = self.lines.len().saturating_sub(TAIL_LINES);
+        self.lines.drain(..surplus);
+        if let Some(last) = piece.last() {
+            self.is_cut = *last != b'\n';
         }
     }
 }
@@ -482,13 +506,34 @@ fn last_lines(bytes: &[u8]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::last_lines;
+    use super::{TAIL_LINE_CHARS, TAIL_LINES, Tail, last_lines};
+
+    #[test]
+    fn a_line_that_is_read_in_pieces_is_one_line() {
+        let mut tail = Tail::default();
+        for piece in [
+            "one\r\ntw",
+            "",
+            "o\r",
+            "\nthree\n",
+            "four",
+            "\nfive\n\n",
+            "six",
+        ] {
+            tail.add(piece.as_bytes());
+        }
+        assert_eq!(tail.lines, ["one", "two", "three", "four", "five", "six"]);
+        tail.add(&[b'x'; 300]);
+        assert_eq!(tail.lines[5].len(), TAIL_LINE_CHARS);
+        tail.add("\nmore".repeat(50).as_bytes());
+        assert_eq!(tail.lines.len(), TAIL_LINES);
+    }
 
     #[test]
     fn a_tail_is_short_whatever_the_guest_wrote() {
         let tail = last_lines(&[0xff; 64 * 1024]);
         assert_eq!(tail.len(), 1);
-        assert_eq!(tail[0].chars().count(), super::TAIL_LINE_CHARS);
+        assert_eq!(tail[0].chars().count(), TAIL_LINE_CHARS);
     }
 
     #[test]
