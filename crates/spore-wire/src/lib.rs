@@ -16,7 +16,8 @@
 //! | [`egress`] | node and egress proxy | yes: a proxy outlives its daemon |
 //! | [`node`] | control and node | not yet: one process, one version |
 //!
-//! [`cause`] is how errors are told between them.
+//! [`snapshot`] is what control sees of a node's snapshots; [`cause`] is how errors are told
+//! between them.
 //!
 //! This crate never opens a file, a socket or a process: it holds types, limits and encodings.
 #![forbid(unsafe_code)]
@@ -30,4 +31,5 @@ pub mod guest;
 pub mod id;
 pub mod node;
 pub mod secret;
+pub mod snapshot;
 mod tripwires;
