@@ -5,10 +5,12 @@
 //! are kept. Never opens, checks or resizes a file that a guest could have written: those are only
 //! unlinked.
 
+pub mod overlay;
+
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -286,10 +288,29 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
     let (mut read_at, mut write_at) = (start, start);
     while read_at < end {
         let left = usize::try_from(end - read_at).map_err(io::Error::other)?;
-        let copied = copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), left)?;
-        if copied == 0 {
+        match copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), left) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_copied) => {}
+            // Two kinds of file system: the kernel leaves it to us.
+            Err(Errno::XDEV) => return copy_bytes(from, to, read_at, end),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn copy_bytes(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
+    let mut buffer = vec![0; 256 * 1024];
+    let mut at = start;
+    while at < end {
+        let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+        let most = left.min(buffer.len());
+        let count = from.read_at(&mut buffer[..most], at)?;
+        if count == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        to.write_all_at(&buffer[..count], at)?;
+        at += count as u64;
     }
     Ok(())
 }
