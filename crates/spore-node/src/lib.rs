@@ -18,6 +18,7 @@ pub mod log;
 pub mod memory;
 pub mod net;
 pub mod node;
+pub mod snapshot;
 mod sys;
 mod tool;
 pub mod vm;

@@ -250,7 +250,7 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 }
 
 /// Copies a file and its holes; shares its blocks where the file system can.
-fn copy_sparse(from: &File, to: &Path) -> io::Result<()> {
+pub(crate) fn copy_sparse(from: &File, to: &Path) -> io::Result<()> {
     let to = File::options().write(true).create_new(true).open(to)?;
     to.set_permissions(Permissions::from_mode(0o600))?;
     copy_into(from, &to)
