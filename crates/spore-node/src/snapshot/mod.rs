@@ -517,6 +517,15 @@ impl SnapshotStore {
         names(&folder)?.into_iter().map(bytes).sum()
     }
 
+    /// Whether any account has a snapshot of this id.
+    fn is_anywhere(&self, id: SnapshotId) -> Result<bool, StoreError> {
+        let accounts = names(&self.inner.folder)?;
+        let mut places = accounts
+            .iter()
+            .filter_map(|account| self.place(account, id).ok());
+        Ok(places.any(|place| place.exists()))
+    }
+
     /// The account in which `account` finds `id`: its own, or the platform's.
     fn owner_of<'a>(&self, account: &'a str, id: SnapshotId) -> Result<&'a str, StoreError> {
         for owner in [account, PUBLIC_ACCOUNT] {

@@ -17,7 +17,9 @@ use zeroize::Zeroizing;
 
 use super::blocks::{self, Difference};
 use super::hash::Hash;
-use super::header::{DiskKeyPart, DiskLayerPart, Header, Protection, STATE_FILE_BYTES_MAX};
+use super::header::{
+    DiskKeyPart, DiskLayerPart, Header, HeaderError, Protection, STATE_FILE_BYTES_MAX,
+};
 use super::key::{Keys, SnapshotKey, bond};
 use super::memory::{Draft, MemoryImage};
 use super::pages::{Index, ReadError, Trust};
@@ -81,8 +83,7 @@ pub struct DiskLayer {
     pub part: DiskLayerPart,
     /// What opens it.
     pub key: Option<DiskKey>,
-    pub(super) path: PathBuf,
-    pub(super) index_path: PathBuf,
+    pub(super) index: File,
 }
 
 impl SnapshotStore {
@@ -137,6 +138,10 @@ impl Layer {
     /// Its key, if it needs one.
     fn key<'a>(&self, keys: &'a Keys) -> Result<Option<&'a SnapshotKey>, StoreError> {
         match self.header.protection {
+            // Whoever keeps a key for it knows that it was encrypted.
+            Protection::Plain if keys.contains_key(&self.id()) => {
+                Err(damaged(self.id(), Damage::Header(HeaderError::Damaged)))
+            }
             Protection::Plain => Ok(None),
             Protection::Sealed => {
                 let key = keys.get(&self.id());
@@ -211,15 +216,15 @@ impl Layer {
             .and_then(|parts| parts.get(number))
             .ok_or_else(missing)?;
         let path = self.folder.join(&name);
-        let index = self.read(index, &index_name, blocks::index_bytes_max(part.bytes))?;
-        if Hash::of(&index) != part.index {
+        let proof = self.read(index, &index_name, blocks::index_bytes_max(part.bytes))?;
+        if Hash::of(&proof) != part.index {
             return Err(damaged(id, Damage::DiskIndex(number)));
         }
         let record = self.record_name(&name);
         let stamp = Stamp::of(disk, part.index).map_err(file("look at", &path))?;
         if !store.inner.verified.knows(&record, &stamp) {
             let now = blocks::index(disk).map_err(file("read", &path))?;
-            match blocks::difference(&index, &now) {
+            match blocks::difference(&proof, &now) {
                 None => {}
                 Some(Difference::Length) => return Err(damaged(id, Damage::DiskLength(number))),
                 Some(Difference::Chunk(chunk)) => {
@@ -236,10 +241,9 @@ impl Layer {
         };
         Ok(DiskLayer {
             file: disk.try_clone().map_err(file("open", &path))?,
+            index: index.try_clone().map_err(file("open", &path))?,
             part: part.clone(),
             key,
-            index_path: self.folder.join(index_name),
-            path,
         })
     }
 
@@ -250,18 +254,20 @@ impl Layer {
         keys: &Keys,
     ) -> Result<DiskKey, StoreError> {
         let id = self.id();
-        let bytes = match part {
-            DiskKeyPart::Clear(text) => HEXLOWER.decode(text.as_bytes()).ok().map(Zeroizing::new),
-            DiskKeyPart::Sealed(text) => {
-                let key = keys.get(&id).ok_or(StoreError::NoKey(id))?;
+        let bytes = match (part, self.key(keys)?) {
+            (DiskKeyPart::Clear(text), None) => {
+                HEXLOWER.decode(text.as_bytes()).ok().map(Zeroizing::new)
+            }
+            (DiskKeyPart::Sealed(text), Some(key)) => {
                 let sealed = BASE64.decode(text.as_bytes()).ok();
                 let bound = disk_key_bond(id, number);
                 let opened = sealed.and_then(|sealed| key.open(&bound, &sealed));
                 Some(opened.ok_or(StoreError::WrongKey(id))?)
             }
+            (DiskKeyPart::Clear(_) | DiskKeyPart::Sealed(_), _) => None,
         };
         let bytes = bytes.and_then(|bytes| <[u8; 32]>::try_from(bytes.as_slice()).ok());
-        let bytes = bytes.ok_or_else(|| damaged(id, Damage::DiskIndex(number)))?;
+        let bytes = bytes.ok_or_else(|| damaged(id, Damage::Header(HeaderError::Damaged)))?;
         Ok(DiskKey::from_bytes(bytes))
     }
 }

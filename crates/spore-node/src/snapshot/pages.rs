@@ -382,7 +382,8 @@ impl Index {
             .split_at_checked(entries_bytes)
             .ok_or(ReadError::Index)?;
         match protection {
-            Protection::Plain if tag.is_empty() => {}
+            // A plain layer in the place of an encrypted one is not what was written.
+            Protection::Plain if tag.is_empty() && key.is_none() => {}
             Protection::Sealed(prefix) if tag.len() == TAG_BYTES => {
                 let key = key.ok_or(ReadError::NoKey)?;
                 let bound = bond("memory index", id, &bytes[..bytes.len() - TAG_BYTES]);

@@ -5,11 +5,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use data_encoding::{BASE64, HEXLOWER};
-use rustix::fs::{CWD, RenameFlags, renameat_with, statvfs};
+use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with, statvfs};
+use rustix::io::Errno;
 use spore_wire::id::SnapshotId;
 use spore_wire::snapshot::SnapshotMeta;
 use tracing::warn;
@@ -103,8 +105,12 @@ impl SnapshotStore {
         if filing.staged.contains_key(&id) {
             return Err(StoreError::Busy(id));
         }
-        if purpose == Purpose::New && self.catalogue()?.iter().any(|listed| listed.id == id) {
-            return Err(StoreError::Exists(id));
+        match purpose {
+            Purpose::New if self.is_anywhere(id)? => return Err(StoreError::Exists(id)),
+            Purpose::Replace if !self.place(&meta.account, id)?.exists() => {
+                return Err(StoreError::Missing(id));
+            }
+            Purpose::New | Purpose::Replace => {}
         }
         let below = self.check_parent(&meta, key.is_some())?;
         self.check_quota(&filing, &meta, estimate_bytes, quota_bytes)?;
@@ -344,11 +350,11 @@ impl Staged {
     pub(super) fn link_disk(&mut self, layer: &DiskLayer) -> Result<(), StoreError> {
         let number = self.next_disk_layer(DiskBacking::Empty)?;
         for (from, to) in [
-            (&layer.path, disk_name(number)),
-            (&layer.index_path, disk_index_name(number)),
+            (&layer.file, disk_name(number)),
+            (&layer.index, disk_index_name(number)),
         ] {
             let to = self.folder.join(to);
-            fs::hard_link(from, &to).map_err(file("link", &to))?;
+            link_open(from, &to).map_err(file("link", &to))?;
         }
         let part = DiskLayerPart {
             key: self.file_key(number, layer.key.as_ref())?,
@@ -473,6 +479,7 @@ impl Staged {
             sync_folder(folder)?;
         }
         store.reached(id, StorePoint::Filed);
+        drop(filing);
         if self.purpose == Purpose::Replace {
             store
                 .inner
@@ -481,8 +488,19 @@ impl Staged {
             fs::remove_dir_all(&self.folder).map_err(file("remove", &self.folder))?;
             store.reached(id, StorePoint::Replaced);
         }
-        drop(filing);
         Ok(())
+    }
+}
+
+/// Gives an open file another name, whatever its old one leads to by now: the folder that it was
+/// opened in may have been replaced.
+fn link_open(from: &File, to: &Path) -> io::Result<()> {
+    let open = format!("/proc/self/fd/{}", from.as_raw_fd());
+    match linkat(CWD, open, CWD, to, AtFlags::SYMLINK_FOLLOW) {
+        Ok(()) => Ok(()),
+        // Its last name is gone, and the kernel gives it no new one.
+        Err(Errno::NOENT) => copy_sparse(from, to),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
 
-use spore_wire::id::SnapshotId;
+use spore_wire::id::{ImageId, SnapshotId};
 use spore_wire::snapshot::SnapshotInfo;
 
 use super::header::{Header, Protection};
@@ -70,7 +71,9 @@ impl SnapshotStore {
         if let Some(used) = doomed.iter().find(|id| in_use.contains(id)) {
             return Err(StoreError::InUse(*used));
         }
-        self.discard(&catalogue, &doomed)?;
+        let gone = self.unlist(&catalogue, &doomed)?;
+        drop(filing);
+        self.erase(gone)?;
         Ok(doomed)
     }
 
@@ -100,7 +103,9 @@ impl SnapshotStore {
         let told = found.map(|listed| self.describe(listed, &lineage));
         let told = told.collect::<Result<_, _>>()?;
         if mode == GcMode::Remove {
-            self.discard(&catalogue, &garbage)?;
+            let gone = self.unlist(&catalogue, &garbage)?;
+            drop(filing);
+            self.erase(gone)?;
         }
         Ok(told)
     }
@@ -115,8 +120,13 @@ impl SnapshotStore {
         Ok(u64::try_from(found.mtime()).unwrap_or(0))
     }
 
-    /// Removes folders, in this order.
-    fn discard(&self, catalogue: &[Listed], doomed: &[SnapshotId]) -> Result<(), StoreError> {
+    /// Takes snapshots out of their places, in this order; where their folders are now.
+    fn unlist(
+        &self,
+        catalogue: &[Listed],
+        doomed: &[SnapshotId],
+    ) -> Result<Vec<(SnapshotId, PathBuf)>, StoreError> {
+        let mut all_gone = Vec::new();
         for id in doomed {
             let Some(listed) = catalogue.iter().find(|listed| listed.id == *id) else {
                 continue;
@@ -129,17 +139,39 @@ impl SnapshotStore {
             sync_folder(&owner)?;
             let record = format!("{}/{id}/", listed.account);
             self.inner.verified.forget(&record);
-            self.reached(*id, StorePoint::Unlisted);
-            fs::remove_dir_all(&gone).map_err(file("remove", &gone))?;
             match fs::remove_dir(&owner) {
                 Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => {
                     return Err(file("remove", &owner)(error));
                 }
                 _ => {}
             }
-            self.reached(*id, StorePoint::Removed);
+            all_gone.push((*id, gone));
+            self.reached(*id, StorePoint::Unlisted);
+        }
+        Ok(all_gone)
+    }
+
+    /// Removes files while others work on: large ones take their time.
+    fn erase(&self, gone: Vec<(SnapshotId, PathBuf)>) -> Result<(), StoreError> {
+        for (id, folder) in gone {
+            fs::remove_dir_all(&folder).map_err(file("remove", &folder))?;
+            self.reached(id, StorePoint::Removed);
         }
         Ok(())
+    }
+
+    /// The images that snapshots of any account need, and so must be kept.
+    ///
+    /// # Errors
+    /// [`StoreError::File`].
+    pub fn images(&self) -> Result<BTreeSet<ImageId>, StoreError> {
+        let _alone = self.filing();
+        let catalogue = self.catalogue()?;
+        let metas = catalogue
+            .iter()
+            .filter_map(|listed| listed.header.as_ref().ok());
+        let images = metas.flat_map(|header| [Some(header.meta.image), header.meta.folder]);
+        Ok(images.flatten().collect())
     }
 
     /// Makes a snapshot of `account` stand alone, under its own id: its memory becomes one layer,
