@@ -16,6 +16,7 @@
 //! | `memory.index`, `memory.pages` | the pages of memory that it holds itself ([`pages`]) |
 //! | `state` | the driver's device state |
 //! | `disk.N`, `disk.N.index` | its disk layers, lowest first |
+//! | `claimed-by` | the VM that goes on from a suspended one |
 //!
 //! A snapshot is there once its folder has its place, so a crash leaves it whole or not at all, and
 //! what is in `.staging` is removed when the store is opened. What another one continues is removed
@@ -23,6 +24,7 @@
 //! change; what is read later is read from files that are open by then.
 
 mod blocks;
+mod claim;
 pub mod hash;
 pub mod header;
 pub mod key;
@@ -43,7 +45,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 use spore_wire::cause::chain;
-use spore_wire::id::SnapshotId;
+use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::snapshot::{PUBLIC_ACCOUNT, SnapshotInfo};
 use thiserror::Error;
 
@@ -62,6 +64,7 @@ const HEADER: &str = "header.json";
 const PAGES: &str = "memory.pages";
 const PAGES_INDEX: &str = "memory.index";
 const STATE: &str = "state";
+const CLAIM: &str = "claimed-by";
 
 /// The longest name of an account.
 const ACCOUNT_BYTES_MAX: usize = 40;
@@ -130,6 +133,10 @@ pub enum StorePoint {
     Filed,
     /// What a compacted snapshot took the place of is gone.
     Replaced,
+    /// Who goes on from it is on the disk, but not in its place.
+    ClaimWritten,
+    /// Who goes on from it is in its place.
+    Claimed,
     /// A removed snapshot is out of its place.
     Unlisted,
     /// Its files are gone.
@@ -176,6 +183,9 @@ pub enum Damage {
     /// A disk layer is longer or shorter.
     #[error("disk layer {0} has another length than it was written with")]
     DiskLength(usize),
+    /// Who goes on from it.
+    #[error("the name of the VM that goes on from it is damaged")]
+    Claim,
     /// A file that belongs to it.
     #[error("its file `{0}` is missing")]
     File(String),
@@ -283,6 +293,14 @@ pub enum StoreError {
     /// A tag, a VM or an app needs it.
     #[error("snapshot {0} is in use: remove what uses it first")]
     InUse(SnapshotId),
+    /// Another VM goes on from it.
+    #[error("snapshot {id} is that of a suspended VM, and VM {by} goes on from it already")]
+    Claimed {
+        /// Which.
+        id: SnapshotId,
+        /// Who.
+        by: VmId,
+    },
     /// It is being compacted, or another one on top of it is being made.
     #[error("snapshot {0} is being worked on: try again in a moment")]
     Busy(SnapshotId),
@@ -358,7 +376,13 @@ impl SnapshotStore {
         make_folder(&staging)?;
         for left in names(&staging)? {
             let left = staging.join(left);
-            fs::remove_dir_all(&left).map_err(file("remove", &left))?;
+            // Folders of snapshots, and claims, which are files.
+            let removed = if left.is_dir() {
+                fs::remove_dir_all(&left)
+            } else {
+                fs::remove_file(&left)
+            };
+            removed.map_err(file("remove", &left))?;
         }
         let inner = Inner {
             verified: Verified::load(runtime.join("verified.json")),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Signal, getpid, kill_process};
 use spore_wire::cause::chain;
-use spore_wire::id::{ImageId, SnapshotId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::snapshot::{PUBLIC_ACCOUNT, SnapshotMeta, SnapshotParent};
 
 use super::hash::Hash;
@@ -822,6 +822,61 @@ fn what_was_encrypted_is_not_believed_in_clear() {
         opened.disks(&with_key),
         Err(StoreError::Damaged { .. })
     ));
+}
+
+#[test]
+fn one_vm_goes_on_from_a_suspended_one() {
+    let (folder, store) = store();
+    make(&store, "me", 1, None);
+    make(&store, "me", 2, Some(1));
+    let vms = [1, 2].map(|n| VmId::from_bytes([n; 16]));
+    assert_eq!(store.claimed_by("me", id(2)).unwrap(), None);
+    store.claim("me", id(2), vms[0]).unwrap();
+    store.claim("me", id(2), vms[0]).unwrap();
+    let refused = store.claim("me", id(2), vms[1]).unwrap_err();
+    assert!(
+        matches!(refused, StoreError::Claimed { by, .. } if by == vms[0]),
+        "{refused}"
+    );
+    store.give_up_claim("me", id(2), vms[1]).unwrap();
+    let refused = store
+        .compact("me", id(2), &Keys::new(), PLENTY)
+        .unwrap_err();
+    assert!(matches!(refused, StoreError::InUse(_)), "{refused}");
+    let store = open(folder.path(), Arc::new(NoStorePoints));
+    assert_eq!(store.claimed_by("me", id(2)).unwrap(), Some(vms[0]));
+    assert_holds(&store.open_for("me", id(2)).unwrap(), &[1, 2], &Keys::new()).unwrap();
+    let claim = place(folder.path(), "me", 2).join("claimed-by");
+    for torn in [&b""[..], b"aeaqcai", b"\xff"] {
+        fs::write(&claim, torn).unwrap();
+        let refused = store.claim("me", id(2), vms[1]).unwrap_err();
+        assert!(matches!(refused, StoreError::Damaged { .. }), "{refused}");
+    }
+    fs::write(&claim, vms[0].to_string()).unwrap();
+    store.give_up_claim("me", id(2), vms[0]).unwrap();
+    store.claim("me", id(2), vms[1]).unwrap();
+    for (account, n) in [("other", 2), ("me", 3)] {
+        let refused = store.claim(account, id(n), vms[1]).unwrap_err();
+        assert!(matches!(refused, StoreError::Missing(_)), "{refused}");
+    }
+    remove(&store, 2, Cascade::Refuse).unwrap();
+    assert!(staging_is_empty(folder.path()));
+}
+
+#[test]
+fn whenever_a_daemon_dies_while_it_claims_a_snapshot_the_next_one_can() {
+    let contents = Contents::from([(id(1), vec![1])]);
+    let seen = kill_anywhere(
+        2,
+        &contents,
+        |store| make(store, "me", 1, None),
+        |store| {
+            let vm = VmId::from_bytes([7; 16]);
+            store.claim("me", id(1), vm).unwrap();
+            assert_eq!(store.claimed_by("me", id(1)).unwrap(), Some(vm));
+        },
+    );
+    assert!(seen.iter().all(|ids| ids.len() == 1));
 }
 
 #[test]

@@ -187,8 +187,9 @@ impl SnapshotStore {
         keys: &Keys,
         quota_bytes: u64,
     ) -> Result<Header, StoreError> {
-        if !self.place(account, id)?.exists() {
-            return Err(StoreError::Missing(id));
+        // Its claim would not come along.
+        if self.claimed_by(account, id)?.is_some() {
+            return Err(StoreError::InUse(id));
         }
         let opened = self.open_for(account, id)?;
         let header = opened.header().clone();
@@ -221,7 +222,7 @@ impl SnapshotStore {
 
 impl Filing {
     /// Whether `id`, or one on top of it, is being made.
-    fn is_busy(&self, id: SnapshotId) -> bool {
+    pub(super) fn is_busy(&self, id: SnapshotId) -> bool {
         let on_top = self.staged.values().any(|staged| staged.parent == Some(id));
         on_top || self.staged.contains_key(&id)
     }
