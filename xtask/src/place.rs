@@ -23,10 +23,15 @@ use crate::command;
 /// closed to everybody but root.
 pub(crate) const DEPS_DEFAULT: &str = "/var/lib/spore-deps";
 
-/// The root of the repository.
+/// The root of the repository that cargo runs this task in. Two clones may share a target folder,
+/// so where this program was built says nothing.
 pub(crate) fn repository() -> PathBuf {
-    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().unwrap_or(xtask).to_path_buf()
+    let built = || env!("CARGO_MANIFEST_DIR").into();
+    let xtask = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(built));
+    match xtask.parent() {
+        Some(root) => root.to_path_buf(),
+        None => xtask,
+    }
 }
 
 /// The cargo that runs this task, for more work in the repository.
@@ -45,7 +50,10 @@ pub(crate) fn sudo_uid() -> Option<u32> {
 /// Refuses to build as root in a tree of somebody who is not: their next build could not write to
 /// its own target folder.
 pub(crate) fn check_owner() -> Result<()> {
-    let owner = std::fs::metadata(repository())?.uid();
+    let root = repository();
+    let owner = std::fs::metadata(&root);
+    let owner = owner.with_context(|| format!("cannot look at the repository {}", root.display()));
+    let owner = owner?.uid();
     ensure!(
         !rustix::process::geteuid().is_root() || sudo_uid() != Some(owner),
         "run this without sudo: it asks for root where it needs it, and as root it would leave \
