@@ -12,7 +12,7 @@ use spore_e2e::{Answer, AppFolder, Neighbour, Platform, available, beside, memor
 use tokio::time::Instant;
 
 /// An app that says something and never listens.
-const MUTE: &str = "import time\nprint('mute: I am up', flush=True)\ntime.sleep(600)\n";
+const MUTE: &str = "echo mute: I am up\nsleep 600\n";
 
 /// What an app prints as fast as it can: over thirty times what is kept. Emulated, a guest prints
 /// some 3 MiB a second.
@@ -25,7 +25,7 @@ const ORPHANS: u32 = 1500;
 const HANGS: Duration = Duration::from_secs(180);
 
 /// An app that ends at once, with a word and a code.
-const QUITTER: &str = "import sys\nprint('quitter: no key', flush=True)\nsys.exit(7)\n";
+const QUITTER: &str = "echo quitter: no key\nexit 7\n";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_release_that_never_gets_ready_leaves_the_old_one_serving() -> Result<()> {
@@ -33,7 +33,7 @@ async fn a_release_that_never_gets_ready_leaves_the_old_one_serving() -> Result<
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let slow = "[health]\ntimeout = \"4s\"\n";
+    let slow = "[health]\ntimeout = \"15s\"\n";
     beside(vec![
         (
             "never listens",
@@ -66,7 +66,7 @@ async fn never_ready(
     platform.deploy(name, SELF_PORTRAIT, STAYS_AWAKE)?;
     let before = portrait(platform, name).await?;
 
-    let bad = AppFolder::python(name, code, manifest)?;
+    let bad = AppFolder::shell(name, code, manifest)?;
     let begun = Instant::now();
     let refused = platform.run(&["deploy", &bad.argument()])?;
     let took = begun.elapsed();
