@@ -3,6 +3,7 @@
 use core::fmt;
 use core::time::Duration;
 
+use spore_wire::node::STOP_GRACE_DEFAULT;
 use zeroize::Zeroizing;
 
 /// Settings of the control plane.
@@ -64,7 +65,7 @@ impl Default for Timing {
             boot_allowance: Duration::from_secs(120),
             drain: Duration::from_secs(30),
             reap_answer: Duration::from_secs(10),
-            stop_grace: Duration::from_secs(10),
+            stop_grace: STOP_GRACE_DEFAULT,
             backoff_least: Duration::from_secs(1),
             backoff_most: Duration::from_secs(60),
             healthy_after: Duration::from_secs(60),

@@ -70,15 +70,16 @@ impl Record {
     /// A record of a VM for which nothing was done yet; the secrets of `start` are taken out.
     #[must_use]
     pub fn new(hypervisor: &str, start: &StartVm, machine: Machine) -> Self {
-        let process = &start.process;
-        let secrets = if process.secret_environment.is_empty() && process.secret_files.is_empty() {
-            SecretsKept::None
-        } else {
-            SecretsKept::Elsewhere
-        };
         let mut start = start.clone();
-        start.process.secret_environment.clear();
-        start.process.secret_files.clear();
+        start.keys.clear();
+        let mut secrets = SecretsKept::None;
+        if let Some(process) = &mut start.process {
+            if !process.secret_environment.is_empty() || !process.secret_files.is_empty() {
+                secrets = SecretsKept::Elsewhere;
+            }
+            process.secret_environment.clear();
+            process.secret_files.clear();
+        }
         Self {
             generation: JOURNAL_GENERATION,
             hypervisor: hypervisor.to_owned(),
@@ -320,7 +321,7 @@ mod tests {
                 memory_mib: 128,
                 disk_mib: 64,
             },
-            process: Process {
+            process: Some(Process {
                 command: vec!["/bin/app".to_owned()],
                 environment: Vec::new(),
                 secret_environment: vec![(
@@ -336,9 +337,13 @@ mod tests {
                 ready: Readiness::Port,
                 ready_timeout_ms: 1000,
                 stop_grace_ms: 1000,
-            },
+            }),
             egress: Vec::new(),
             source: Source::Boot,
+            keys: vec![(
+                SnapshotId::from_bytes([9; 16]),
+                SecretBytes::new(b"canary-in-key".to_vec()),
+            )],
             trace: None,
         }
     }

@@ -120,6 +120,9 @@ pub enum VmError {
     /// Its agent.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// Nobody said where something listens in it.
+    #[error("the VM {0} was started without an app: it has no port to connect to")]
+    NoPort(VmId),
     /// Its port.
     #[error("cannot connect to the app's port {port}")]
     Connect {
@@ -288,10 +291,11 @@ impl Node {
                 return Err(StartError::Name(name.chars().take(64).collect()));
             }
         }
-        let secrets = Secrets {
-            environment: start.process.secret_environment.clone(),
-            files: start.process.secret_files.clone(),
-        };
+        let secrets = start.process.as_ref();
+        let secrets = secrets.map_or_else(Secrets::default, |process| Secrets {
+            environment: process.secret_environment.clone(),
+            files: process.secret_files.clone(),
+        });
         // One lock from the look to the entry: two starts at once are one.
         let mut capacity = lock(&self.host.capacity);
         if let Some(status) = self.host.board.get(vm) {
@@ -427,7 +431,7 @@ impl Node {
                 answer => break answer?,
             }
         };
-        let port = access.port;
+        let port = access.port.ok_or(VmError::NoPort(vm))?;
         let connected = access.vm.connect(port).await;
         connected.map_err(|source| VmError::Connect { port, source })
     }

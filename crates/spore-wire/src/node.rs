@@ -18,6 +18,9 @@ use crate::secret::SecretBytes;
 /// with a stop, and only that stop, or this span, has it killed.
 pub const FAREWELL_MAX: Duration = Duration::from_secs(1);
 
+/// Between SIGTERM and SIGKILL in a VM that is stopped and was given no process that says so.
+pub const STOP_GRACE_DEFAULT: Duration = Duration::from_secs(10);
+
 /// Whose VM it is: labels for journals, logs and metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Owner {
@@ -42,13 +45,19 @@ pub struct StartVm {
     pub folder: Option<ImageId>,
     /// What it gets of the host.
     pub resources: Resources,
-    /// The process to run.
-    pub process: Process,
+    /// The process to run. `None` starts nothing: the VM is ready once its network is open, for
+    /// whoever runs something in it, or with what went on in what it begins from. Of what such a VM
+    /// prints nothing is kept, since nobody says which secrets may be in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<Process>,
     /// Where it may connect to; empty means nowhere.
     pub egress: Vec<Grant>,
     /// Where it begins.
     #[serde(default, skip_serializing_if = "Source::is_boot")]
     pub source: Source,
+    /// The keys of the snapshots that it begins from, of those that are encrypted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<(SnapshotId, SecretBytes)>,
     /// The request that it is started for, if one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<TraceId>,

@@ -921,7 +921,7 @@ async fn a_secret_is_in_no_answer_no_record_and_no_file_and_reaches_only_the_vm(
     assert!(!answers.contains(CANARY), "{answers}");
     {
         let state = bench.nodes.state.lock().unwrap();
-        let process = &state.starts.last().unwrap().process;
+        let process = state.starts.last().unwrap().process.as_ref().unwrap();
         assert_eq!(process.secret_environment[0].1.expose(), CANARY.as_bytes());
         assert_eq!(process.secret_files[0].1.expose(), CANARY.as_bytes());
         assert!(!format!("{process:?}").contains(CANARY));
@@ -982,7 +982,7 @@ async fn the_secrets_of_an_app_fit_one_message_together() {
     assert_eq!(done.await["state"], "succeeded");
     let told = {
         let state = bench.nodes.state.lock().unwrap();
-        let process = &state.starts.last().unwrap().process;
+        let process = state.starts.last().unwrap().process.as_ref().unwrap();
         let environment = serde_json::to_vec(&(&process.command, &process.environment));
         let secrets = (&process.secret_environment, &process.secret_files);
         environment.unwrap().len() + serde_json::to_vec(&secrets).unwrap().len()

@@ -79,8 +79,9 @@ impl Converge {
     pub(super) async fn remind(&self, app: &AppRef, vm: VmId, release: u64) -> Result<(), Failure> {
         let start = self.start_vm(app, vm, release).await;
         let start = start.map_err(|error| unasked(&error))?;
-        let has_none =
-            start.process.secret_environment.is_empty() && start.process.secret_files.is_empty();
+        let has_none = start.process.as_ref().is_none_or(|process| {
+            process.secret_environment.is_empty() && process.secret_files.is_empty()
+        });
         // A VM that ended meanwhile must not be started by a word meant for it.
         let status = self.inner.nodes.status(vm).await;
         let gone = status
@@ -116,9 +117,10 @@ impl Converge {
                 memory_mib: rules.memory_mib,
                 disk_mib: rules.disk_mib,
             },
-            process,
+            process: Some(process),
             egress: rules.egress,
             source: Source::Boot,
+            keys: Vec::new(),
             trace: None,
         })
     }

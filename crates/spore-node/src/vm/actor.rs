@@ -89,7 +89,8 @@ pub(crate) enum VmRequest {
 pub(crate) struct Access {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) link: AgentLink,
-    pub(crate) port: u16,
+    /// Where its app listens, where it has one.
+    pub(crate) port: Option<u16>,
 }
 
 impl core::fmt::Debug for Access {
@@ -475,7 +476,12 @@ impl Actor {
         self.access.send_replace(Some(Access {
             vm,
             link,
-            port: self.record.start.process.port,
+            port: self
+                .record
+                .start
+                .process
+                .as_ref()
+                .map(|process| process.port),
         }));
         self.settle(Adopted::Alive);
     }
@@ -493,6 +499,9 @@ impl Actor {
 
     /// Begins to collect what the app prints, once it may run and its secrets are known.
     fn collect(&mut self) {
+        if self.record.start.process.is_none() {
+            return;
+        }
         let secrets = self.secrets.borrow().clone();
         let secrets = match (self.record.secrets, secrets) {
             (SecretsKept::None, _) => Arc::default(),
@@ -621,6 +630,7 @@ impl Actor {
         if let AppStatus::Backoff { failures, exit, .. } = &status
             && *failures >= limit
             && self.state == VmState::Ready
+            && self.record.start.process.is_some()
         {
             let memory = if self.out_of_memory_kills > 0 {
                 "; the guest's kernel killed it for want of memory: give it more"

@@ -12,7 +12,7 @@ use futures_util::future::BoxFuture;
 use spore_wire::generation::{GENERATION, GENERATION_FORKS};
 use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw, ThawStep};
 use spore_wire::id::VmId;
-use spore_wire::node::{FAREWELL_MAX, Source, VmFailureKind};
+use spore_wire::node::{FAREWELL_MAX, Process, STOP_GRACE_DEFAULT, Source, VmFailureKind};
 use spore_wire::secret::SecretBytes;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, watch};
@@ -20,7 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use super::actor::{Actor, Host, Secrets};
 use super::guest::{AgentLink, GuestError, chain};
 use super::mask::Masking;
-use super::state::{AgentSeen, AppSeen, Failure, VmEffect, VmEvent};
+use super::state::{AgentSeen, AppSeen, Failure, VmEffect, VmEvent, Work};
 use crate::config::VmLimits;
 use crate::hypervisor::fork::ForkError;
 use crate::hypervisor::{AttachError, BootError, Identity, Prepared, Vm, VmExit};
@@ -80,7 +80,7 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
         VmEffect::Fork => fork(host, record).boxed(),
         VmEffect::Attach => attach(host, record).boxed(),
         VmEffect::Release => release(host, record, actor.releases).boxed(),
-        VmEffect::ConnectAgent => connect_agent(actor.hello.subscribe(), record.start.vm).boxed(),
+        VmEffect::ConnectAgent => connect_agent(actor.hello.subscribe(), record).boxed(),
         VmEffect::Resume => resume(actor.vm.clone(), limits).boxed(),
         VmEffect::Farewell => farewell().boxed(),
         VmEffect::AwaitReady => await_ready(actor.app.subscribe(), record, limits).boxed(),
@@ -93,7 +93,7 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
                     let hello = actor.hello.borrow().as_ref().map(|hello| hello.generation);
                     thaw(host, record, link, hello.unwrap_or(GENERATION)).boxed()
                 }
-                VmEffect::OpenNetwork => open_network(vm, limits).boxed(),
+                VmEffect::OpenNetwork => open_network(vm, work_of(&record), limits).boxed(),
                 VmEffect::StartApp => {
                     let masking = actor.masking.clone();
                     start_app(record, link, actor.secrets.subscribe(), masking, limits).boxed()
@@ -242,7 +242,8 @@ async fn release(host: Arc<Host>, record: Record, tried: u32) -> Outcome {
     }
 }
 
-async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>, vm: VmId) -> Outcome {
+async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>, record: Record) -> Outcome {
+    let vm = record.start.vm;
     // The link tells the actor when it gives up, so this wait needs no end of its own.
     let said = match hello.wait_for(Option::is_some).await {
         Ok(said) => said.clone(),
@@ -253,10 +254,18 @@ async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>, vm: VmId)
             // One that is held was renewed by a daemon that did not live to let it run; one that
             // says another's name is a fork of that one.
             thawed: hello.thawed && !hello.frozen && is_named(hello.incarnation.as_deref(), vm),
+            work: work_of(&record),
             app: seen(&hello.app),
         })
         .into(),
         None => failed(VmFailureKind::Boot, "the VM is ending".to_owned()),
+    }
+}
+
+const fn work_of(record: &Record) -> Work {
+    match record.start.process {
+        Some(_) => Work::App,
+        None => Work::Nothing,
     }
 }
 
@@ -375,15 +384,21 @@ fn fresh(host: &Host, record: &Record, generation: u32) -> Result<Thaw, ThawErro
     })
 }
 
-async fn open_network(vm: Arc<dyn Vm>, limits: VmLimits) -> Outcome {
+async fn open_network(vm: Arc<dyn Vm>, work: Work, limits: VmLimits) -> Outcome {
     match tokio::time::timeout(limits.answer, vm.open_network()).await {
-        Ok(Ok(())) => VmEvent::NetworkOpen.into(),
+        Ok(Ok(())) => VmEvent::NetworkOpen(work).into(),
         Ok(Err(error)) => failed(VmFailureKind::Policy, chain(&error)),
         Err(_elapsed) => failed(
             VmFailureKind::Policy,
             slow("opening the network", limits.answer),
         ),
     }
+}
+
+/// What [`Work::App`] means.
+fn process_of(record: &Record) -> &Process {
+    let process = record.start.process.as_ref();
+    process.unwrap_or_else(|| unreachable!("a VM without an app waits for one"))
 }
 
 async fn start_app(
@@ -409,13 +424,14 @@ async fn start_app(
             }
         }
     };
+    let process = process_of(&record);
     // An app that knows its secrets may print them.
     if let Err(error) = masking.made(Arc::clone(&secrets)).await {
         return failed(VmFailureKind::Thaw, chain(&error));
     }
     let mut last = None;
     for _attempt in 0..3 {
-        let start = start_of(&record, &secrets);
+        let start = start_of(&record, process, &secrets);
         match link.start_app(start, limits.answer).await {
             Ok(()) => return VmEvent::AppStarted.into(),
             Err(error @ GuestError::Unreachable(_)) => {
@@ -442,8 +458,7 @@ async fn start_app(
 /// The app's process as the agent is told: the one place that says what Spore promises an app to
 /// find, which wins over what a release sets; the time zone is only a default. `HOME` and `PATH`
 /// are the agent's, which knows the image and the user.
-fn start_of(record: &Record, secrets: &Secrets) -> StartApp {
-    let process = &record.start.process;
+fn start_of(record: &Record, process: &Process, secrets: &Secrets) -> StartApp {
     let owner = &record.start.owner;
     let set = [
         ("PORT", process.port.to_string()),
@@ -481,7 +496,8 @@ async fn await_ready(
     record: Record,
     limits: VmLimits,
 ) -> Outcome {
-    let within = Duration::from_millis(record.start.process.ready_timeout_ms);
+    let process = process_of(&record);
+    let within = Duration::from_millis(process.ready_timeout_ms);
     let decided = async {
         loop {
             match verdict(&app.borrow_and_update(), &limits) {
@@ -506,7 +522,7 @@ async fn await_ready(
             VmFailureKind::App,
             format!(
                 "the app was not ready on port {} within {within:?}: check that it listens there",
-                record.start.process.port
+                process.port
             ),
         ),
     }
@@ -535,7 +551,10 @@ fn verdict(view: &AppView, limits: &VmLimits) -> Verdict {
 }
 
 async fn shutdown(record: Record, vm: Arc<dyn Vm>, link: AgentLink, limits: VmLimits) -> Outcome {
-    let grace = Duration::from_millis(record.start.process.stop_grace_ms);
+    let process = record.start.process.as_ref();
+    let grace = process.map_or(STOP_GRACE_DEFAULT, |process| {
+        Duration::from_millis(process.stop_grace_ms)
+    });
     let limit = grace.saturating_add(limits.shutdown_slack);
     let asked = link.shutdown(grace, limit).await;
     if let Err(error) = asked {

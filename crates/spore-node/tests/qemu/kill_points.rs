@@ -278,7 +278,7 @@ fn start(vm: VmId, effect: VmEffect) -> StartVm {
             memory_mib: 128,
             disk_mib: 64,
         },
-        process: Process {
+        process: Some(Process {
             command: ["perl", "-MSocket", "-e", APP].map(str::to_owned).to_vec(),
             environment: Vec::new(),
             secret_environment: Vec::new(),
@@ -288,12 +288,13 @@ fn start(vm: VmId, effect: VmEffect) -> StartVm {
             ready: Readiness::Port,
             ready_timeout_ms: 60_000,
             stop_grace_ms: 2000,
-        },
+        }),
         egress: Vec::new(),
         source: match effect.is_of_forks() {
             true => Source::Snapshot(SnapshotId::from_bytes([1; 16])),
             false => Source::Boot,
         },
+        keys: Vec::new(),
         trace: None,
     }
 }

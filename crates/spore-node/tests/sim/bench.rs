@@ -174,7 +174,7 @@ pub(crate) fn start(vm: VmId, app: &str) -> StartVm {
             memory_mib: 256,
             disk_mib: 64,
         },
-        process: Process {
+        process: Some(Process {
             command: vec!["/bin/app".to_owned()],
             environment: Vec::new(),
             secret_environment: Vec::new(),
@@ -184,9 +184,10 @@ pub(crate) fn start(vm: VmId, app: &str) -> StartVm {
             ready: Readiness::Port,
             ready_timeout_ms: 5000,
             stop_grace_ms: 1000,
-        },
+        }),
         egress: Vec::new(),
         source: Source::Boot,
+        keys: Vec::new(),
         trace: None,
     }
 }
@@ -204,7 +205,8 @@ pub(crate) fn fork(vm: VmId, app: &str) -> StartVm {
 }
 
 pub(crate) fn with_secret(mut start: StartVm) -> StartVm {
-    start.process.secret_environment =
+    let process = start.process.as_mut().unwrap();
+    process.secret_environment =
         vec![("KEY".to_owned(), SecretBytes::new(b"canary-4711".to_vec()))];
     start
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use spore_node::config::KillPoint;
 use spore_node::hypervisor::sim::{AppScript, FaultPlan};
-use spore_node::node::{Node, StartError};
+use spore_node::node::{Node, StartError, VmError};
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::{Exit, OutputKind, WriteFile};
 use spore_wire::id::{ImageId, VmId};
@@ -163,6 +163,31 @@ fn starting_twice_is_one_start_and_a_full_host_says_so() {
 }
 
 #[test]
+fn a_vm_without_an_app_starts_nothing_and_serves_whoever_asks_for_it() {
+    on_virtual_time(async {
+        let mut bench = Bench::new(8).await;
+        let mut bare = start(vm(1), "sandbox");
+        bare.process = None;
+        bench.node.start(bare.clone()).unwrap();
+        let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
+        assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
+        assert_eq!(bench.restart().await.adopted, [vm(1)]);
+        let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
+        assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
+        bench.node.start(bare).unwrap();
+        let program = bench.node.exec(vm(1), exec(&["echo"])).await.unwrap();
+        while program.next_output().await.unwrap().is_some() {}
+        let refused = bench.node.connect(vm(1)).await.unwrap_err();
+        assert!(matches!(refused, VmError::NoPort(_)), "{refused}");
+        assert_eq!(bench.host.app_starts(vm(1)), 0);
+        bench.node.stop(vm(1), StopMode::Graceful).await.unwrap();
+        let over = bench.node.stopped(vm(1)).await.unwrap();
+        assert_eq!(over.phase, VmPhase::Stopped, "{over:?}");
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
 fn an_app_that_never_comes_up_fails_with_its_last_lines() {
     on_virtual_time(async {
         let bench = Bench::new(4).await;
@@ -183,7 +208,7 @@ fn an_app_that_never_comes_up_fails_with_its_last_lines() {
         node.start(start(vm(1), "never")).unwrap();
         node.start(start(vm(2), "crashes")).unwrap();
         let mut missing = start(vm(3), "missing");
-        missing.process.command = vec!["/none".to_owned()];
+        missing.process.as_mut().unwrap().command = vec!["/none".to_owned()];
         node.start(missing).unwrap();
         for (number, line) in [
             (1, Some("warming up")),

@@ -29,7 +29,7 @@
 //! - A step gives at most one *asking* effect, whose result comes back as an event, and it is the
 //!   last one. A newer asking effect ends the one under way.
 //! - The network opens only after the thaw, the app starts only after the network is open, and
-//!   `Ready` comes only after both.
+//!   `Ready` comes only after both. A VM that is for no app is ready once its network is open.
 //! - What must survive a crash is journaled before the effect that makes it so: a VM is named in
 //!   the journal before anything is made for it, and it is journaled as ending before it is
 //!   killed, so that no later daemon adopts what was meant to end.
@@ -78,7 +78,7 @@ pub enum VmState {
         /// Which step is under way.
         at: ThawStep,
     },
-    /// The app is ready.
+    /// The app is ready, or there is none to wait for.
     Ready,
     /// The guest was asked to power off.
     Draining,
@@ -99,6 +99,15 @@ pub enum Begin {
     Boot,
     /// Where another one stood.
     Fork,
+}
+
+/// What a VM is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// A process that its agent is told to start.
+    App,
+    /// Whatever is in it, or is put in later: nothing is started.
+    Nothing,
 }
 
 /// The steps of [`VmState::Preparing`].
@@ -154,7 +163,7 @@ pub enum Milestone {
     Thawed,
     /// The network is open.
     Open,
-    /// The app was started.
+    /// The app was started, or the VM is ready without one.
     Started,
     /// It was asked to stop.
     Draining,
@@ -188,6 +197,8 @@ pub struct Failure {
 pub struct AgentSeen {
     /// Whether it was thawed as this VM, and its tenant may run.
     pub thawed: bool,
+    /// What the VM is for, which is not the guest's to say.
+    pub work: Work,
     /// The app's process.
     pub app: AppSeen,
 }
@@ -229,7 +240,7 @@ pub enum VmEvent {
     /// `Thaw` is done.
     Thawed,
     /// `OpenNetwork` is done.
-    NetworkOpen,
+    NetworkOpen(Work),
     /// `StartApp` is done.
     AppStarted,
     /// `AwaitReady` is done.
@@ -583,14 +594,12 @@ fn agent_up(adopted: Option<Milestone>, seen: AgentSeen) -> (VmState, Vec<VmEffe
         };
     }
     match seen.app {
+        _ if seen.work == Work::Nothing => to_ready(),
         AppSeen::Absent if reached == Milestone::Open => (
             VmState::Thawing { at: ThawStep::App },
             vec![VmEffect::Report, VmEffect::StartApp],
         ),
-        AppSeen::Ready => (
-            VmState::Ready,
-            vec![VmEffect::Journal(Milestone::Started), VmEffect::Report],
-        ),
+        AppSeen::Ready => to_ready(),
         AppSeen::Starting => (
             VmState::Thawing {
                 at: ThawStep::Ready,
@@ -607,6 +616,13 @@ fn agent_up(adopted: Option<Milestone>, seen: AgentSeen) -> (VmState, Vec<VmEffe
                 .to_owned(),
         }),
     }
+}
+
+fn to_ready() -> (VmState, Vec<VmEffect>) {
+    (
+        VmState::Ready,
+        vec![VmEffect::Journal(Milestone::Started), VmEffect::Report],
+    )
 }
 
 fn to_network() -> (VmState, Vec<VmEffect>) {
@@ -641,7 +657,8 @@ fn thawing(at: ThawStep, event: VmEvent) -> (VmState, Vec<VmEffect>) {
         (ThawStep::App | ThawStep::Ready, VmEvent::Stop(StopMode::Graceful)) => drain(),
         (_, VmEvent::Stop(_)) => state.end(Ending::Stopped),
         (ThawStep::Thaw, VmEvent::Thawed) => to_network(),
-        (ThawStep::Network, VmEvent::NetworkOpen) => (
+        (ThawStep::Network, VmEvent::NetworkOpen(Work::Nothing)) => to_ready(),
+        (ThawStep::Network, VmEvent::NetworkOpen(Work::App)) => (
             VmState::Thawing { at: ThawStep::App },
             vec![
                 VmEffect::Journal(Milestone::Open),

@@ -5,7 +5,7 @@ use proptest::prelude::{
 };
 use spore_wire::node::{StopMode, VmFailureKind, VmPhase};
 
-use super::{AgentSeen, AppSeen, Begin, Failure, Milestone, VmEffect, VmEvent, VmState};
+use super::{AgentSeen, AppSeen, Begin, Failure, Milestone, VmEffect, VmEvent, VmState, Work};
 
 /// What the world does next to the machine under test.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +43,10 @@ fn begins() -> impl Strategy<Value = Begin> {
     prop_oneof![Just(Begin::Boot), Just(Begin::Fork)]
 }
 
+fn works() -> impl Strategy<Value = Work> {
+    prop_oneof![Just(Work::App), Just(Work::Nothing)]
+}
+
 /// The host as the effects leave it, and the checks on the way.
 #[expect(
     clippy::struct_excessive_bools,
@@ -72,14 +76,16 @@ fn failure() -> Failure {
 }
 
 struct Run {
+    work: Work,
     world: World,
     state: VmState,
     pending: Option<VmEffect>,
 }
 
 impl Run {
-    fn new(begin: Begin) -> Self {
+    fn new(begin: Begin, work: Work) -> Self {
         let mut run = Self {
+            work,
             world: World::default(),
             state: VmState::Absent,
             pending: None,
@@ -134,6 +140,7 @@ impl Run {
             VmEffect::OpenNetwork => assert!(world.thawed, "opened before the thaw"),
             VmEffect::StartApp => {
                 assert!(world.thawed && world.open && !world.app);
+                assert_eq!(self.work, Work::App);
                 assert!(world.journal >= Some(Milestone::Open));
             }
             VmEffect::Kill => {
@@ -146,14 +153,16 @@ impl Run {
             }
             VmEffect::Report => {
                 if self.state.phase() == VmPhase::Ready {
-                    assert!(world.thawed && world.open && world.app, "ready too early");
+                    let worked = world.app || self.work == Work::Nothing;
+                    assert!(world.thawed && world.open && worked, "ready too early");
                 }
                 if self.state.is_over() {
                     assert!(world.journal.is_none());
                     world.finals += 1;
                 }
             }
-            VmEffect::TakeTurn | VmEffect::AwaitReady | VmEffect::Shutdown | VmEffect::Release => {}
+            VmEffect::AwaitReady => assert_eq!(self.work, Work::App),
+            VmEffect::TakeTurn | VmEffect::Shutdown | VmEffect::Release => {}
             VmEffect::Farewell => {
                 assert!(world.runs, "nobody is there to wait for");
                 assert_eq!(self.state.phase(), VmPhase::Draining);
@@ -193,6 +202,7 @@ impl Run {
             }
             VmEffect::ConnectAgent => VmEvent::AgentUp(AgentSeen {
                 thawed: world.thawed,
+                work: self.work,
                 app: if world.app {
                     AppSeen::Ready
                 } else {
@@ -205,7 +215,7 @@ impl Run {
             }
             VmEffect::OpenNetwork => {
                 world.open = true;
-                VmEvent::NetworkOpen
+                VmEvent::NetworkOpen(self.work)
             }
             VmEffect::StartApp => {
                 world.app = true;
@@ -275,10 +285,11 @@ proptest! {
     #[test]
     fn every_life_ends_once_with_nothing_left(
         begin in begins(),
+        work in works(),
         moves in moves(),
         kill in any::<bool>(),
     ) {
-        let mut run = Run::new(begin);
+        let mut run = Run::new(begin, work);
         for a_move in moves {
             run.make(a_move);
         }
@@ -302,8 +313,12 @@ proptest! {
     }
 
     #[test]
-    fn without_crashes_it_is_released_exactly_once(begin in begins(), moves in moves()) {
-        let mut run = Run::new(begin);
+    fn without_crashes_it_is_released_exactly_once(
+        begin in begins(),
+        work in works(),
+        moves in moves(),
+    ) {
+        let mut run = Run::new(begin, work);
         for a_move in moves {
             if !matches!(a_move, Move::Crash) {
                 run.make(a_move);
@@ -330,7 +345,7 @@ fn run_until(effect: VmEffect) -> Run {
 }
 
 fn run_from(begin: Begin, effect: VmEffect) -> Run {
-    let mut run = Run::new(begin);
+    let mut run = Run::new(begin, Work::App);
     while run.pending != Some(effect) {
         run.make(Move::Succeed);
     }
@@ -343,7 +358,7 @@ fn a_life_without_incident_goes_through_every_phase_in_order() {
         (Begin::Boot, VmPhase::Booting),
         (Begin::Fork, VmPhase::Forking),
     ] {
-        let mut run = Run::new(begin);
+        let mut run = Run::new(begin, Work::App);
         let mut phases = vec![run.state.phase()];
         while run.state != VmState::Ready {
             run.make(Move::Succeed);
@@ -522,9 +537,32 @@ fn a_new_guest_that_claims_to_be_thawed_is_thawed_all_the_same() {
     run.pending = None;
     run.feed(VmEvent::AgentUp(AgentSeen {
         thawed: true,
+        work: Work::App,
         app: AppSeen::Ready,
     }));
     assert_eq!(run.pending, Some(VmEffect::Thaw));
+}
+
+#[test]
+fn a_vm_without_an_app_is_ready_once_its_network_is_open_and_again_after_a_crash() {
+    for begin in [Begin::Boot, Begin::Fork] {
+        let mut run = Run::new(begin, Work::Nothing);
+        while run.state != VmState::Ready {
+            run.make(Move::Succeed);
+        }
+        assert_eq!(run.world.journal, Some(Milestone::Started));
+        assert!(run.world.open && !run.world.app);
+        run.crash();
+        while run.state != VmState::Ready {
+            run.make(Move::Succeed);
+        }
+        run.make(Move::Stop(StopMode::Graceful));
+        assert_eq!(
+            run.pending,
+            Some(VmEffect::Shutdown),
+            "it may have much to lose"
+        );
+    }
 }
 
 #[test]
