@@ -41,6 +41,8 @@ pub struct Ask {
     pub resources: Resources,
     /// Whether a proxy runs beside it.
     pub egress: Egress,
+    /// The memory of the snapshot that it begins from, which has still to be made.
+    pub image_mib: u64,
 }
 
 /// Whether a VM has a way out.
@@ -58,6 +60,8 @@ pub struct Capacity {
     limits: CapacityLimits,
     given: BTreeMap<VmId, Share>,
     memory_mib: u64,
+    /// Memories of snapshots that VMs share, each counted once.
+    images_mib: u64,
     /// Of it, of VMs that are booting: what they will take is not missing from the host yet.
     booting_mib: u64,
     cpus: u64,
@@ -135,6 +139,7 @@ impl Capacity {
             limits,
             given: BTreeMap::new(),
             memory_mib: 0,
+            images_mib: 0,
             booting_mib: 0,
             cpus: 0,
         }
@@ -155,11 +160,13 @@ impl Capacity {
         }
         let share = self.share(ask, Stage::Booting);
         let wanted = share.memory_mib;
-        let free = self.memory_mib_total().saturating_sub(self.memory_mib);
+        let free = self.memory_mib_total();
+        let free = free.saturating_sub(self.memory_mib_used());
         if wanted > free {
             return Err(NoRoom::Memory { wanted, free });
         }
         let wanted = wanted.saturating_add(self.booting_mib);
+        let wanted = wanted.saturating_add(ask.image_mib);
         let (available, kept) = (now.available_mib, self.limits.memory_reserve_mib / 4);
         if wanted.saturating_add(kept) > available {
             return Err(NoRoom::Available {
@@ -224,7 +231,19 @@ impl Capacity {
     /// Of it, given.
     #[must_use]
     pub const fn memory_mib_used(&self) -> u64 {
-        self.memory_mib
+        self.memory_mib.saturating_add(self.images_mib)
+    }
+
+    /// Of it, what memories of snapshots could take.
+    #[must_use]
+    pub const fn memory_mib_beside_vms(&self) -> u64 {
+        self.memory_mib_total().saturating_sub(self.memory_mib)
+    }
+
+    /// Says what the memories of snapshots take that VMs begin from. A hole in one becomes a page
+    /// when somebody touches it, so each counts as what its guest has.
+    pub const fn set_images(&mut self, mib: u64) {
+        self.images_mib = mib;
     }
 
     /// VMs that have a share.
@@ -291,6 +310,7 @@ mod tests {
                 disk_mib: 64,
             },
             egress: Egress::None,
+            image_mib: 0,
         }
     }
 
@@ -339,6 +359,35 @@ mod tests {
         assert!(capacity.admit(vm(2), ask(1, 1), PLENTY).is_err());
         capacity.release(vm(1));
         assert!(capacity.admit(vm(2), ask(1, 1), PLENTY).is_ok());
+    }
+
+    #[test]
+    fn memories_of_snapshots_that_vms_share_are_not_given_to_others() {
+        let mut capacity = Capacity::new(LIMITS);
+        capacity.set_images(1024);
+        let refused = capacity.admit(vm(1), ask(1, 2000), PLENTY).unwrap_err();
+        let (wanted, free) = (2128, 2048);
+        assert_eq!(refused, NoRoom::Memory { wanted, free });
+        capacity.admit(vm(1), ask(1, 1900), PLENTY).unwrap();
+        assert_eq!(capacity.memory_mib_used(), 1024 + 2028);
+        assert_eq!(capacity.memory_mib_beside_vms(), 3072 - 2028);
+    }
+
+    #[test]
+    fn a_memory_that_has_still_to_be_made_must_be_available() {
+        let mut capacity = Capacity::new(LIMITS);
+        let available_mib = 100 + 128 + 256 + 99;
+        let now = MemoryNow {
+            available_mib,
+            stalled_percent: 0,
+        };
+        let fork = Ask {
+            image_mib: 100,
+            ..ask(1, 100)
+        };
+        let refused = capacity.admit(vm(1), fork, now).unwrap_err();
+        assert!(matches!(refused, NoRoom::Available { .. }), "{refused}");
+        capacity.admit(vm(1), ask(1, 100), now).unwrap();
     }
 
     #[test]

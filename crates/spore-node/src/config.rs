@@ -8,13 +8,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use spore_wire::id::{ImageId, SnapshotId, VmId};
-use thiserror::Error;
+use spore_wire::id::{ImageId, VmId};
 
 use crate::capacity::CapacityLimits;
 use crate::clock::{Clock, HostClock};
-use crate::hypervisor::fork::ForkFrom;
 use crate::memory::{HostMemory, ProcMemory};
+use crate::snapshot::NoStorePoints;
+use crate::snapshots::SnapshotConfig;
 use crate::vm::state::VmEffect;
 
 /// What a node is started with.
@@ -37,13 +37,13 @@ pub struct Config {
     /// Told before and after each effect.
     pub kill_points: Arc<dyn KillPoints>,
     /// What VMs may begin from.
-    pub sources: Arc<dyn Sources>,
+    pub snapshots: SnapshotConfig,
 }
 
 impl Config {
     /// The defaults, for these folders and this much memory.
     #[must_use]
-    pub fn new(runtime: PathBuf, logs: PathBuf, memory_mib: u64) -> Self {
+    pub fn new(runtime: PathBuf, logs: PathBuf, snapshots: PathBuf, memory_mib: u64) -> Self {
         Self {
             runtime,
             logs,
@@ -60,7 +60,12 @@ impl Config {
             memory: Arc::new(ProcMemory),
             clock: Arc::new(HostClock),
             kill_points: Arc::new(NoKillPoints),
-            sources: Arc::new(NoSources),
+            snapshots: SnapshotConfig {
+                folder: snapshots,
+                memory_mib: (memory_mib / 4).min(2048),
+                quota_bytes: 32 << 30,
+                points: Arc::new(NoStorePoints),
+            },
         }
     }
 }
@@ -76,6 +81,10 @@ pub struct VmLimits {
     pub agent: Duration,
     /// The same of a fork, whose kernel and agent are up already.
     pub agent_of_fork: Duration,
+    /// Until a tenant's processes stand still.
+    pub freeze: Duration,
+    /// From a paused guest to what makes it what it is.
+    pub capture: Duration,
     /// One answer of the agent that takes no work.
     pub answer: Duration,
     /// Added to what an app may take to be ready, before the guest's silence counts as a no.
@@ -99,6 +108,8 @@ impl Default for VmLimits {
             boot: Duration::from_secs(60),
             agent: Duration::from_secs(90),
             agent_of_fork: Duration::from_secs(30),
+            freeze: Duration::from_secs(10),
+            capture: Duration::from_secs(60),
             answer: Duration::from_secs(20),
             ready_slack: Duration::from_secs(5),
             shutdown_slack: Duration::from_secs(10),
@@ -114,50 +125,6 @@ impl Default for VmLimits {
 pub trait Images: Debug + Send + Sync + 'static {
     /// The file of an image, or `None` when the node does not have it.
     fn path(&self, id: &ImageId) -> Option<PathBuf>;
-}
-
-/// What VMs begin from; the snapshot store answers.
-#[async_trait]
-pub trait Sources: Debug + Send + Sync + 'static {
-    /// Opens a snapshot of `account`, or a public one.
-    ///
-    /// # Errors
-    /// [`SourceError`]. Another account's snapshot is missing like one that never was.
-    async fn open(&self, account: &str, id: SnapshotId) -> Result<ForkFrom, SourceError>;
-}
-
-/// Why nothing can begin from a snapshot.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum SourceError {
-    /// There is none.
-    #[error("the account `{account}` has no snapshot {id}: start the VM without one")]
-    Missing {
-        /// Whose it should be.
-        account: String,
-        /// Which.
-        id: SnapshotId,
-    },
-    /// It cannot be used.
-    #[error("the snapshot {id} cannot be used")]
-    Unusable {
-        /// Which.
-        id: SnapshotId,
-        /// Why: damaged, of another host, no room.
-        source: Box<dyn core::error::Error + Send + Sync>,
-    },
-}
-
-/// Has nothing.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoSources;
-
-#[async_trait]
-impl Sources for NoSources {
-    async fn open(&self, account: &str, id: SnapshotId) -> Result<ForkFrom, SourceError> {
-        let account = account.to_owned();
-        Err(SourceError::Missing { account, id })
-    }
 }
 
 /// Before or after an effect.

@@ -44,6 +44,9 @@ pub struct Record {
     /// Whether there were secrets: they must be told again before the app is started or its
     /// output masked.
     pub secrets: SecretsKept,
+    /// Whether what it was forked from holds some.
+    #[serde(default)]
+    pub inherited: SecretsKept,
     /// What it is made of.
     pub machine: Machine,
     /// How far it got.
@@ -57,10 +60,11 @@ pub struct Record {
 }
 
 /// Whether a VM was started with secrets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SecretsKept {
     /// It had none.
+    #[default]
     None,
     /// It had some, which are not here.
     Elsewhere,
@@ -85,6 +89,7 @@ impl Record {
             hypervisor: hypervisor.to_owned(),
             start,
             secrets,
+            inherited: SecretsKept::None,
             machine,
             milestone: Milestone::Preparing,
             prepared: None,

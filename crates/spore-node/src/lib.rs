@@ -19,6 +19,8 @@ pub mod memory;
 pub mod net;
 pub mod node;
 pub mod snapshot;
+pub mod snapshots;
 mod sys;
+pub mod take;
 mod tool;
 pub mod vm;

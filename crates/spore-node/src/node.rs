@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use spore_wire::guest::{AgentStatus, Exec, WriteFile};
-use spore_wire::id::{ImageId, VmId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     NodeStatus, Source, StartVm, StopMode, VmFailure, VmFailureKind, VmPhase, VmStatus,
 };
@@ -23,7 +23,11 @@ use crate::config::{Config, Images};
 use crate::hypervisor::{Hypervisor, Machine, ReleaseError, Swept, VmStats};
 use crate::journal::{Journal, JournalError, Record, RecordError};
 use crate::log::{Follow, LogError, LogLine, LogStore, is_name};
-use crate::vm::actor::{self, Access, ActorHandle, Adopted, Host, Secrets, VmRequest};
+use crate::snapshot::StoreError;
+use crate::snapshot::key::{Keys, SnapshotKey};
+use crate::snapshot::memory::{NoImageRoom, Pin};
+use crate::snapshots::{Snapshots, SnapshotsError};
+use crate::vm::actor::{self, Access, ActorHandle, Adopted, Given, Host, Secrets, VmRequest};
 use crate::vm::board::{Board, Watch};
 use crate::vm::guest::{ExecStream, FileReader, FileWriter, GuestError, chain};
 use crate::vm::state::{Begin, VmEvent};
@@ -66,6 +70,9 @@ pub enum OpenError {
     /// What an earlier daemon left cannot even be listed.
     #[error("cannot list what an earlier daemon left: check the runtime folder and the cgroups")]
     Sweep(#[from] ReleaseError),
+    /// The snapshots.
+    #[error("cannot open the store of snapshots")]
+    Snapshots(#[from] SnapshotsError),
 }
 
 /// Why a VM was not started. Nothing was made for it.
@@ -84,6 +91,32 @@ pub enum StartError {
     /// A name that cannot become a part of a path.
     #[error("`{0}` is not a name of an account or app: use a-z, 0-9 and -, at most 40")]
     Name(String),
+    /// The driver of this node can only boot.
+    #[error("VMs of this node cannot begin from a snapshot: start the VM without one")]
+    NoForks,
+    /// Memories of other snapshots are in use.
+    #[error("the host has no room for the memory of the snapshot: {0}")]
+    NoImageRoom(#[from] NoImageRoom),
+    /// Not a key.
+    #[error("the key of snapshot {id} has {bytes} bytes, and 32 are expected")]
+    Key {
+        /// Of which.
+        id: SnapshotId,
+        /// How long it is.
+        bytes: usize,
+    },
+}
+
+/// Why it cannot be told which images are in use; then every one may be.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum InUseError {
+    /// Those of VMs.
+    #[error("cannot read what VMs need")]
+    Journal(#[from] JournalError),
+    /// Those of snapshots.
+    #[error("cannot read what snapshots need")]
+    Store(#[from] StoreError),
 }
 
 impl StartError {
@@ -92,7 +125,8 @@ impl StartError {
     pub fn failure(&self) -> VmFailure {
         VmFailure {
             kind: match self {
-                Self::NoRoom(_) => VmFailureKind::NoCapacity,
+                Self::NoRoom(_) | Self::NoImageRoom(_) => VmFailureKind::NoCapacity,
+                Self::NoForks | Self::Key { .. } => VmFailureKind::Snapshot,
                 Self::Image(_) => VmFailureKind::Image,
                 Self::Name(_) | Self::Memory(_) => VmFailureKind::Boot,
             },
@@ -155,7 +189,23 @@ fn ask_of(start: &StartVm) -> Ask {
     Ask {
         resources: start.resources,
         egress,
+        image_mib: 0,
     }
+}
+
+fn keys_of(start: &StartVm) -> Result<Keys, StartError> {
+    let keys = start.keys.iter().map(|(id, key)| {
+        let (id, bytes) = (*id, key.expose());
+        let key = SnapshotKey::from_slice(bytes);
+        let bytes = bytes.len();
+        Ok((id, key.ok_or(StartError::Key { id, bytes })?))
+    });
+    keys.collect()
+}
+
+/// The memory of a guest, and of the snapshot that it begins from.
+const fn memory_bytes(start: &StartVm) -> u64 {
+    (start.resources.memory_mib as u64) << 20
 }
 
 /// Removes a VM whose journal tells nothing, or says that it is to be quarantined.
@@ -200,6 +250,12 @@ impl Node {
     ) -> Result<(Self, Adoption), OpenError> {
         let caps = hypervisor.caps().clone();
         let journal = Journal::open(&config.runtime, caps.name)?;
+        let snapshots = Snapshots::open(
+            config.snapshots.clone(),
+            config.runtime.clone(),
+            Arc::clone(&config.clock),
+            journal.clone(),
+        )?;
         let records = journal.read_all()?;
         let limits = CapacityLimits {
             overhead_mib: u64::from(caps.overhead_mib),
@@ -209,6 +265,7 @@ impl Node {
         let host = Arc::new(Host {
             journal,
             logs: LogStore::new(config.logs.clone()),
+            snapshots,
             board: Board::default(),
             turns: Arc::new(Semaphore::new(config.boots_max)),
             capacity: Mutex::new(Capacity::new(limits)),
@@ -256,7 +313,17 @@ impl Node {
             let vm = record.start.vm;
             lock(&self.host.capacity).adopt(vm, ask_of(&record.start));
             let first = VmEvent::Adopt(record.milestone);
-            actors.push((vm, actor::spawn(&self.host, record, None, first)));
+            let memories = self.host.snapshots.memories();
+            let given = Given {
+                pin: match record.start.source {
+                    Source::Snapshot(id) => {
+                        Some(memories.pin_stray(id, memory_bytes(&record.start)))
+                    }
+                    _ => None,
+                },
+                ..Given::default()
+            };
+            actors.push((vm, actor::spawn(&self.host, record, given, first)));
         }
         for (vm, mut handle) in actors {
             let settled = handle
@@ -317,19 +384,61 @@ impl Node {
             },
             egress: start.egress.clone(),
         };
-        let now = self.host.config.memory.now();
-        capacity.admit(vm, ask_of(&start), now.map_err(StartError::Memory)?)?;
+        let keys = keys_of(&start)?;
+        let pin = self.pin(&start)?;
+        self.admit(&mut capacity, &start)?;
         let record = Record::new(self.host.hypervisor.caps().name, &start, machine);
         let begin = match start.source {
             Source::Boot => Begin::Boot,
             _ => Begin::Fork,
         };
-        actor::spawn(&self.host, record, Some(secrets), VmEvent::Start(begin));
+        let given = Given {
+            secrets: Some(secrets),
+            keys,
+            pin,
+        };
+        actor::spawn(&self.host, record, given, VmEvent::Start(begin));
         drop(capacity);
         self.host
             .board
             .get(vm)
             .ok_or_else(|| unreachable!("a VM is on the board from its start on"))
+    }
+
+    /// Room for what `start` begins from, before anything is made.
+    fn pin(&self, start: &StartVm) -> Result<Option<Pin>, StartError> {
+        let Source::Snapshot(id) = start.source else {
+            return Ok(None);
+        };
+        if !self.host.hypervisor.caps().snapshots {
+            return Err(StartError::NoForks);
+        }
+        let memories = self.host.snapshots.memories();
+        Ok(Some(memories.pin(id, memory_bytes(start))?))
+    }
+
+    /// Gives `start` its share, at the cost of memories that nobody begins from at the moment.
+    fn admit(&self, capacity: &mut Capacity, start: &StartVm) -> Result<(), StartError> {
+        const MIB: u64 = 1 << 20;
+        let memories = self.host.snapshots.memories();
+        let ask = Ask {
+            image_mib: match start.source {
+                Source::Snapshot(id) if !memories.has(id) => memory_bytes(start) / MIB,
+                _ => 0,
+            },
+            ..ask_of(start)
+        };
+        let now = || self.host.config.memory.now().map_err(StartError::Memory);
+        capacity.set_images(memories.status().held_bytes.div_ceil(MIB));
+        match capacity.admit(start.vm, ask, now()?) {
+            Err(NoRoom::Available { .. } | NoRoom::Stalled { .. }) => {
+                memories.shrink(0);
+                capacity.admit(start.vm, ask, now()?)?;
+            }
+            answer => answer?,
+        }
+        memories.shrink(capacity.memory_mib_beside_vms().saturating_mul(MIB));
+        Ok(())
     }
 
     fn image(&self, id: &ImageId) -> Result<PathBuf, StartError> {
@@ -386,25 +495,33 @@ impl Node {
         self.host.board.watch()
     }
 
-    /// The images of all VMs of which something is left. One that is on its way may be missing:
-    /// its release names its images too.
+    /// The images of all snapshots, and of all VMs of which something is left. One that is on its
+    /// way may be missing: its release names its images too. Blocks.
     ///
     /// # Errors
-    /// When the journals cannot be read; then every image may be in use.
-    pub fn images_in_use(&self) -> Result<BTreeSet<ImageId>, JournalError> {
+    /// [`InUseError`]; then every image may be in use.
+    pub fn images_in_use(&self) -> Result<BTreeSet<ImageId>, InUseError> {
         let records = self.host.journal.read_all()?;
         let starts = records.into_values().flatten().map(|record| record.start);
-        Ok(starts
-            .flat_map(|start| [Some(start.image), start.folder])
-            .flatten()
-            .collect())
+        let of_vms = starts.flat_map(|start| [Some(start.image), start.folder]);
+        let mut images = self.host.snapshots.images()?;
+        images.extend(of_vms.flatten());
+        Ok(images)
+    }
+
+    /// The snapshots of this node.
+    #[must_use]
+    pub fn snapshots(&self) -> &Snapshots {
+        &self.host.snapshots
     }
 
     /// The node as it is.
     #[must_use]
     pub fn node_status(&self) -> NodeStatus {
         let caps = self.host.hypervisor.caps();
-        let capacity = lock(&self.host.capacity);
+        let mut capacity = lock(&self.host.capacity);
+        let memories = self.host.snapshots.memories().status();
+        capacity.set_images(memories.held_bytes.div_ceil(1 << 20));
         NodeStatus {
             hypervisor: caps.name.to_owned(),
             hypervisor_version: caps.version.clone(),
@@ -441,7 +558,7 @@ impl Node {
     /// # Errors
     /// [`VmError`].
     pub async fn exec(&self, vm: VmId, exec: Exec) -> Result<ExecStream, VmError> {
-        let access = self.ready(vm)?;
+        let access = self.running(vm).await?;
         Ok(access.link.exec(exec, SESSION_WAIT).await?)
     }
 
@@ -450,7 +567,7 @@ impl Node {
     /// # Errors
     /// [`VmError`].
     pub async fn read_file(&self, vm: VmId, path: String) -> Result<FileReader, VmError> {
-        let access = self.ready(vm)?;
+        let access = self.running(vm).await?;
         Ok(access.link.read_file(path, SESSION_WAIT).await?)
     }
 
@@ -459,7 +576,7 @@ impl Node {
     /// # Errors
     /// [`VmError`].
     pub async fn write_file(&self, vm: VmId, file: WriteFile) -> Result<FileWriter, VmError> {
-        let access = self.ready(vm)?;
+        let access = self.running(vm).await?;
         Ok(access.link.write_file(file, SESSION_WAIT).await?)
     }
 
@@ -517,7 +634,11 @@ impl Node {
         self.host.logs.remove(account, app)
     }
 
-    fn actor(&self, vm: VmId) -> Option<ActorHandle> {
+    pub(crate) fn hypervisor(&self) -> &dyn Hypervisor {
+        &*self.host.hypervisor
+    }
+
+    pub(crate) fn actor(&self, vm: VmId) -> Option<ActorHandle> {
         lock(&self.host.actors).get(&vm).cloned()
     }
 
@@ -532,8 +653,20 @@ impl Node {
         })
     }
 
+    /// The same, once nothing keeps the tenant's processes from running: a capture takes a moment.
+    async fn running(&self, vm: VmId) -> Result<Access, VmError> {
+        let access = self.ready(vm)?;
+        let mut still = access.still.clone();
+        let runs = tokio::time::timeout(SESSION_WAIT, still.wait_for(|still| !still));
+        match runs.await {
+            // Whether it lives, whoever asks it sees.
+            Ok(_runs_or_gone) => Ok(access),
+            Err(_elapsed) => Err(GuestError::Timeout(SESSION_WAIT).into()),
+        }
+    }
+
     /// The ways into a VM whose app is ready: before the thaw nothing may go in.
-    fn ready(&self, vm: VmId) -> Result<Access, VmError> {
+    pub(crate) fn ready(&self, vm: VmId) -> Result<Access, VmError> {
         let access = self.access(vm)?;
         match self.status(vm) {
             Some(status) if status.phase == VmPhase::Ready => Ok(access),

@@ -130,8 +130,8 @@ impl Daemon {
     ) -> Result<Self> {
         let trace = ground.trace.clone();
         let folder = ground.folder.path();
-        let mut config = NodeConfig::new(folder.join("run"), folder.join("log"), 0);
-        config.capacity.memory_mib = ground.memory_mib;
+        let (run, log) = (folder.join("run"), folder.join("log"));
+        let mut config = NodeConfig::new(run, log, folder.join("snapshots"), ground.memory_mib);
         config.capacity.memory_reserve_mib = 0;
         config.memory = Arc::new(ground.host.clone());
         config.kill_points = Arc::clone(fuse) as Arc<dyn KillPoints>;

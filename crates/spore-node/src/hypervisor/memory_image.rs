@@ -16,8 +16,10 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use rustix::fs::{
-    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+    MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate,
+    memfd_create, seek,
 };
+use rustix::io::Errno;
 use zeroize::Zeroizing;
 
 use crate::disk::copy_data;
@@ -66,10 +68,20 @@ fn refused<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> MemoryIm
     }
 }
 
+impl From<MemoryImageError> for io::Error {
+    fn from(error: MemoryImageError) -> Self {
+        match error {
+            // The kind and number tell callers why.
+            MemoryImageError::Kernel { source, .. } => source,
+            other => Self::other(other),
+        }
+    }
+}
+
 /// A guest's memory that never changes.
 #[derive(Debug)]
 pub struct MemoryImage {
-    fd: OwnedFd,
+    file: File,
     bytes: u64,
 }
 
@@ -89,13 +101,14 @@ impl MemoryImage {
             let wanted = bytes;
             return Err(MemoryImageError::Size { actual, wanted });
         }
-        Ok(Self { fd, bytes })
+        let file = File::from(fd);
+        Ok(Self { file, bytes })
     }
 
     /// The file; mapped shared and writable, the kernel refuses it.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.file.as_fd()
     }
 
     /// The guest's memory, holes included.
@@ -110,9 +123,51 @@ impl MemoryImage {
     /// # Errors
     /// [`MemoryImageError::Kernel`].
     pub fn hole_bytes(&self) -> Result<u64, MemoryImageError> {
-        let blocks = fstat(&self.fd).map_err(refused("measure"))?.st_blocks;
+        let blocks = fstat(&self.file).map_err(refused("measure"))?.st_blocks;
         let data = u64::try_from(blocks).unwrap_or(0).saturating_mul(512);
         Ok(self.bytes.saturating_sub(data))
+    }
+
+    /// The file, to read pages from.
+    pub(crate) const fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where it has data: the rest was never written, or was zero.
+    pub(crate) const fn extents(&self) -> Extents<'_> {
+        Extents { image: self, at: 0 }
+    }
+}
+
+/// The ranges of an image that are no holes, in whole pages.
+#[derive(Debug)]
+pub(crate) struct Extents<'a> {
+    image: &'a MemoryImage,
+    at: u64,
+}
+
+impl Iterator for Extents<'_> {
+    /// Where it starts and where it ends.
+    type Item = io::Result<(u64, u64)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at >= self.image.bytes {
+            return None;
+        }
+        let file = &self.image.file;
+        let start = match seek(file, SeekFrom::Data(self.at)) {
+            Ok(start) => start,
+            // Only a hole is left.
+            Err(Errno::NXIO) => return None,
+            Err(error) => return Some(Err(error.into())),
+        };
+        Some(seek(file, SeekFrom::Hole(start)).map_or_else(
+            |error| Err(error.into()),
+            |end| {
+                self.at = end;
+                Ok((start, end))
+            },
+        ))
     }
 }
 
@@ -145,6 +200,11 @@ impl MemoryDraft {
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// The file, to put layers into.
+    pub(crate) const fn file(&self) -> &File {
+        &self.file
     }
 
     /// Takes over everything that is no hole in `from`. Blocks.
@@ -304,6 +364,18 @@ mod tests {
             ))
             .unwrap();
         assert!(again.write_all_at(b"x", 0).is_err());
+    }
+
+    #[test]
+    fn the_extents_of_an_image_are_what_was_written() {
+        let mut draft = MemoryDraft::new(BYTES).unwrap();
+        draft.write(1, &page(7)).unwrap();
+        draft.write(5, &page(7)).unwrap();
+        draft.write(6, &page(7)).unwrap();
+        let image = draft.seal().unwrap();
+        let extents: Vec<_> = image.extents().map(Result::unwrap).collect();
+        let at = |page: u64| page * PAGE_BYTES;
+        assert_eq!(extents, [(at(1), at(2)), (at(5), at(7))]);
     }
 
     #[test]

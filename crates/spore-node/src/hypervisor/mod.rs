@@ -36,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use spore_wire::egress::Grant;
 use spore_wire::id::VmId;
 use spore_wire::node::{Boundary, Resources};
+use spore_wire::snapshot::Shape;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -48,6 +49,9 @@ use crate::egress::launch::LaunchError;
 pub trait Hypervisor: Send + Sync + 'static {
     /// What this driver is and can do. Never changes while the daemon runs.
     fn caps(&self) -> &Caps;
+
+    /// What must be equal between where a VM like this was captured and where it is forked.
+    fn shape(&self, machine: &Machine) -> Shape;
 
     /// Makes what the VMM will need: namespace with tap and closed policy, cgroup with limits,
     /// scratch disk. Nothing runs yet.
@@ -196,6 +200,8 @@ pub struct Caps {
     pub proxy_mib: u32,
     /// The guest kernel's release.
     pub kernel: String,
+    /// Whether its VMs can be captured, and forked from captures. Where not, everything boots.
+    pub snapshots: bool,
 }
 
 /// What a VM is made of, resolved to files of this host.

@@ -2,168 +2,58 @@
 //!
 //! Filled by the node before a fork, or by a builder whose memory becomes its template's. The truth
 //! is the snapshot's files; an image here is made from them again at any time. One is kept while
-//! somebody holds it and, beyond that, as long as there is room; who waited longest goes first.
-//! Each is made by one caller at a time, off the runtime's threads. Never holds more than its
-//! budget but for what is adopted: memory that VMs of an earlier daemon map is taken in any case.
+//! somebody holds or pins it and, beyond that, as long as there is room; who waited longest goes
+//! first. Each is made by one caller at a time, off the runtime's threads. Never holds more than
+//! its budget but for what VMs of an earlier daemon map, which is counted and given to nobody.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
-use rustix::fs::{fallocate, fcntl_add_seals, fcntl_get_seals, memfd_create, seek};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, fallocate};
 use spore_wire::id::SnapshotId;
 use thiserror::Error;
 use tokio::sync::OnceCell;
 use tokio::task;
 
 use super::pages::{Memory, PAGE_BYTES};
+use crate::hypervisor::memory_image::{MemoryDraft, MemoryImage};
 
-/// What is seen of an image in `/proc/PID/maps` of those that map it.
-const MEMFD_NAME: &str = "spore-memory";
-
-/// What keeps an image as it is for ever.
-const SEALS: SealFlags = SealFlags::WRITE
-    .union(SealFlags::SHRINK)
-    .union(SealFlags::GROW)
-    .union(SealFlags::SEAL);
-
-/// The whole memory of a snapshot: nobody can change it any more.
-#[derive(Debug)]
-pub struct MemoryImage {
-    file: File,
-    bytes: u64,
-}
-
-impl MemoryImage {
-    /// The image in a memfd of `bytes` bytes, whose writer is done: it is sealed here, unless it
-    /// was before.
-    ///
-    /// # Errors
-    /// When it has another size, or cannot be sealed since somebody still maps it to write.
-    pub fn from_sealed_memfd(memfd: OwnedFd, bytes: u64) -> io::Result<Self> {
-        let file = File::from(memfd);
-        let found = file.metadata()?.len();
-        if found != bytes {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("a memory of {bytes} bytes cannot be in a memfd of {found}"),
-            ));
-        }
-        if !fcntl_get_seals(&file)?.contains(SEALS) {
-            fcntl_add_seals(&file, SEALS)?;
-        }
-        Ok(Self { file, bytes })
-    }
-
-    /// The memfd. Whoever maps it does so privately: it cannot be written.
-    #[must_use]
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-
-    /// The size of the guest's memory.
-    #[must_use]
-    pub const fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The file, to read pages from.
-    pub(super) const fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// Where it has data: the rest was never written, or was zero.
-    pub(super) fn extents(&self) -> Extents<'_> {
-        Extents { image: self, at: 0 }
-    }
-}
-
-/// The ranges of an image that are no holes, in whole pages.
-#[derive(Debug)]
-pub(super) struct Extents<'a> {
-    image: &'a MemoryImage,
-    at: u64,
-}
-
-impl Iterator for Extents<'_> {
-    /// Where it starts and where it ends.
-    type Item = io::Result<(u64, u64)>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.at >= self.image.bytes {
-            return None;
-        }
-        let file = &self.image.file;
-        let start = match seek(file, SeekFrom::Data(self.at)) {
-            Ok(start) => start,
-            // Only a hole is left.
-            Err(Errno::NXIO) => return None,
-            Err(error) => return Some(Err(error.into())),
-        };
-        Some(seek(file, SeekFrom::Hole(start)).map_or_else(
-            |error| Err(error.into()),
-            |end| {
-                self.at = end;
-                Ok((start, end))
-            },
-        ))
-    }
-}
-
-/// A memory on its way to an image: a memfd of holes, into which layers are put.
-#[derive(Debug)]
-pub(super) struct Draft {
-    file: File,
-    bytes: u64,
-}
-
-impl Draft {
-    pub(super) fn new(bytes: u64) -> io::Result<Self> {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = File::from(memfd_create(MEMFD_NAME, flags)?);
-        file.set_len(bytes)?;
-        Ok(Self { file, bytes })
-    }
-
-    pub(super) fn finish(self) -> io::Result<MemoryImage> {
-        MemoryImage::from_sealed_memfd(self.file.into(), self.bytes)
-    }
-}
-
-impl Memory for Draft {
+impl Memory for MemoryDraft {
     fn write(&mut self, page: u64, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, page * PAGE_BYTES as u64)
+        self.file().write_all_at(bytes, page * PAGE_BYTES as u64)
     }
 
     /// Leaves holes, which take no memory until a child touches them.
     fn zero(&mut self, page: u64, pages: u64) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let (at, bytes) = (page * PAGE_BYTES as u64, pages * PAGE_BYTES as u64);
-        Ok(fallocate(&self.file, flags, at, bytes)?)
+        Ok(fallocate(self.file(), flags, at, bytes)?)
     }
+}
+
+/// The budget is taken by images that VMs map.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error(
+    "a memory of {bytes} bytes does not fit: of {budget} bytes for memories of snapshots {held} \
+     are in use; stop VMs that began from others, or try again later"
+)]
+pub struct NoImageRoom {
+    /// How large it is.
+    pub bytes: u64,
+    /// How much cannot be given up.
+    pub held: u64,
+    /// How much there may be.
+    pub budget: u64,
 }
 
 /// Why there is no image.
 #[derive(Debug, Error)]
 pub enum CacheError<E: std::error::Error + 'static> {
-    /// The budget is taken by images that VMs map.
-    #[error(
-        "a memory of {bytes} bytes does not fit: of {budget} bytes for memories of snapshots \
-         {held} are in use"
-    )]
-    NoRoom {
-        /// How large it is.
-        bytes: u64,
-        /// How much cannot be given up.
-        held: u64,
-        /// How much there may be.
-        budget: u64,
-    },
+    /// There is no room.
+    #[error(transparent)]
+    NoRoom(#[from] NoImageRoom),
     /// It could not be made.
     #[error("cannot make the memory of the snapshot")]
     Build(#[source] E),
@@ -200,17 +90,25 @@ pub struct MemoryCache {
 #[derive(Debug, Default)]
 struct State {
     entries: BTreeMap<SnapshotId, Entry>,
+    /// What VMs of earlier daemons map, and how many do: nobody else may begin from it, since a
+    /// VMM that a guest took over could have put another memory in its place.
+    strays: BTreeMap<SnapshotId, (u64, u32)>,
     /// Counts uses: what was used at a lower count was used earlier.
     uses: u64,
     status: CacheStatus,
 }
 
+/// Where an image is put once it is made.
+type Cell = Arc<OnceCell<Arc<MemoryImage>>>;
+
 #[derive(Debug)]
 struct Entry {
     /// Set once the image is made; whoever sets it holds another reference to the cell.
-    cell: Arc<OnceCell<Arc<MemoryImage>>>,
+    cell: Cell,
     bytes: u64,
     used: u64,
+    /// Whether somebody had it made, or is about to.
+    wanted: bool,
 }
 
 impl Entry {
@@ -218,6 +116,46 @@ impl Entry {
     fn is_held(&self) -> bool {
         let image = self.cell.get();
         Arc::strong_count(&self.cell) > 1 || image.is_some_and(|image| Arc::strong_count(image) > 1)
+    }
+}
+
+/// Keeps an image, or room for it.
+#[derive(Debug)]
+pub struct Pin {
+    cache: MemoryCache,
+    id: SnapshotId,
+    held: Held,
+}
+
+#[derive(Debug)]
+enum Held {
+    Place(Cell),
+    Stray,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut state = self.cache.state();
+        match core::mem::replace(&mut self.held, Held::Stray) {
+            Held::Place(cell) => {
+                drop(cell);
+                // Room that nobody made use of.
+                let idle = |entry: &Entry| !entry.is_held() && !entry.cell.initialized();
+                if state.entries.get(&self.id).is_some_and(idle) {
+                    state.entries.remove(&self.id);
+                }
+            }
+            Held::Stray => {
+                let stray = state.strays.get_mut(&self.id);
+                let last = stray.is_some_and(|(_bytes, vms)| {
+                    *vms -= 1;
+                    *vms == 0
+                });
+                if last {
+                    state.strays.remove(&self.id);
+                }
+            }
+        }
     }
 }
 
@@ -229,12 +167,16 @@ impl State {
 
     fn bytes(&self, which: impl Fn(&Entry) -> bool) -> u64 {
         let entries = self.entries.values().filter(|entry| which(entry));
-        entries.map(|entry| entry.bytes).sum()
+        let strays = self.strays.values().map(|(bytes, _vms)| *bytes);
+        entries.map(|entry| entry.bytes).chain(strays).sum()
     }
 
     /// Gives up images that nobody holds until `bytes` more fit; whether they do.
     fn make_room(&mut self, bytes: u64) -> bool {
-        let budget = self.status.budget_bytes;
+        self.shrink(self.status.budget_bytes, bytes)
+    }
+
+    fn shrink(&mut self, budget: u64, bytes: u64) -> bool {
         while self.bytes(|_entry| true).saturating_add(bytes) > budget {
             let free = self.entries.iter().filter(|(_id, entry)| !entry.is_held());
             let Some((oldest, _entry)) = free.min_by_key(|(_id, entry)| entry.used) else {
@@ -298,6 +240,7 @@ impl MemoryCache {
         F: FnOnce() -> Result<MemoryImage, E> + Send + 'static,
     {
         let cell = self.reserve(id, bytes)?;
+        self.want(id);
         let cache = self.clone();
         let built = task::spawn(async move {
             let image = cell
@@ -320,24 +263,17 @@ impl MemoryCache {
     }
 
     /// The place of `id`'s image, with room for it.
-    fn reserve<E: std::error::Error>(
-        &self,
-        id: SnapshotId,
-        bytes: u64,
-    ) -> Result<Arc<OnceCell<Arc<MemoryImage>>>, CacheError<E>> {
+    fn reserve(&self, id: SnapshotId, bytes: u64) -> Result<Cell, NoImageRoom> {
         let mut state = self.state();
         let used = state.used();
         if let Some(entry) = state.entries.get_mut(&id) {
             entry.used = used;
-            let cell = Arc::clone(&entry.cell);
-            state.status.hits += 1;
-            return Ok(cell);
+            return Ok(Arc::clone(&entry.cell));
         }
-        state.status.misses += 1;
         if !state.make_room(bytes) {
             let held = state.bytes(Entry::is_held);
             let budget = state.status.budget_bytes;
-            return Err(CacheError::NoRoom {
+            return Err(NoImageRoom {
                 bytes,
                 held,
                 budget,
@@ -348,31 +284,72 @@ impl MemoryCache {
             cell: Arc::clone(&cell),
             bytes,
             used,
+            wanted: false,
         };
         state.entries.insert(id, entry);
         Ok(cell)
     }
 
-    /// Takes an image in that is there anyway: a builder's memory, or one that VMs of an earlier
-    /// daemon map. If `id` has one already, that is the answer.
-    pub fn adopt(&self, id: SnapshotId, image: MemoryImage) -> Arc<MemoryImage> {
+    /// Counts who wants the image of `id`.
+    fn want(&self, id: SnapshotId) {
+        let mut state = self.state();
+        let Some(entry) = state.entries.get_mut(&id) else {
+            return;
+        };
+        match core::mem::replace(&mut entry.wanted, true) {
+            true => state.status.hits += 1,
+            false => state.status.misses += 1,
+        }
+    }
+
+    /// Keeps the image of `id`, or room for it, until the pin is dropped.
+    ///
+    /// # Errors
+    /// [`NoImageRoom`].
+    pub fn pin(&self, id: SnapshotId, bytes: u64) -> Result<Pin, NoImageRoom> {
+        let held = Held::Place(self.reserve(id, bytes)?);
+        let cache = self.clone();
+        Ok(Pin { cache, id, held })
+    }
+
+    /// Whether the image of `id` is there.
+    #[must_use]
+    pub fn has(&self, id: SnapshotId) -> bool {
+        let state = self.state();
+        let entry = state.entries.get(&id);
+        entry.is_some_and(|entry| entry.cell.initialized())
+    }
+
+    /// Counts the memory that a VM of an earlier daemon maps, until the pin is dropped.
+    #[must_use]
+    pub fn pin_stray(&self, id: SnapshotId, bytes: u64) -> Pin {
+        self.state().strays.entry(id).or_insert((bytes, 0)).1 += 1;
+        let (cache, held) = (self.clone(), Held::Stray);
+        Pin { cache, id, held }
+    }
+
+    /// Gives up images that nobody holds until all take at most `bytes`; what they take then.
+    pub fn shrink(&self, bytes: u64) -> u64 {
+        let mut state = self.state();
+        state.shrink(bytes, 0);
+        state.bytes(|_entry| true)
+    }
+
+    /// Takes an image in that is there anyway, of a VM that was captured, if there is room. If
+    /// `id` has one already, that one stays.
+    pub fn offer(&self, id: SnapshotId, image: &Arc<MemoryImage>) {
         let mut state = self.state();
         let used = state.used();
-        let there = state.entries.get(&id).and_then(|entry| entry.cell.get());
-        if let Some(there) = there {
-            return Arc::clone(there);
+        if state.entries.contains_key(&id) || !state.make_room(image.bytes()) {
+            return;
         }
-        let image = Arc::new(image);
-        // What does not fit is over the budget until somebody asks for room. One that is being made
-        // at this moment is its callers' alone: they asked before anybody knew of this one.
-        state.make_room(image.bytes());
         let entry = Entry {
             bytes: image.bytes(),
-            cell: Arc::new(OnceCell::new_with(Some(Arc::clone(&image)))),
+            cell: Arc::new(OnceCell::new_with(Some(Arc::clone(image)))),
             used,
+            wanted: true,
         };
         state.entries.insert(id, entry);
-        image
     }
 
     /// Gives the image of a removed snapshot up, once nobody holds it: it is the first to go.
@@ -380,6 +357,7 @@ impl MemoryCache {
         let mut state = self.state();
         if let Some(entry) = state.entries.get_mut(&id) {
             entry.used = 0;
+            entry.wanted &= entry.cell.initialized();
             if !entry.is_held() {
                 state.entries.remove(&id);
             }
@@ -402,13 +380,12 @@ impl MemoryCache {
 #[cfg(test)]
 mod tests {
     use std::io;
-    use std::os::unix::fs::FileExt as _;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use spore_wire::id::SnapshotId;
 
-    use super::{CacheError, Draft, MemoryCache, MemoryImage};
+    use super::{CacheError, MemoryCache, MemoryDraft, MemoryImage};
     use crate::snapshot::pages::Memory as _;
 
     const BYTES: u64 = 64 * 1024;
@@ -418,9 +395,9 @@ mod tests {
     }
 
     fn image(value: u8) -> io::Result<MemoryImage> {
-        let mut draft = Draft::new(BYTES)?;
+        let mut draft = MemoryDraft::new(BYTES)?;
         draft.write(1, &[value; 4096])?;
-        draft.finish()
+        Ok(draft.seal()?)
     }
 
     async fn get(cache: &MemoryCache, n: u8) -> Result<Arc<MemoryImage>, CacheError<io::Error>> {
@@ -428,35 +405,13 @@ mod tests {
     }
 
     #[test]
-    fn an_image_cannot_be_changed_by_anybody() {
-        let image = image(7).unwrap();
-        let file = image.file();
-        assert!(file.write_all_at(&[1], 0).is_err());
-        assert!(file.set_len(0).is_err() && file.set_len(2 * BYTES).is_err());
-        let extents: Vec<_> = image.extents().map(Result::unwrap).collect();
-        assert_eq!(extents, [(4096, 8192)]);
-        let mut bytes = [0; 3 * 4096];
-        file.read_exact_at(&mut bytes, 0).unwrap();
-        assert_eq!(bytes[..4096], [0; 4096]);
-        assert_eq!(bytes[4096..8192], [7; 4096]);
-        assert_eq!(bytes[8192..], [0; 4096]);
-    }
-
-    #[test]
     fn zeroed_pages_are_holes_again() {
-        let mut draft = Draft::new(BYTES).unwrap();
+        let mut draft = MemoryDraft::new(BYTES).unwrap();
         draft.write(0, &[1; 8 * 4096]).unwrap();
         draft.zero(2, 3).unwrap();
-        let image = draft.finish().unwrap();
+        let image = draft.seal().unwrap();
         let extents: Vec<_> = image.extents().map(Result::unwrap).collect();
         assert_eq!(extents, [(0, 2 * 4096), (5 * 4096, 8 * 4096)]);
-    }
-
-    #[test]
-    fn a_memfd_of_another_size_is_no_image() {
-        let file = image(1).unwrap().file;
-        let refused = MemoryImage::from_sealed_memfd(file.into(), BYTES + 1).unwrap_err();
-        assert!(refused.to_string().contains("65537"), "{refused}");
     }
 
     #[tokio::test]
@@ -534,7 +489,7 @@ mod tests {
         let others = [get(&cache, 2).await.unwrap(), get(&cache, 4).await.unwrap()];
         let refused = get(&cache, 5).await.unwrap_err();
         assert!(
-            matches!(refused, CacheError::NoRoom { held, .. } if held == 3 * BYTES),
+            matches!(&refused, CacheError::NoRoom(room) if room.held == 3 * BYTES),
             "{refused}"
         );
         assert_eq!(cache.status().held_bytes, 3 * BYTES);
@@ -544,15 +499,51 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_adopted_image_is_counted_even_beyond_the_budget() {
+    async fn an_image_that_is_there_anyway_is_taken_in_if_there_is_room() {
         let cache = MemoryCache::new(BYTES);
-        let first = cache.adopt(id(1), image(1).unwrap());
-        let second = cache.adopt(id(2), image(2).unwrap());
-        assert_eq!(cache.status().bytes, 2 * BYTES);
-        assert!(Arc::ptr_eq(&first, &cache.adopt(id(1), image(3).unwrap())));
-        get(&cache, 3).await.unwrap_err();
+        let offered = Arc::new(image(1).unwrap());
+        cache.offer(id(1), &offered);
+        assert!(Arc::ptr_eq(&offered, &get(&cache, 1).await.unwrap()));
+        cache.offer(id(1), &Arc::new(image(2).unwrap()));
+        assert!(Arc::ptr_eq(&offered, &get(&cache, 1).await.unwrap()));
+        cache.offer(id(2), &offered);
+        assert!(cache.get(id(2)).is_none(), "the first one is held");
+        drop(offered);
+        cache.offer(id(3), &Arc::new(image(3).unwrap()));
+        assert!(cache.get(id(1)).is_none() && cache.get(id(3)).is_some());
+    }
+
+    #[tokio::test]
+    async fn what_is_pinned_stays_and_room_that_nobody_used_is_given_back() {
+        let cache = MemoryCache::new(2 * BYTES);
+        let first = cache.pin(id(1), BYTES).unwrap();
+        let second = cache.pin(id(2), BYTES).unwrap();
+        assert_eq!(cache.status().held_bytes, 2 * BYTES);
+        let refused = cache.pin(id(3), BYTES).unwrap_err();
+        assert_eq!((refused.held, refused.budget), (2 * BYTES, 2 * BYTES));
+        drop(get(&cache, 1).await.unwrap());
+        assert_eq!(cache.shrink(0), 2 * BYTES);
         drop((first, second));
-        get(&cache, 3).await.unwrap();
+        assert_eq!(cache.status().bytes, BYTES, "what was made is kept");
+        let again = cache.pin(id(1), BYTES).unwrap();
+        drop(get(&cache, 1).await.unwrap());
+        assert_eq!((cache.status().misses, cache.status().hits), (1, 1));
+        drop(again);
+        assert_eq!(cache.shrink(0), 0);
+    }
+
+    #[tokio::test]
+    async fn what_vms_of_an_earlier_daemon_map_counts_and_nobody_begins_from_it() {
+        let cache = MemoryCache::new(2 * BYTES);
+        let strays = [1, 1, 2].map(|n| cache.pin_stray(id(n), BYTES));
+        assert_eq!(cache.status().held_bytes, 2 * BYTES);
+        assert!(cache.get(id(1)).is_none());
+        get(&cache, 1).await.unwrap_err();
+        let [first, second, third] = strays;
+        drop((first, third));
+        assert_eq!(cache.status().held_bytes, BYTES);
+        drop(get(&cache, 1).await.unwrap());
+        drop(second);
         assert_eq!(cache.status().bytes, BYTES);
     }
 

@@ -450,6 +450,14 @@ impl SnapshotStore {
         header.map_err(|error| damaged(Damage::Header(error)))
     }
 
+    /// The header of `id` as `account` finds it: its own, or the platform's.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] and [`StoreError::Damaged`].
+    pub fn find(&self, account: &str, id: SnapshotId) -> Result<Header, StoreError> {
+        self.header(self.owner_of(account, id)?, id)
+    }
+
     /// The headers of `id` and of what it continues, itself first.
     fn lineage(&self, account: &str, id: SnapshotId) -> Result<Vec<Header>, StoreError> {
         let mut chain = vec![self.header(account, id)?];

@@ -21,7 +21,6 @@ use super::header::{
     DiskKeyPart, DiskLayerPart, Header, HeaderError, Protection, STATE_FILE_BYTES_MAX,
 };
 use super::key::{Keys, SnapshotKey, bond};
-use super::memory::{Draft, MemoryImage};
 use super::pages::{Index, ReadError, Trust};
 use super::staging::{disk_key_bond, disk_layers};
 use super::verified::Stamp;
@@ -30,6 +29,7 @@ use super::{
     disk_name, file, read,
 };
 use crate::disk::overlay::DiskKey;
+use crate::hypervisor::memory_image::{MemoryDraft, MemoryImage, MemoryImageError};
 
 /// The most bytes of an index of memory: 40 for each chunk of the largest memory.
 const PAGES_INDEX_BYTES_MAX: u64 = super::header::MEMORY_BYTES_MAX / (64 * 1024) * 40 + 64;
@@ -163,7 +163,7 @@ impl Layer {
         &self,
         store: &SnapshotStore,
         keys: &Keys,
-        memory: &mut Draft,
+        memory: &mut MemoryDraft,
     ) -> Result<(), StoreError> {
         let id = self.id();
         let key = self.key(keys)?;
@@ -301,12 +301,16 @@ impl Opened {
     /// [`StoreError::Damaged`], [`StoreError::NoKey`], [`StoreError::WrongKey`] and the like.
     pub fn memory(&self, keys: &Keys) -> Result<MemoryImage, StoreError> {
         let (id, bytes) = (self.top().id(), self.header().memory.bytes);
-        let failed = |source| StoreError::Memory { id, bytes, source };
-        let mut memory = Draft::new(bytes).map_err(failed)?;
+        let failed = |error: MemoryImageError| StoreError::Memory {
+            id,
+            bytes,
+            source: error.into(),
+        };
+        let mut memory = MemoryDraft::new(bytes).map_err(failed)?;
         for layer in self.layers.iter().rev() {
             layer.apply(&self.store, keys, &mut memory)?;
         }
-        memory.finish().map_err(failed)
+        memory.seal().map_err(failed)
     }
 
     /// About what its memory would take more if it stood alone: what is below it has.

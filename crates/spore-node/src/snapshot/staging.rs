@@ -24,7 +24,6 @@ use super::header::{
 };
 use super::key::{SnapshotKey, bond};
 use super::lineage::DEPTH_MAX;
-use super::memory::MemoryImage;
 use super::opened::DiskLayer;
 use super::pages::{CHUNK_BYTES, LayerWriter, PAGE_BYTES, WriteError, is_zero};
 use super::{
@@ -34,6 +33,7 @@ use super::{
 };
 use crate::disk::copy_sparse;
 use crate::disk::overlay::DiskKey;
+use crate::hypervisor::memory_image::MemoryImage;
 
 /// A snapshot to be made.
 #[derive(Debug)]

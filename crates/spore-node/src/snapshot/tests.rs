@@ -21,7 +21,7 @@ use super::header::tests::meta;
 use super::header::{DISK_LAYERS_MAX, DiskBacking};
 use super::key::{Keys, SnapshotKey};
 use super::lineage::DEPTH_MAX;
-use super::memory::{MemoryCache, MemoryImage};
+use super::memory::MemoryCache;
 use super::opened::Opened;
 use super::staging::{FrozenLayer, Order, Staged};
 use super::verified::Stamp;
@@ -30,6 +30,7 @@ use super::{
 };
 use crate::clock::{Clock, HostClock};
 use crate::disk::overlay::DiskKey;
+use crate::hypervisor::memory_image::MemoryImage;
 use crate::image::store::GcMode;
 use crate::sys::probe::in_child;
 

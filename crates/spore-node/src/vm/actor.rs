@@ -22,17 +22,18 @@ use futures_util::future::BoxFuture;
 use spore_wire::gateway::Phase;
 use spore_wire::guest::{AgentHello, AppStatus, Event};
 use spore_wire::id::VmId;
-use spore_wire::node::{Source, StartVm, StopMode, VmFailure, VmFailureKind, VmStatus};
-use spore_wire::secret::SecretBytes;
+use spore_wire::node::{Source, StartVm, VmFailure, VmFailureKind, VmStatus};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tracing::field::display;
 use tracing::{Instrument as _, Span};
 
 use super::board::Board;
+pub(crate) use super::capture::Taking;
 use super::collect::{Collector, History, LastLines};
 use super::effect::{self, AppView, Gain, Outcome};
 use super::guest::{AgentLink, LinkEvent, Patience, SessionTimes, chain, clean};
+pub(crate) use super::handle::{Access, ActorHandle, Adopted, Given, Secrets, VmRequest};
 use super::mask::Masking;
 use super::state::{BootStep, Ending, Failure, Milestone, ThawStep, VmEffect, VmEvent, VmState};
 use super::supervise;
@@ -42,6 +43,9 @@ use crate::config::{Config, KillPoint};
 use crate::hypervisor::{Hypervisor, Vm, VmExit};
 use crate::journal::{Journal, Record, SecretsKept};
 use crate::log::LogStore;
+use crate::snapshot::key::Keys;
+use crate::snapshot::memory::Pin;
+use crate::snapshots::Snapshots;
 
 /// The longest keep-awake lease.
 const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
@@ -52,6 +56,7 @@ pub(crate) struct Host {
     pub(crate) config: Config,
     pub(crate) journal: Journal,
     pub(crate) logs: LogStore,
+    pub(crate) snapshots: Snapshots,
     pub(crate) board: Board,
     pub(crate) turns: Arc<Semaphore>,
     pub(crate) capacity: Mutex<Capacity>,
@@ -66,56 +71,6 @@ impl core::fmt::Debug for Host {
             .field("config", &self.config)
             .finish_non_exhaustive()
     }
-}
-
-/// An app's secrets.
-#[derive(Debug, Default)]
-pub(crate) struct Secrets {
-    pub(crate) environment: Vec<(String, SecretBytes)>,
-    pub(crate) files: Vec<(String, SecretBytes)>,
-}
-
-/// What others ask of an actor.
-#[derive(Debug)]
-pub(crate) enum VmRequest {
-    /// Stop it.
-    Stop(StopMode),
-    /// The app's secrets, again: an adopted VM's actor does not know them.
-    Secrets(Arc<Secrets>),
-}
-
-/// The ways into a VM that runs.
-#[derive(Clone)]
-pub(crate) struct Access {
-    pub(crate) vm: Arc<dyn Vm>,
-    pub(crate) link: AgentLink,
-    /// Where its app listens, where it has one.
-    pub(crate) port: Option<u16>,
-}
-
-impl core::fmt::Debug for Access {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Access").finish_non_exhaustive()
-    }
-}
-
-/// How an adoption came out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Adopted {
-    /// It is not decided yet.
-    Unknown,
-    /// The VM lives and is ours.
-    Alive,
-    /// What was left of it is being removed, or is.
-    Released,
-}
-
-/// How others reach an actor.
-#[derive(Clone, Debug)]
-pub(crate) struct ActorHandle {
-    pub(crate) requests: mpsc::Sender<VmRequest>,
-    pub(crate) access: watch::Receiver<Option<Access>>,
-    pub(crate) adopted: watch::Receiver<Adopted>,
 }
 
 /// The effect under way.
@@ -136,9 +91,14 @@ pub(crate) struct Actor {
     pub(super) secrets: watch::Sender<Option<Arc<Secrets>>>,
     pub(super) masking: Masking,
     pub(super) releases: u32,
+    /// Until it is forked.
+    pub(super) keys: Keys,
+    pin: Option<Pin>,
+    pub(super) taking: Option<Taking>,
+    still: watch::Sender<bool>,
     history: History,
-    state: VmState,
-    events: VecDeque<VmEvent>,
+    pub(super) state: VmState,
+    pub(super) events: VecDeque<VmEvent>,
     asking: Option<Asking>,
     exited: Option<BoxFuture<'static, VmExit>>,
     unsound: Option<BoxFuture<'static, String>>,
@@ -154,12 +114,8 @@ pub(crate) struct Actor {
 }
 
 /// Spawns the supervised actor of a VM, and enters it in the register.
-pub(crate) fn spawn(
-    host: &Arc<Host>,
-    record: Record,
-    secrets: Option<Secrets>,
-    first: VmEvent,
-) -> ActorHandle {
+pub(crate) fn spawn(host: &Arc<Host>, record: Record, given: Given, first: VmEvent) -> ActorHandle {
+    let Given { secrets, keys, pin } = given;
     let vm = record.start.vm;
     let (send_request, requests) = mpsc::channel(16);
     let (access, see_access) = watch::channel(None);
@@ -173,6 +129,10 @@ pub(crate) fn spawn(
         secrets: watch::Sender::new(secrets.map(Arc::new)),
         masking: Masking::default(),
         releases: 0,
+        keys,
+        pin,
+        taking: None,
+        still: watch::Sender::new(false),
         history: match first {
             VmEvent::Start(_) => History::None,
             _ => History::Some,
@@ -300,6 +260,12 @@ impl Actor {
             let mut capacity = capacity.lock().unwrap_or_else(PoisonError::into_inner);
             capacity.settle(self.record.start.vm);
         }
+        let is_capturing = matches!(self.state, VmState::Capturing { .. });
+        self.still
+            .send_if_modified(|still| core::mem::replace(still, is_capturing) != is_capturing);
+        if !is_capturing && let Some(taking) = self.taking.take() {
+            taking.over();
+        }
         if matches!(self.state, VmState::Releasing(_)) {
             self.access.send_replace(None);
             self.settle(Adopted::Released);
@@ -336,6 +302,7 @@ impl Actor {
                     tracing::error!(error = %chain(&error), "a journal is left");
                 }
                 give_back(&self.host, self.record.start.vm);
+                self.pin = None;
             }
             VmEffect::Report => self.report(),
             VmEffect::Kill => {
@@ -373,6 +340,9 @@ impl Actor {
             VmEffect::Shutdown => self.collect(),
             _ => {}
         }
+        if let Some(taking) = &mut self.taking {
+            taking.begun(effect);
+        }
         let span = tracing::debug_span!("effect", name = ?effect);
         self.asking = Some(Asking {
             effect,
@@ -388,9 +358,19 @@ impl Actor {
         };
         match outcome.gain {
             Gain::Nothing => {}
+            Gain::Capture(capture) => {
+                if let Some(taking) = &mut self.taking {
+                    taking.has(capture);
+                }
+            }
             Gain::Turn(permit) => self.turn = Some(permit),
             Gain::Prepared(prepared) => self.record.prepared = Some(prepared),
             Gain::Identity(identity) => self.record.identity = Some(identity),
+            Gain::Forked(identity, secrets) => {
+                self.record.identity = Some(identity);
+                self.record.inherited = secrets;
+                self.keys.clear();
+            }
             Gain::Vm(vm) => {
                 let watched = Arc::clone(&vm);
                 self.exited = Some(async move { watched.exited().await }.boxed());
@@ -411,6 +391,9 @@ impl Actor {
                 self.unsound = None;
             }
             _ => {}
+        }
+        if let Some(taking) = &mut self.taking {
+            taking.done(asking.effect);
         }
         self.time(asking.effect, asking.begun.elapsed());
         self.point(asking.effect, KillPoint::After).await;
@@ -439,7 +422,7 @@ impl Actor {
                 ..
             }
         );
-        if is_again {
+        if is_again || matches!(self.state, VmState::Capturing { .. }) {
             return;
         }
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
@@ -482,6 +465,9 @@ impl Actor {
                 .process
                 .as_ref()
                 .map(|process| process.port),
+            record: Arc::new(self.record.clone()),
+            hello: self.hello.subscribe(),
+            still: self.still.subscribe(),
         }));
         self.settle(Adopted::Alive);
     }
@@ -499,7 +485,10 @@ impl Actor {
 
     /// Begins to collect what the app prints, once it may run and its secrets are known.
     fn collect(&mut self) {
-        if self.record.start.process.is_none() {
+        let untold = self.record.secrets == SecretsKept::None
+            && self.record.inherited == SecretsKept::Elsewhere;
+        // Nobody said what would have to be masked.
+        if self.record.start.process.is_none() || untold {
             return;
         }
         let secrets = self.secrets.borrow().clone();
@@ -538,6 +527,7 @@ impl Actor {
     fn request(&mut self, request: VmRequest) {
         match request {
             VmRequest::Stop(mode) => self.events.push_back(VmEvent::Stop(mode)),
+            VmRequest::Capture(taking) => self.capture(taking),
             VmRequest::Secrets(secrets) => {
                 let unknown = self.secrets.borrow().is_none();
                 if unknown && self.record.secrets == SecretsKept::Elsewhere {
@@ -556,6 +546,7 @@ impl Actor {
             VmState::Thawing {
                 at: ThawStep::Ready
             } | VmState::Ready
+                | VmState::Capturing { .. }
                 | VmState::Draining
         )
     }
@@ -629,7 +620,7 @@ impl Actor {
         let limit = self.host.config.limits.app_failures_max;
         if let AppStatus::Backoff { failures, exit, .. } = &status
             && *failures >= limit
-            && self.state == VmState::Ready
+            && matches!(self.state, VmState::Ready | VmState::Capturing { .. })
             && self.record.start.process.is_some()
         {
             let memory = if self.out_of_memory_kills > 0 {

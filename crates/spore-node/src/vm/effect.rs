@@ -12,19 +12,23 @@ use futures_util::future::BoxFuture;
 use spore_wire::generation::{GENERATION, GENERATION_FORKS};
 use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw, ThawStep};
 use spore_wire::id::VmId;
-use spore_wire::node::{FAREWELL_MAX, Process, STOP_GRACE_DEFAULT, Source, VmFailureKind};
+use spore_wire::node::{FAREWELL_MAX, Process, STOP_GRACE_DEFAULT, VmFailureKind};
 use spore_wire::secret::SecretBytes;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::actor::{Actor, Host, Secrets};
+use super::capture;
 use super::guest::{AgentLink, GuestError, chain};
 use super::mask::Masking;
 use super::state::{AgentSeen, AppSeen, Failure, VmEffect, VmEvent, Work};
 use crate::config::VmLimits;
-use crate::hypervisor::fork::ForkError;
+use crate::hypervisor::fork::{Capture, ForkError};
 use crate::hypervisor::{AttachError, BootError, Identity, Prepared, Vm, VmExit};
 use crate::journal::{Record, SecretsKept};
+use crate::snapshot::key::Keys;
+use crate::snapshots::Wanted;
+use crate::take::TakeError;
 
 /// How far a guest's clock may be off when its tenant begins, the way of the answer included: the
 /// agent may have been kept waiting between the reading of the time and its setting.
@@ -39,7 +43,11 @@ pub(super) enum Gain {
     Turn(OwnedSemaphorePermit),
     Prepared(Prepared),
     Identity(Identity),
+    /// The same of a fork, and whether what it began from holds secrets.
+    Forked(Identity, SecretsKept),
     Vm(Arc<dyn Vm>),
+    /// What a capture gave, or why it gave nothing.
+    Capture(Result<Capture, TakeError>),
 }
 
 /// How an effect ended.
@@ -77,13 +85,16 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
         VmEffect::TakeTurn => take_turn(host).boxed(),
         VmEffect::Prepare => prepare(host, record).boxed(),
         VmEffect::Boot => boot(host, record).boxed(),
-        VmEffect::Fork => fork(host, record).boxed(),
+        VmEffect::Fork => fork(host, record, actor.keys.clone()).boxed(),
         VmEffect::Attach => attach(host, record).boxed(),
         VmEffect::Release => release(host, record, actor.releases).boxed(),
         VmEffect::ConnectAgent => connect_agent(actor.hello.subscribe(), record).boxed(),
         VmEffect::Resume => resume(actor.vm.clone(), limits).boxed(),
         VmEffect::Farewell => farewell().boxed(),
         VmEffect::AwaitReady => await_ready(actor.app.subscribe(), record, limits).boxed(),
+        VmEffect::Freeze | VmEffect::Pause | VmEffect::Capture | VmEffect::Unfreeze => {
+            capture::begin(actor, effect)
+        }
         VmEffect::Thaw | VmEffect::OpenNetwork | VmEffect::StartApp | VmEffect::Shutdown => {
             let (Some(vm), Some(link)) = (actor.vm.clone(), actor.link.clone()) else {
                 unreachable!("{effect:?} without a VM that was attached");
@@ -93,7 +104,16 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
                     let hello = actor.hello.borrow().as_ref().map(|hello| hello.generation);
                     thaw(host, record, link, hello.unwrap_or(GENERATION)).boxed()
                 }
-                VmEffect::OpenNetwork => open_network(vm, work_of(&record), limits).boxed(),
+                VmEffect::OpenNetwork => {
+                    let hello = actor.hello.borrow();
+                    let app = hello.as_ref().map(|hello| &hello.app);
+                    let runs = app.is_some_and(|app| *app != AppStatus::Absent);
+                    let work = match work_of(&record) {
+                        Work::App if runs && !record.start.source.is_boot() => Work::Inherited,
+                        work => work,
+                    };
+                    open_network(vm, work, limits).boxed()
+                }
                 VmEffect::StartApp => {
                     let masking = actor.masking.clone();
                     start_app(record, link, actor.secrets.subscribe(), masking, limits).boxed()
@@ -152,34 +172,36 @@ async fn boot(host: Arc<Host>, record: Record) -> Outcome {
     }
 }
 
-async fn fork(host: Arc<Host>, record: Record) -> Outcome {
+async fn fork(host: Arc<Host>, record: Record, keys: Keys) -> Outcome {
     let Some(prepared) = &record.prepared else {
         unreachable!("a fork before anything was prepared");
     };
-    let Source::Snapshot(id) = record.start.source else {
+    let shape = host.hypervisor.shape(&record.machine);
+    let Some(wanted) = Wanted::of(&record.start, keys, shape) else {
         let message = "this node does not know what the VM is to begin from: update it".to_owned();
         return failed(VmFailureKind::Snapshot, message);
     };
     let (limit, start) = (host.config.limits.boot, &record.start);
     let work = async {
-        let from = host.config.sources.open(&start.owner.account, id).await;
-        let from = from.map_err(|error| failed(VmFailureKind::Snapshot, chain(&error)))?;
+        let from = host.snapshots.source(wanted).await;
+        let found = from.map_err(|error| failed(VmFailureKind::Snapshot, chain(&error)))?;
         let forked = host
             .hypervisor
-            .fork(start.vm, &record.machine, prepared, &from);
-        forked.await.map_err(|error| {
+            .fork(start.vm, &record.machine, prepared, &found.from);
+        let forked = forked.await.map_err(|error| {
             let kind = match &error {
                 ForkError::Start(BootError::Image { .. }) => VmFailureKind::Image,
                 ForkError::Start(_) => VmFailureKind::Boot,
                 _ => VmFailureKind::Snapshot,
             };
             failed(kind, chain(&error))
-        })
+        });
+        forked.map(|identity| Gain::Forked(identity, found.secrets))
     };
     match tokio::time::timeout(limit, work).await {
-        Ok(Ok(identity)) => Outcome {
+        Ok(Ok(gain)) => Outcome {
             event: VmEvent::Forked,
-            gain: Gain::Identity(identity),
+            gain,
         },
         Ok(Err(outcome)) => outcome,
         Err(_elapsed) => failed(VmFailureKind::Boot, slow("forking the VM", limit)),
@@ -194,7 +216,7 @@ async fn resume(vm: Option<Arc<dyn Vm>>, limits: VmLimits) -> Outcome {
         Ok(Ok(())) => VmEvent::Resumed.into(),
         Ok(Err(error)) => failed(VmFailureKind::Boot, chain(&error)),
         Err(_elapsed) => {
-            let message = slow("letting the fork run", limits.answer);
+            let message = slow("letting the guest run", limits.answer);
             failed(VmFailureKind::Boot, message)
         }
     }
@@ -254,6 +276,7 @@ async fn connect_agent(mut hello: watch::Receiver<Option<AgentHello>>, record: R
             // One that is held was renewed by a daemon that did not live to let it run; one that
             // says another's name is a fork of that one.
             thawed: hello.thawed && !hello.frozen && is_named(hello.incarnation.as_deref(), vm),
+            frozen: hello.frozen && is_named(hello.incarnation.as_deref(), vm),
             work: work_of(&record),
             app: seen(&hello.app),
         })
@@ -270,7 +293,7 @@ const fn work_of(record: &Record) -> Work {
 }
 
 /// Whether an agent speaks as this VM; one of generation 1 says no name, and is never a fork.
-fn is_named(incarnation: Option<&str>, vm: VmId) -> bool {
+pub(super) fn is_named(incarnation: Option<&str>, vm: VmId) -> bool {
     incarnation.is_none_or(|name| name == vm.to_string())
 }
 
@@ -592,6 +615,6 @@ fn guest(error: &GuestError) -> String {
     format!("the guest could not be made ready: {}", chain(error))
 }
 
-fn slow(what: &str, limit: Duration) -> String {
+pub(super) fn slow(what: &str, limit: Duration) -> String {
     format!("{what} took over {limit:?}: the host may be overloaded")
 }

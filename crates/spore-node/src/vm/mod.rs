@@ -6,9 +6,11 @@
 
 pub(crate) mod actor;
 pub mod board;
-pub(crate) mod collect;
+pub(crate) mod capture;
+mod collect;
 mod effect;
 pub mod guest;
+mod handle;
 pub mod mask;
 pub mod state;
 mod supervise;

@@ -3,13 +3,6 @@
 //! Started by `tests/qemu/kill_points.rs` with the file of its [`Orders`]. Never installed, never
 //! used by anything else.
 
-#[path = "../qemu/agent.rs"]
-#[expect(
-    dead_code,
-    clippy::unwrap_used,
-    reason = "the tests' own client, of which a template needs the first words only"
-)]
-mod agent;
 mod orders;
 
 use std::error::Error;
@@ -20,21 +13,19 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal, getpid, kill_process};
-use spore_node::config::{Config, Images, KillPoint, KillPoints, SourceError, Sources};
+use spore_node::config::{Config, Images, KillPoint, KillPoints};
 use spore_node::egress::launch::EgressLauncher;
-use spore_node::hypervisor::fork::{Afterwards, ForkFrom};
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
-use spore_node::hypervisor::{Hypervisor as _, Machine};
 use spore_node::journal::Journal;
 use spore_node::node::Node;
+use spore_node::take::Take;
 use spore_node::vm::state::VmEffect;
-use spore_wire::guest::Request;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
-use spore_wire::node::{NodeEvent, StartVm, StopMode, VmPhase};
+use spore_wire::node::{NodeEvent, Source, StartVm, StopMode, VmPhase};
+use spore_wire::snapshot::SnapshotKind;
 use tokio::io::AsyncReadExt as _;
 
-use self::agent::Agent;
 use self::orders::{Answer, End, Orders, Point, Sighting, Task};
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -53,12 +44,9 @@ async fn main() -> Outcome<()> {
     let log = Arc::new(SightingFile::new(orders.sighting.clone()));
     let death = Arc::new(Death::default());
     let qemu = Qemu::open(driver_config(&orders)).await?;
-    let mut config = Config::new(orders.runtime.clone(), orders.logs.clone(), 8192);
-    if let Task::DieAt { start, .. } = &orders.task
-        && !start.source.is_boot()
-    {
-        config.sources = Arc::new(OneSource(template(&qemu, &orders, start).await?));
-    }
+    let (runtime, logs) = (orders.runtime.clone(), orders.logs.clone());
+    let snapshots = orders.room.data_dir.join("snapshots");
+    let mut config = Config::new(runtime, logs, snapshots, 8192);
     config.kill_points = Arc::clone(&death) as Arc<dyn KillPoints>;
     let images = Arc::new(OneImage(orders.image.clone()));
     let (node, adoption) = Node::open(config, Arc::new(qemu.clone()), images).await?;
@@ -69,6 +57,9 @@ async fn main() -> Outcome<()> {
             point,
             end,
         } => {
+            if let Source::Snapshot(id) = start.source {
+                tokio::time::timeout(HANG, file_template(&node, start, id)).await??;
+            }
             death.at(effect, *point, &node, &log);
             let journals = Journal::open(&orders.runtime, "qemu")?;
             tokio::time::timeout(HANG, live(&node, start, *end, &journals, &log)).await??;
@@ -107,29 +98,34 @@ fn driver_config(orders: &Orders) -> QemuConfig {
     }
 }
 
-/// What the VM of `start` begins from: another one that was thawed, frozen and ended.
-async fn template(qemu: &Qemu, orders: &Orders, start: &StartVm) -> Outcome<ForkFrom> {
-    let machine = Machine {
-        resources: start.resources,
-        image: orders.image.clone(),
-        folder: None,
-        egress: Vec::new(),
-    };
-    let vm = VmId::random()?;
-    let prepared = qemu.prepare(vm, &machine).await?;
-    let identity = qemu.boot(vm, &machine, &prepared).await?;
-    let held = qemu.attach(vm, &prepared, &identity).await?;
-    let (mut agent, _hello) = Agent::greet(&*held).await;
-    for asked in [
-        agent.thaw(vm, "template").await,
-        agent.ask(Request::Freeze).await,
-    ] {
-        asked.map_err(|error| error.message)?;
+/// Files what the VM of `start` begins from, unless an earlier daemon did: another one that was
+/// thawed and ended for it.
+async fn file_template(node: &Node, start: &StartVm, id: SnapshotId) -> Outcome<()> {
+    let account = &start.owner.account;
+    if node.snapshots().info(account, id).await.is_ok() {
+        return Ok(());
     }
-    held.pause().await?;
-    let capture = held.capture(Afterwards::Ends).await?;
-    qemu.release(vm).await?;
-    Ok(tokio::task::spawn_blocking(|| capture.into_source()).await??)
+    let builder = StartVm {
+        vm: VmId::random()?,
+        process: None,
+        source: Source::Boot,
+        ..start.clone()
+    };
+    let vm = builder.vm;
+    node.start(builder)?;
+    until_ready(node, vm).await?;
+    node.take(vm, taken_as(id, SnapshotKind::Template)).await?;
+    node.stopped(vm).await?;
+    Ok(())
+}
+
+const fn taken_as(id: SnapshotId, kind: SnapshotKind) -> Take {
+    Take {
+        id,
+        kind,
+        key: None,
+        made_at_s: 1_600_000_000,
+    }
 }
 
 /// A whole life, in the middle of which this process is killed.
@@ -146,6 +142,11 @@ async fn live(
     let answer = ask(node, vm).await?;
     log.edit(|sighting| sighting.answer = Some(answer))?;
     match end {
+        End::Take => {
+            let id = SnapshotId::random()?;
+            node.take(vm, taken_as(id, SnapshotKind::Checkpoint))
+                .await?;
+        }
         End::Stop => node.stop(vm, StopMode::Graceful).await?,
         End::Crash => {
             let record = journals
@@ -265,17 +266,6 @@ impl SightingFile {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut seen);
         Ok(fs::write(&self.path, serde_json::to_vec(&*seen)?)?)
-    }
-}
-
-/// The same for every snapshot.
-#[derive(Debug)]
-struct OneSource(ForkFrom);
-
-#[async_trait]
-impl Sources for OneSource {
-    async fn open(&self, _account: &str, _id: SnapshotId) -> Result<ForkFrom, SourceError> {
-        Ok(self.0.clone())
     }
 }
 

@@ -63,6 +63,8 @@ pub(crate) enum End {
     Stop,
     /// Its VMM is killed, as a crash would.
     Crash,
+    /// A snapshot of it is taken.
+    Take,
 }
 
 /// What a daemon saw of the VM.

@@ -43,7 +43,7 @@ for (my $count = 1; accept(my $client, $server); $count++) {
 "#;
 
 /// Kill points at which a VM goes on: behind the journal of its identity, before it is ended.
-const GOING_ON_MIN: usize = 18 + 5;
+const GOING_ON_MIN: usize = 18 + 5 + 8;
 
 /// Kill points that are under way at once.
 const LANES: usize = 2;
@@ -126,6 +126,7 @@ fn die_at(host: &TestHost, world: &World, effect: VmEffect, point: Point) -> Fat
         point,
         end: match effect {
             VmEffect::Journal(Milestone::EndingFailed) => End::Crash,
+            effect if effect.is_of_captures() => End::Take,
             _ => End::Stop,
         },
     };

@@ -11,15 +11,20 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use spore_node::clock::Clock;
-use spore_node::config::{Config, Images, KillPoint, KillPoints, SourceError, Sources};
-use spore_node::hypervisor::fork::ForkFrom;
+use spore_node::config::{Config, Images, KillPoint, KillPoints};
 use spore_node::hypervisor::sim::SimHost;
+use spore_node::hypervisor::{Hypervisor as _, Machine};
 use spore_node::node::{Adoption, Node};
+use spore_node::snapshot::staging::Order;
+use spore_node::snapshot::{NoStorePoints, Settings, SnapshotStore, StoreError};
+use spore_node::take::Take;
 use spore_node::vm::state::{Milestone, VmEffect};
+use spore_wire::generation::GENERATION;
 use spore_wire::guest::{Exec, Readiness};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{NodeEvent, Owner, Process, Resources, Source, StartVm, VmPhase, VmStatus};
 use spore_wire::secret::SecretBytes;
+use spore_wire::snapshot::{SnapshotKind, SnapshotMeta};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -32,19 +37,58 @@ impl Images for AnyImage {
     }
 }
 
-/// One snapshot, of the account `me`.
-#[derive(Debug)]
-struct OneSource(ForkFrom);
-
-#[async_trait]
-impl Sources for OneSource {
-    async fn open(&self, account: &str, id: SnapshotId) -> Result<ForkFrom, SourceError> {
-        if account == "me" && id == snapshot() {
-            return Ok(self.0.clone());
-        }
-        let account = account.to_owned();
-        Err(SourceError::Missing { account, id })
-    }
+/// Files the snapshot that every [`Bench`] has, of the account `me`, unless it is there.
+fn file_snapshot(host: &SimHost, folder: &Path, clock: Arc<dyn Clock>) {
+    let settings = Settings {
+        folder: folder.join("snapshots"),
+        runtime: folder.join("run"),
+        clock,
+        points: Arc::new(NoStorePoints),
+    };
+    let store = SnapshotStore::open(settings).unwrap();
+    let StartVm {
+        owner,
+        image,
+        folder,
+        resources,
+        ..
+    } = start(vm(0), "template");
+    let machine = Machine {
+        resources,
+        image: PathBuf::from("/images/root"),
+        folder: Some(PathBuf::from("/images/folder")),
+        egress: Vec::new(),
+    };
+    let order = Order {
+        meta: SnapshotMeta {
+            id: snapshot(),
+            account: owner.account.clone(),
+            parent: None,
+            kind: SnapshotKind::Template,
+            shape: host.hypervisor().shape(&machine),
+            agent_generation: GENERATION,
+            image,
+            folder,
+            resources,
+            taken_of: Some(owner),
+            app: None,
+            holds_secrets: false,
+            made_at_s: 1_700_000_000,
+        },
+        key: None,
+        estimate_bytes: 0,
+        quota_bytes: u64::MAX,
+    };
+    let mut staged = match store.stage(order) {
+        Ok(staged) => staged,
+        Err(StoreError::Exists(_)) => return,
+        Err(error) => panic!("{error}"),
+    };
+    let source = VmId::from_bytes([0xbb; 16]);
+    let from = host.template(source, resources.memory_mib).unwrap();
+    staged.image(&from.memory).unwrap();
+    staged.state(&*from.state).unwrap();
+    staged.seal().unwrap();
 }
 
 /// A wall clock that goes as the test's time does; each daemon's begins anew.
@@ -91,13 +135,17 @@ pub(crate) struct Bench {
     pub(crate) node: Node,
 }
 
+fn config(folder: &Path) -> Config {
+    let [run, log, snapshots] = ["run", "log", "snapshots"].map(|name| folder.join(name));
+    Config::new(run, log, snapshots, 4096)
+}
+
 pub(crate) async fn open(host: &SimHost, folder: &Path, crash: &Arc<Crash>) -> (Node, Adoption) {
-    let mut config = Config::new(folder.join("run"), folder.join("log"), 4096);
+    let mut config = config(folder);
     config.memory = Arc::new(host.clone());
     config.clock = Arc::new(VirtualClock(Instant::now()));
+    file_snapshot(host, folder, Arc::clone(&config.clock));
     config.kill_points = Arc::clone(crash) as Arc<dyn KillPoints>;
-    let source = VmId::from_bytes([0xbb; 16]);
-    config.sources = Arc::new(OneSource(host.template(source, 256).unwrap()));
     Node::open(config, Arc::new(host.hypervisor()), Arc::new(AnyImage))
         .await
         .unwrap()
@@ -195,6 +243,16 @@ pub(crate) fn start(vm: VmId, app: &str) -> StartVm {
 /// The snapshot that every [`Bench`] has.
 pub(crate) fn snapshot() -> SnapshotId {
     SnapshotId::from_bytes([0xaa; 16])
+}
+
+/// A snapshot without a key; long ago, so that it can be collected.
+pub(crate) const fn taken_as(id: SnapshotId, kind: SnapshotKind) -> Take {
+    Take {
+        id,
+        kind,
+        key: None,
+        made_at_s: 1_600_000_000,
+    }
 }
 
 pub(crate) fn fork(vm: VmId, app: &str) -> StartVm {

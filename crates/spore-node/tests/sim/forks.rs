@@ -81,7 +81,10 @@ fn a_fork_of_what_is_not_there_or_another_accounts_or_of_another_size_fails_and_
                 "the account `me` has no snapshot aeaqcaibaeaqcaibaeaqcaibae",
             ),
             (foreign, "the account `other` has no snapshot"),
-            (larger, "512 MiB was asked for, and the source has 256 MiB"),
+            (
+                larger,
+                "512 MiB was asked for, and the snapshot has 256 MiB",
+            ),
         ] {
             let vm = start.vm;
             bench.node.start(start).unwrap();

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use spore_node::hypervisor::sim::FaultPlan;
-use spore_wire::id::VmId;
-use spore_wire::node::StopMode;
+use spore_node::take::TakeError;
+use spore_wire::id::{SnapshotId, VmId};
+use spore_wire::node::{Source, StartVm, StopMode};
+use spore_wire::snapshot::SnapshotKind;
 
-use crate::bench::{Bench, Crash, fork, must_adopt, on_virtual_time, open, start, vm};
+use crate::bench::{Bench, Crash, fork, must_adopt, on_virtual_time, open, start, taken_as, vm};
 
 /// Numbers from a seed.
 struct Chance(u64);
@@ -35,6 +37,9 @@ impl Chance {
     }
 }
 
+/// What came of a take.
+type Answer = tokio::task::JoinHandle<Result<SnapshotId, TakeError>>;
+
 /// One seeded life of a host: what happened, in order.
 async fn life(seed: u64) -> Vec<String> {
     let mut chance = Chance(seed);
@@ -51,14 +56,15 @@ async fn life(seed: u64) -> Vec<String> {
         malformed: chance.permille(100),
         breaks: chance.permille(200),
     });
+    let mut takes = Vec::new();
     let mut wanted = BTreeSet::new();
     let mut next = 1_u8;
     for _step in 0..25 {
         let action = chance.below(10);
         match action {
             0..=3 if wanted.len() < 6 => {
-                let kind = [start, fork][usize::from(chance.permille(2))];
-                bench.node.start(kind(vm(next), "hello")).unwrap();
+                let begun = begin(&mut chance, next, takes.len());
+                bench.node.start(begun).unwrap();
                 wanted.insert(vm(next));
                 story.push(format!("start {next}"));
                 next += 1;
@@ -82,6 +88,12 @@ async fn life(seed: u64) -> Vec<String> {
                 crash_and_check(&mut bench, points).await;
                 story.push(format!("restart in {points} points"));
             }
+            8 => {
+                if let Some(vm) = chance.pick(&wanted) {
+                    takes.push(take(&mut chance, &bench, vm, takes.len()));
+                    story.push(format!("take {} of {vm}", takes.len()));
+                }
+            }
             _ => tokio::time::sleep(Duration::from_millis(chance.below(8000))).await,
         }
         // Reality is never more than the journal says.
@@ -90,6 +102,14 @@ async fn life(seed: u64) -> Vec<String> {
             assert!(journal.contains_key(vm), "{vm} runs and is not journaled");
         }
     }
+    end_all(&bench, &mut story).await;
+    bench.nothing_is_left();
+    snapshots_are_whole(&bench, takes).await;
+    story
+}
+
+/// Without faults every VM can be stopped.
+async fn end_all(bench: &Bench, story: &mut Vec<String>) {
     bench.host.set_plan(FaultPlan::default());
     for status in bench.node.list() {
         bench
@@ -103,8 +123,49 @@ async fn life(seed: u64) -> Vec<String> {
         });
         story.push(format!("{} ends {:?}", status.vm, over.unwrap().phase));
     }
-    bench.nothing_is_left();
-    story
+}
+
+/// A VM that boots, or begins from a snapshot that is there by now or is not.
+fn begin(chance: &mut Chance, number: u8, takes: usize) -> StartVm {
+    let kind = [start, fork][usize::from(chance.permille(2))];
+    let mut start = kind(vm(number), "hello");
+    let takes = u64::try_from(takes).unwrap();
+    if !start.source.is_boot() && takes > 0 {
+        let number = u8::try_from(chance.below(takes) + 1).unwrap();
+        start.source = Source::Snapshot(SnapshotId::from_bytes([number; 16]));
+    }
+    start
+}
+
+/// Whoever asks for it may be gone before it is taken.
+fn take(chance: &mut Chance, bench: &Bench, vm: VmId, takes: usize) -> Answer {
+    let number = u8::try_from(takes + 1).unwrap();
+    let id = SnapshotId::from_bytes([number; 16]);
+    let kind = match chance.below(4) {
+        0 => SnapshotKind::Template,
+        _ => SnapshotKind::Checkpoint,
+    };
+    let node = bench.node.clone();
+    tokio::spawn(async move {
+        let taken = node.take(vm, taken_as(id, kind)).await;
+        taken.map(|taken| taken.info.id)
+    })
+}
+
+/// What was told as taken is there, and whatever is there is whole.
+async fn snapshots_are_whole(bench: &Bench, takes: Vec<Answer>) {
+    let mut taken = BTreeSet::new();
+    for answer in takes {
+        taken.extend(answer.await.unwrap());
+    }
+    let there = bench.node.snapshots().list("me").await.unwrap();
+    for info in &there {
+        assert_eq!(info.damage, None, "{info:?}");
+        taken.remove(&info.id);
+    }
+    assert_eq!(taken, BTreeSet::new(), "lost");
+    let staging = bench.folder.path().join("snapshots/.staging");
+    assert_eq!(std::fs::read_dir(staging).unwrap().count(), 0);
 }
 
 /// Freezes the daemon some kill points from now, or now when nothing moves, and starts the next.

@@ -7,6 +7,7 @@
 mod bench;
 mod forks;
 mod life;
+mod takes;
 
 use core::time::Duration;
 use std::sync::Arc;
@@ -16,13 +17,14 @@ use spore_node::hypervisor::sim::{AppScript, FaultPlan};
 use spore_node::node::{Node, StartError, VmError};
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::{Exit, OutputKind, WriteFile};
-use spore_wire::id::{ImageId, VmId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{FAREWELL_MAX, StartVm, StopMode, VmFailureKind, VmPhase, VmStatus};
+use spore_wire::snapshot::SnapshotKind;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::Instant;
 
 use bench::{
-    Bench, exec, fork, must_adopt, on_virtual_time, start, until, until_phase, vm, walk,
+    Bench, exec, fork, must_adopt, on_virtual_time, start, taken_as, until, until_phase, vm, walk,
     with_secret,
 };
 
@@ -513,7 +515,7 @@ fn daemon_killed_at_every_effect_readopts_the_same_vm() {
                 bench.nothing_is_left();
             }
         }
-        assert!(adopted >= 18 + 22, "only {adopted} kill points adopt");
+        assert!(adopted >= 18 + 22 + 16, "only {adopted} kill points adopt");
     });
 }
 
@@ -542,6 +544,10 @@ async fn drive_into(bench: &Bench, effect: VmEffect) {
     }
     if effect == VmEffect::Journal(Milestone::EndingFailed) {
         bench.host.crash_vm(vm(1));
+    } else if effect.is_of_captures() {
+        let taking = taken_as(SnapshotId::from_bytes([1; 16]), SnapshotKind::Checkpoint);
+        let node = bench.node.clone();
+        drop(tokio::spawn(async move { node.take(vm(1), taking).await }));
     } else if effect == VmEffect::Farewell {
         bench.host.spoil_vm(vm(1), "its proxy ended");
     } else {

@@ -195,7 +195,8 @@ impl Nodes for Host {
             CollectMode::Remove => GcMode::Remove,
             CollectMode::DryRun => GcMode::DryRun,
         };
-        let in_use = self.node.images_in_use();
+        let node = self.node.clone();
+        let in_use = blocking(move || node.images_in_use()).await?;
         keep.extend(in_use.map_err(|error| NodesError::Failed {
             message: chain(&error),
         })?);

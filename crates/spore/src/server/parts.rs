@@ -128,6 +128,7 @@ async fn open_node(config: &ServerConfig, qemu: Qemu, files: Arc<dyn Images>) ->
     let mut node_config = NodeConfig::new(
         config.runtime_dir.join("node"),
         config.log_dir.join("apps"),
+        config.data_dir.join("snapshots"),
         host_memory_mib()?,
     );
     node_config.limits.agent = config.boot_timeout;

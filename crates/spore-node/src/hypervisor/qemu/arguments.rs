@@ -48,6 +48,10 @@ pub(super) const CONSOLE_BYTES: usize = 64 * 1024;
 /// The cache of translated code. A part of the driver's overhead beyond the guest's memory.
 const TRANSLATION_MIB: u32 = 64;
 
+/// What a guest sees: what x86-64-v2 has, since prebuilt programs expect it, and RDRAND for the
+/// first entropy.
+pub(super) const CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand";
+
 /// Ticks per second of the guest's kernel (Debian's cloud kernel).
 const GUEST_HZ: u64 = 250;
 
@@ -132,8 +136,7 @@ pub(super) fn arguments(
         "-accel",
         format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"),
     );
-    // What x86-64-v2 has, since prebuilt programs expect it, and RDRAND for the first entropy.
-    line.option("-cpu", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand");
+    line.option("-cpu", CPU);
     line.option("-smp", resources.cpus.to_string());
     // After the guest's end QEMU waits, so that the console can be read before it quits.
     line.option("-action", "shutdown=pause,panic=pause");

@@ -13,6 +13,7 @@
 mod arguments;
 mod capture;
 mod pages;
+mod program;
 mod qmp;
 mod tsc;
 mod vm;
@@ -24,7 +25,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,9 +33,11 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use serde_json::{Value, json};
 use spore_wire::id::VmId;
 use spore_wire::node::Boundary;
+use spore_wire::snapshot::Shape;
 use tokio::time::{sleep, timeout};
 
-use self::arguments::{Begin, Disk, FD_DISKS, INITRAMFS, KERNEL, arguments, fd_state};
+use self::arguments::{Begin, CPU, Disk, FD_DISKS, INITRAMFS, KERNEL, arguments, fd_state};
+use self::program::{SAVE, can_capture, version};
 use self::qmp::Qmp;
 use self::vm::{QemuVm, VmHost};
 use super::fork::{ForkError, ForkFrom};
@@ -49,7 +51,8 @@ use crate::cgroup::Limits;
 use crate::confine::limits::ProcessLimits;
 use crate::egress::launch::EgressLauncher;
 use crate::jail::{self, Jail, Launch};
-use crate::{sys, tool};
+use crate::snapshot::hash::Hash;
+use crate::sys;
 
 /// Memory of a VMM beyond its guest's: QEMU itself and its translated code.
 const OVERHEAD_MIB: u32 = 128;
@@ -68,9 +71,6 @@ const FILE_BYTES_MIN: u64 = MIB;
 
 /// How long QEMU may take until its monitor answers; usually 30 ms.
 const QMP_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How long `qemu --version` may take; it loads some hundred libraries.
-const VERSION_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a VMM whose monitor hung up is given to end.
 const ENDING: Duration = Duration::from_secs(5);
@@ -184,17 +184,22 @@ impl Qemu {
             drop(File::open(path).map_err(failed)?);
         }
         let program = config.qemu.clone();
-        let version = blocking(move || version(&program))
+        let told = blocking(move || Ok((version(&program)?, can_capture(&program)?)))
             .await
             .map_err(QemuError::Worker)?;
-        let version = version.map_err(|source| {
+        let told = told.map_err(|source| {
             let program = config.qemu.clone();
             QemuError::Program { program, source }
         })?;
+        if !told.1 {
+            tracing::warn!(
+                "this QEMU has no `{SAVE}`: VMs are booted each time, and no snapshots are taken"
+            );
+        }
         let tsc_khz = blocking(tsc::measure_khz)
             .await
             .map_err(QemuError::Worker)?;
-        Self::with(config, version, tsc_khz)
+        Self::with(config, told, tsc_khz)
     }
 
     /// The driver for stopping and removing VMs only, on a host where QEMU or the guest's files may
@@ -203,10 +208,14 @@ impl Qemu {
     /// # Errors
     /// [`QemuError::Room`].
     pub fn open_to_stop(config: QemuConfig) -> Result<Self, QemuError> {
-        Self::with(config, "unknown".to_owned(), 0)
+        Self::with(config, ("unknown".to_owned(), false), 0)
     }
 
-    fn with(config: QemuConfig, version: String, tsc_khz: u64) -> Result<Self, QemuError> {
+    fn with(
+        config: QemuConfig,
+        (version, snapshots): (String, bool),
+        tsc_khz: u64,
+    ) -> Result<Self, QemuError> {
         let rooms = Arc::new(Rooms::open(config.room.clone())?);
         let caps = Caps {
             name: "qemu",
@@ -215,6 +224,7 @@ impl Qemu {
             overhead_mib: OVERHEAD_MIB,
             proxy_mib: PROXY_MIB,
             kernel: config.kernel_release.clone(),
+            snapshots,
         };
         Ok(Self {
             shared: Arc::new(Shared {
@@ -241,23 +251,25 @@ impl Qemu {
     }
 }
 
-/// The first line of `qemu --version`.
-fn version(program: &Path) -> io::Result<String> {
-    let mut command = std::process::Command::new(program);
-    command.arg("--version").env_clear().stdin(Stdio::null());
-    let hint = "install the package qemu-system-x86";
-    let said = tool::run(command, VERSION_LIMIT, hint)?;
-    let text = String::from_utf8_lossy(&said);
-    text.lines()
-        .next()
-        .map(str::to_owned)
-        .ok_or_else(|| io::Error::other("it said no version"))
-}
-
 #[async_trait]
 impl Hypervisor for Qemu {
     fn caps(&self) -> &Caps {
         &self.shared.caps
+    }
+
+    fn shape(&self, machine: &Machine) -> Shape {
+        let Shared { caps, tsc_khz, .. } = &*self.shared;
+        let disks = Disk::of(machine.folder.as_deref(), &machine.resources);
+        // It names neither the counter's rate nor a kernel, and everything else that counts.
+        let line = arguments(Begin::Fork, &machine.resources, &disks, 0).join("\n");
+        Shape {
+            driver: caps.name.to_owned(),
+            version: caps.version.clone(),
+            cpu: CPU.to_owned(),
+            tsc_khz: u32::try_from(*tsc_khz).unwrap_or(u32::MAX),
+            kernel: caps.kernel.clone(),
+            devices: Hash::of(line.as_bytes()).to_string(),
+        }
     }
 
     async fn prepare(&self, vm: VmId, machine: &Machine) -> Result<Prepared, PrepareError> {

@@ -35,7 +35,7 @@ use tokio::time::timeout;
 
 use super::arguments::{CONSOLE, CONSOLE_BYTES};
 use super::qmp::Qmp;
-use super::{AGENT_SOCKET, ENDING, LOG_BYTES, QMP_SOCKET, open_log};
+use super::{AGENT_SOCKET, ENDING, LOG_BYTES, QMP_SOCKET, SAVE, open_log};
 use crate::cgroup::kill_process;
 use crate::egress::launch::EgressLauncher;
 use crate::hypervisor::fork::{Afterwards, Capture, CaptureError, PauseError};
@@ -356,7 +356,7 @@ impl Watcher {
         let given = monitor.add_fd(to.as_fd()).await?;
         let path = format!("/dev/fdset/{given}");
         let arguments = json!({"filename": path, "live": false});
-        let saved = monitor.execute("xen-save-devices-state", arguments).await;
+        let saved = monitor.execute(SAVE, arguments).await;
         monitor
             .execute("remove-fd", json!({"fdset-id": given}))
             .await?;

@@ -282,8 +282,11 @@ impl Job {
             Request::Status | Request::Thaw(_) | Request::Unfreeze { .. }
         );
         if !is_of_life && !matches!(life, Life::Running(_)) {
-            self.guest
-                .violation("a request before the thaw, or while frozen");
+            // Who asks a VM that is being captured cannot know of it.
+            if !matches!(life, Life::Frozen(_)) {
+                self.guest
+                    .violation("a request before the thaw, or while held");
+            }
             return Err(error(AgentErrorCode::NotNow, "not thawed"));
         }
         match request {
@@ -291,6 +294,9 @@ impl Job {
             Request::Thaw(thaw) => self.thaw(&life, thaw).await,
             Request::Freeze => {
                 tokio::time::sleep(Duration::from_millis(2)).await;
+                if !self.guest.stands_still() {
+                    return Err(error(AgentErrorCode::Refused, "it does not stand still"));
+                }
                 lock(&self.guest.state).life = Life::Frozen(life.name().unwrap_or_default());
                 Ok(Reply::Done)
             }

@@ -1,7 +1,7 @@
 //! What a simulated guest is when it is captured, and what a fork of it begins with.
 //!
 //! Used by the driver's `capture` and `fork`. The guest's whole state travels as the device state;
-//! its memory is an image of the right size without a page in it.
+//! its memory is an image of the right size without a page in it, but one of each fork's own.
 
 use std::fs::File;
 use std::io;
@@ -9,11 +9,14 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, fcntl_add_seals, memfd_create};
+use zeroize::Zeroizing;
 
 use super::guest::{Guest, GuestCopy, Life};
 use super::lock;
 use crate::hypervisor::fork::{Capture, CaptureError, ForkError, ForkFrom};
-use crate::hypervisor::memory_image::{CapturedMemory, MemoryDraft, SEALED};
+use crate::hypervisor::memory_image::{
+    CapturedMemory, CapturedPages, MemoryDraft, PAGE_BYTES, PageRun, SEALED,
+};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -25,12 +28,30 @@ pub(super) fn write(guest: &Guest) -> Result<Capture, CaptureError> {
         what: "writing its state",
         source,
     };
-    let memory = MemoryDraft::new(u64::from(guest.memory_mib) * MIB)?.seal()?;
+    let memory = match &guest.base {
+        None => {
+            let memory = MemoryDraft::new(u64::from(guest.memory_mib) * MIB)?.seal()?;
+            CapturedMemory::Whole(Arc::new(memory))
+        }
+        Some(base) => CapturedMemory::Changed {
+            base: Arc::clone(base),
+            pages: own_page(guest),
+        },
+    };
     Ok(Capture {
-        memory: CapturedMemory::Whole(Arc::new(memory)),
+        memory,
         state: state_file(&guest.copy()).map_err(step)?,
         scratch: None,
     })
+}
+
+/// What every fork changes: a page that is its alone.
+fn own_page(guest: &Guest) -> CapturedPages {
+    let mut bytes = Zeroizing::new(vec![0; usize::try_from(PAGE_BYTES).unwrap_or(0)]);
+    let name = guest.vm.to_string();
+    bytes[..name.len()].copy_from_slice(name.as_bytes());
+    let run = PageRun { first: 0, pages: 1 };
+    CapturedPages::new(vec![run], bytes)
 }
 
 fn state_file(copy: &GuestCopy) -> io::Result<File> {

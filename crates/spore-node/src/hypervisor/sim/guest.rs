@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{SimHost, agent, lock, web};
 use crate::hypervisor::VmExit;
+use crate::hypervisor::memory_image::MemoryImage;
 
 /// One guest.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub(super) struct Guest {
     pub(super) unsound: watch::Sender<Option<String>>,
     pub(super) paused: watch::Sender<bool>,
     pub(super) memory_mib: u32,
+    /// What it was forked from.
+    pub(super) base: Option<Arc<MemoryImage>>,
     session: Mutex<CancellationToken>,
     host: SimHost,
 }
@@ -119,11 +122,13 @@ impl Guest {
         host: &SimHost,
         vm: VmId,
         pid: u32,
-        memory_mib: u32,
+        base: Arc<MemoryImage>,
         copy: GuestCopy,
     ) -> Arc<Self> {
         let wake_ms = 20 + host.draw(vm, "translation") % 80;
-        let guest = Self::new(host, vm, pid, memory_mib, copy.boot_id);
+        let memory_mib = u32::try_from(base.bytes() >> 20).unwrap_or(u32::MAX);
+        let mut guest = Self::new(host, vm, pid, memory_mib, copy.boot_id);
+        guest.base = Some(base);
         guest.paused.send_replace(true);
         *lock(&guest.state) = GuestState {
             life: copy.life,
@@ -158,6 +163,7 @@ impl Guest {
             pid,
             boot_id,
             memory_mib,
+            base: None,
             paused: watch::Sender::new(false),
             state: Mutex::default(),
             news: broadcast::channel(256).0,
@@ -208,6 +214,11 @@ impl Guest {
     pub(super) fn delay(&self) -> Duration {
         let mut held = lock(&self.host.world.held);
         held.delays.remove(&self.vm).unwrap_or_default()
+    }
+
+    /// Whether its tenant's processes stand still when they are told to.
+    pub(super) fn stands_still(&self) -> bool {
+        !lock(&self.host.world.held).restless
     }
 
     /// What its agent does of a thaw.

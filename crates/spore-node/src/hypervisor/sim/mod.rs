@@ -25,6 +25,7 @@ use async_trait::async_trait;
 use spore_wire::guest::ThawStep;
 use spore_wire::id::VmId;
 use spore_wire::node::Boundary;
+use spore_wire::snapshot::Shape;
 use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 
@@ -113,6 +114,8 @@ struct Held {
     withheld: Option<ThawStep>,
     delays: BTreeMap<VmId, Duration>,
     oldest: bool,
+    restless: bool,
+    kernel: String,
     died: BTreeSet<VmId>,
     struck: BTreeSet<VmId>,
 }
@@ -145,6 +148,7 @@ impl SimHost {
                 seed,
                 held: Mutex::new(Held {
                     next_pid: 1000,
+                    kernel: "simulated".to_owned(),
                     ..Held::default()
                 }),
             }),
@@ -172,6 +176,16 @@ impl SimHost {
     /// The agent of this VM is kept waiting once, before it sets the clock.
     pub fn delay_clock(&self, vm: VmId, by: Duration) {
         lock(&self.world.held).delays.insert(vm, by);
+    }
+
+    /// Whether tenants' processes do not stand still when they are told to.
+    pub fn refuse_freezes(&self, refuse: bool) {
+        lock(&self.world.held).restless = refuse;
+    }
+
+    /// The drivers of later daemons boot this kernel.
+    pub fn set_kernel(&self, release: &str) {
+        lock(&self.world.held).kernel = release.to_owned();
     }
 
     /// From now on agents are of the oldest generation that is served.
@@ -202,7 +216,8 @@ impl SimHost {
                 boundary: Boundary::None,
                 overhead_mib: 32,
                 proxy_mib: 8,
-                kernel: "simulated".to_owned(),
+                kernel: lock(&self.world.held).kernel.clone(),
+                snapshots: true,
             },
         }
     }
@@ -449,6 +464,21 @@ impl Hypervisor for SimHypervisor {
         &self.caps
     }
 
+    fn shape(&self, machine: &Machine) -> Shape {
+        let folder = match machine.folder {
+            Some(_) => "with a folder",
+            None => "without a folder",
+        };
+        Shape {
+            driver: self.caps.name.to_owned(),
+            version: self.caps.version.clone(),
+            cpu: "simulated".to_owned(),
+            tsc_khz: 1_000_000,
+            kernel: self.caps.kernel.clone(),
+            devices: format!("simulated, {folder}"),
+        }
+    }
+
     async fn prepare(&self, vm: VmId, _machine: &Machine) -> Result<Prepared, PrepareError> {
         let host = &self.host;
         if lock(&host.world.held).vms.contains_key(&vm) {
@@ -488,9 +518,9 @@ impl Hypervisor for SimHypervisor {
         prepared: &Prepared,
         from: &ForkFrom,
     ) -> Result<Identity, ForkError> {
-        let memory_mib = machine.resources.memory_mib;
-        let copy = copy::read(from, memory_mib)?;
-        let fork = |pid| Guest::fork(&self.host, vm, pid, memory_mib, copy);
+        let copy = copy::read(from, machine.resources.memory_mib)?;
+        let base = Arc::clone(&from.memory);
+        let fork = |pid| Guest::fork(&self.host, vm, pid, base, copy);
         Ok(self.begin(vm, prepared, fork).await?)
     }
 

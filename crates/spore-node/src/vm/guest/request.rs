@@ -65,6 +65,11 @@ impl AgentLink {
         }
     }
 
+    /// Lets the tenant's processes stand still.
+    pub(crate) async fn freeze(&self, limit: Duration) -> Result<(), GuestError> {
+        self.do_it(Request::Freeze, limit).await
+    }
+
     /// Lets the tenant's processes run, of the VM of this name.
     pub(crate) async fn unfreeze(&self, name: String, limit: Duration) -> Result<(), GuestError> {
         let incarnation = name;

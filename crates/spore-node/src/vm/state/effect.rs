@@ -24,7 +24,7 @@ pub enum VmEffect {
     Fork,
     /// Take hold of the VMM. Asks.
     Attach,
-    /// Let a fork's guest run. Asks.
+    /// Let a guest run that is paused: a fork's, or one that was captured. Asks.
     Resume,
     /// Open the agent's session. Asks.
     ConnectAgent,
@@ -36,6 +36,14 @@ pub enum VmEffect {
     StartApp,
     /// Wait for the app. Asks.
     AwaitReady,
+    /// Let the tenant's processes stand still. Asks.
+    Freeze,
+    /// Let the guest stand still. Asks.
+    Pause,
+    /// Copy what makes the VM what it is. Asks.
+    Capture,
+    /// Let the tenant's processes run. Asks.
+    Unfreeze,
     /// Ask the guest to power off and wait for it. Asks.
     Shutdown,
     /// Wait for control, which was told of the end, to stop the VM; not for long. Asks.
@@ -48,7 +56,7 @@ pub enum VmEffect {
 
 impl VmEffect {
     /// Every effect, in the order of a life: what a test that kills the daemon enumerates.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 32] = [
         Self::Journal(Milestone::Preparing),
         Self::TakeTurn,
         Self::Prepare,
@@ -68,6 +76,10 @@ impl VmEffect {
         Self::StartApp,
         Self::Journal(Milestone::Started),
         Self::AwaitReady,
+        Self::Freeze,
+        Self::Pause,
+        Self::Capture,
+        Self::Unfreeze,
         Self::Report,
         Self::Journal(Milestone::Draining),
         Self::Shutdown,
@@ -107,6 +119,10 @@ impl VmEffect {
             Self::OpenNetwork => "open_network",
             Self::StartApp => "start_app",
             Self::AwaitReady => "await_ready",
+            Self::Freeze => "freeze",
+            Self::Pause => "pause",
+            Self::Capture => "capture",
+            Self::Unfreeze => "unfreeze",
             Self::Shutdown => "shutdown",
             Self::Farewell => "farewell",
             Self::Kill => "kill",
@@ -120,6 +136,15 @@ impl VmEffect {
         matches!(
             self,
             Self::Fork | Self::Resume | Self::Journal(Milestone::Forked | Milestone::Running)
+        )
+    }
+
+    /// Whether only a VM that is captured has it.
+    #[must_use]
+    pub const fn is_of_captures(self) -> bool {
+        matches!(
+            self,
+            Self::Freeze | Self::Pause | Self::Capture | Self::Unfreeze
         )
     }
 

@@ -38,15 +38,20 @@
 //! - The journal goes only when nothing is left, and the final state is told once, after that.
 //! - A fork's first instruction runs only once it is journaled as running, and its guest is
 //!   renewed before it is anything else: until then it believes that it is its source.
+//! - A VM that was captured runs again or is ended; only a stop that kills cuts a capture off.
 //! - `Prepare`, `Boot` and `Fork` are never cut off: a stop waits for them, since a driver cut in
 //!   the middle might go on making things behind the release.
 
+mod capture;
 mod effect;
 
 use serde::{Deserialize, Serialize};
 use spore_wire::node::{StopMode, VmFailureKind, VmPhase};
 
+pub use self::capture::CaptureStep;
+use self::capture::Capturing;
 pub use self::effect::VmEffect;
+use crate::hypervisor::fork::Afterwards;
 
 /// Where a VM stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +85,15 @@ pub enum VmState {
     },
     /// The app is ready, or there is none to wait for.
     Ready,
+    /// It stands still, or is about to, and is copied.
+    Capturing {
+        /// Which step is under way.
+        at: CaptureStep,
+        /// What becomes of it then.
+        afterwards: Afterwards,
+        /// A stop that waits until it runs again.
+        stop: Option<StopMode>,
+    },
     /// The guest was asked to power off.
     Draining,
     /// Its end is told and it still runs, so that nobody meets a dead VM.
@@ -106,6 +120,8 @@ pub enum Begin {
 pub enum Work {
     /// A process that its agent is told to start.
     App,
+    /// One that goes on in what the VM was forked from.
+    Inherited,
     /// Whatever is in it, or is put in later: nothing is started.
     Nothing,
 }
@@ -126,7 +142,7 @@ pub enum BootStep {
     Vmm,
     /// The node takes hold of the process.
     Attach,
-    /// A fork's guest is let run.
+    /// A fork's guest is let run, or one that an earlier daemon may have left paused.
     Resume,
     /// The agent is awaited.
     Agent,
@@ -197,7 +213,9 @@ pub struct Failure {
 pub struct AgentSeen {
     /// Whether it was thawed as this VM, and its tenant may run.
     pub thawed: bool,
-    /// What the VM is for, which is not the guest's to say.
+    /// Whether it stands still under this VM's own name.
+    pub frozen: bool,
+    /// What the VM is for, which is not the guest's to say; never inherited, which it is.
     pub work: Work,
     /// The app's process.
     pub app: AppSeen,
@@ -245,6 +263,18 @@ pub enum VmEvent {
     AppStarted,
     /// `AwaitReady` is done.
     AppReady,
+    /// Somebody wants it captured. Legal in `Ready`.
+    Capture(Afterwards),
+    /// `Freeze` is done.
+    Frozen,
+    /// `Pause` is done.
+    Paused,
+    /// `Capture` is done.
+    Captured,
+    /// One of them was not.
+    CaptureFailed,
+    /// `Unfreeze` is done.
+    Unfrozen,
     /// `Shutdown` is done, or it took too long.
     ShutDown,
     /// `Farewell` took as long as it may.
@@ -272,7 +302,8 @@ impl VmState {
                 Begin::Fork => VmPhase::Forking,
             },
             Self::Thawing { .. } => VmPhase::Thawing,
-            Self::Ready => VmPhase::Ready,
+            // It stands still for a moment, which is nobody's concern.
+            Self::Ready | Self::Capturing { .. } => VmPhase::Ready,
             Self::Draining | Self::Leaving(_) | Self::Releasing(_) => VmPhase::Draining,
             Self::Stopped => VmPhase::Stopped,
             Self::Failed(_) => VmPhase::Failed,
@@ -294,6 +325,7 @@ impl VmState {
                 ..
             } | Self::Thawing { .. }
                 | Self::Ready
+                | Self::Capturing { .. }
                 | Self::Draining
         )
     }
@@ -303,12 +335,12 @@ impl VmState {
     fn may_be_visited(&self) -> bool {
         match self {
             Self::Booting {
-                at: BootStep::Agent,
+                at: BootStep::Resume | BootStep::Agent,
                 adopted: Some(milestone),
                 ..
             } => *milestone >= Milestone::Started,
             Self::Thawing { at } => *at == ThawStep::Ready,
-            Self::Ready => true,
+            Self::Ready | Self::Capturing { .. } => true,
             _ => false,
         }
     }
@@ -338,6 +370,11 @@ impl VmState {
             ),
             Self::Thawing { at } => thawing(at, event),
             Self::Ready => ready(event),
+            Self::Capturing {
+                at,
+                afterwards,
+                stop,
+            } => capture::capturing(Capturing { afterwards, stop }, at, event),
             Self::Draining => draining(event),
             Self::Leaving(failure) => leaving(failure, &event),
             Self::Releasing(ending) => releasing(ending, &event),
@@ -544,8 +581,9 @@ fn booting(boot: Boot, at: BootStep, event: VmEvent) -> (VmState, Vec<VmEffect>)
             vec![VmEffect::Journal(Milestone::Forked), VmEffect::Attach],
         ),
         (BootStep::Attach, VmEvent::Attached) => match (stop, begin) {
-            (Some(StopMode::Graceful), _) if worth_asking => {
-                (boot.at(BootStep::Agent), vec![VmEffect::ConnectAgent])
+            // It may have been paused to be captured.
+            (None | Some(StopMode::Graceful), _) if worth_asking => {
+                (boot.at(BootStep::Resume), vec![VmEffect::Resume])
             }
             (Some(_), _) => boot.at(BootStep::Agent).end(Ending::Stopped),
             (None, Begin::Boot) => (boot.at(BootStep::Agent), vec![VmEffect::ConnectAgent]),
@@ -558,10 +596,10 @@ fn booting(boot: Boot, at: BootStep, event: VmEvent) -> (VmState, Vec<VmEffect>)
         (BootStep::Resume, VmEvent::Resumed) => {
             (boot.at(BootStep::Agent), vec![VmEffect::ConnectAgent])
         }
-        (BootStep::Resume, VmEvent::Stop(_)) => state.end(Ending::Stopped),
         (BootStep::Agent, VmEvent::AgentUp(seen)) if stop.is_none() => agent_up(adopted, seen),
+        (BootStep::Agent, VmEvent::AgentUp(seen)) if seen.frozen => capture::give_up(stop),
         (BootStep::Agent, VmEvent::AgentUp(_)) => drain(),
-        (BootStep::Agent, VmEvent::Stop(mode)) => {
+        (BootStep::Resume | BootStep::Agent, VmEvent::Stop(mode)) => {
             if mode == StopMode::Graceful && worth_asking && stop != Some(StopMode::Kill) {
                 let stop = Some(StopMode::Graceful);
                 (Boot { stop, ..boot }.at(at), Vec::new())
@@ -593,29 +631,38 @@ fn agent_up(adopted: Option<Milestone>, seen: AgentSeen) -> (VmState, Vec<VmEffe
             )
         };
     }
-    match seen.app {
-        _ if seen.work == Work::Nothing => to_ready(),
-        AppSeen::Absent if reached == Milestone::Open => (
-            VmState::Thawing { at: ThawStep::App },
-            vec![VmEffect::Report, VmEffect::StartApp],
-        ),
-        AppSeen::Ready => to_ready(),
-        AppSeen::Starting => (
-            VmState::Thawing {
-                at: ThawStep::Ready,
-            },
-            vec![
-                VmEffect::Journal(Milestone::Started),
-                VmEffect::Report,
-                VmEffect::AwaitReady,
-            ],
-        ),
-        AppSeen::Absent | AppSeen::Stopped => VmState::Ready.fail(Failure {
+    let is_gone = match seen.app {
+        AppSeen::Absent => reached > Milestone::Open,
+        AppSeen::Stopped => true,
+        AppSeen::Starting | AppSeen::Ready => false,
+    };
+    match (seen.work, seen.app) {
+        (Work::App, _) if is_gone => VmState::Ready.fail(Failure {
             kind: VmFailureKind::Died,
             message: "the app no longer ran when the node was restarted: start another VM"
                 .to_owned(),
         }),
+        _ if seen.frozen => capture::give_up(None),
+        (Work::App, AppSeen::Absent | AppSeen::Stopped) => (
+            VmState::Thawing { at: ThawStep::App },
+            vec![VmEffect::Report, VmEffect::StartApp],
+        ),
+        (Work::App, AppSeen::Starting) => to_await(),
+        (Work::App, AppSeen::Ready) | (Work::Nothing | Work::Inherited, _) => to_ready(),
     }
+}
+
+fn to_await() -> (VmState, Vec<VmEffect>) {
+    (
+        VmState::Thawing {
+            at: ThawStep::Ready,
+        },
+        vec![
+            VmEffect::Journal(Milestone::Started),
+            VmEffect::Report,
+            VmEffect::AwaitReady,
+        ],
+    )
 }
 
 fn to_ready() -> (VmState, Vec<VmEffect>) {
@@ -658,6 +705,7 @@ fn thawing(at: ThawStep, event: VmEvent) -> (VmState, Vec<VmEffect>) {
         (_, VmEvent::Stop(_)) => state.end(Ending::Stopped),
         (ThawStep::Thaw, VmEvent::Thawed) => to_network(),
         (ThawStep::Network, VmEvent::NetworkOpen(Work::Nothing)) => to_ready(),
+        (ThawStep::Network, VmEvent::NetworkOpen(Work::Inherited)) => to_await(),
         (ThawStep::Network, VmEvent::NetworkOpen(Work::App)) => (
             VmState::Thawing { at: ThawStep::App },
             vec![
@@ -666,16 +714,7 @@ fn thawing(at: ThawStep, event: VmEvent) -> (VmState, Vec<VmEffect>) {
                 VmEffect::StartApp,
             ],
         ),
-        (ThawStep::App, VmEvent::AppStarted) => (
-            VmState::Thawing {
-                at: ThawStep::Ready,
-            },
-            vec![
-                VmEffect::Journal(Milestone::Started),
-                VmEffect::Report,
-                VmEffect::AwaitReady,
-            ],
-        ),
+        (ThawStep::App, VmEvent::AppStarted) => to_await(),
         (ThawStep::Ready, VmEvent::AppReady) => (VmState::Ready, vec![VmEffect::Report]),
         (at, other) => unreachable!("{other:?} while thawing ({at:?})"),
     }
@@ -687,6 +726,7 @@ fn ready(event: VmEvent) -> (VmState, Vec<VmEffect>) {
         VmEvent::Exited(failure) => VmState::Ready.end(Ending::Failed(failure)),
         VmEvent::Stop(StopMode::Graceful) => drain(),
         VmEvent::Stop(StopMode::Kill) => VmState::Ready.end(Ending::Stopped),
+        VmEvent::Capture(afterwards) => capture::begin(afterwards),
         other => unreachable!("{other:?} while ready"),
     }
 }

@@ -6,6 +6,7 @@ use proptest::prelude::{
 use spore_wire::node::{StopMode, VmFailureKind, VmPhase};
 
 use super::{AgentSeen, AppSeen, Begin, Failure, Milestone, VmEffect, VmEvent, VmState, Work};
+use crate::hypervisor::fork::Afterwards;
 
 /// What the world does next to the machine under test.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +21,8 @@ enum Move {
     Stop(StopMode),
     /// The app crashes for good, or the agent is lost.
     Unsound,
+    /// Somebody wants a ready VM captured.
+    Capture(Afterwards),
     /// The daemon dies and the next one reads the journal.
     Crash,
 }
@@ -33,6 +36,8 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
             1 => Just(Move::Stop(StopMode::Graceful)),
             1 => Just(Move::Stop(StopMode::Kill)),
             1 => Just(Move::Unsound),
+            2 => Just(Move::Capture(Afterwards::GoesOn)),
+            1 => Just(Move::Capture(Afterwards::Ends)),
             2 => Just(Move::Crash),
         ],
         0..60,
@@ -44,7 +49,7 @@ fn begins() -> impl Strategy<Value = Begin> {
 }
 
 fn works() -> impl Strategy<Value = Work> {
-    prop_oneof![Just(Work::App), Just(Work::Nothing)]
+    prop_oneof![Just(Work::App), Just(Work::Nothing), Just(Work::Inherited)]
 }
 
 /// The host as the effects leave it, and the checks on the way.
@@ -57,8 +62,10 @@ struct World {
     journal: Option<Milestone>,
     made: bool,
     runs: bool,
-    /// A fork that was never let run.
+    /// It was not let run, or no more.
     paused: bool,
+    /// Its tenant's processes stand still.
+    frozen: bool,
     attached: bool,
     thawed: bool,
     open: bool,
@@ -72,6 +79,29 @@ fn failure() -> Failure {
     Failure {
         kind: VmFailureKind::Died,
         message: "in a test".to_owned(),
+    }
+}
+
+impl World {
+    fn complete_capture(&mut self, effect: VmEffect) -> VmEvent {
+        match effect {
+            VmEffect::Freeze => {
+                self.frozen = true;
+                VmEvent::Frozen
+            }
+            VmEffect::Pause => {
+                self.paused = true;
+                VmEvent::Paused
+            }
+            VmEffect::Capture => {
+                self.runs &= !self.doomed;
+                VmEvent::Captured
+            }
+            _ => {
+                self.frozen = false;
+                VmEvent::Unfrozen
+            }
+        }
     }
 }
 
@@ -131,7 +161,7 @@ impl Run {
                 assert_eq!(world.journal, Some(Milestone::Prepared));
             }
             VmEffect::Resume => {
-                assert_eq!(world.journal, Some(Milestone::Running));
+                assert!(world.journal >= Some(Milestone::Running));
                 assert!(world.attached, "nobody holds it");
             }
             VmEffect::ConnectAgent => assert!(!world.paused, "it cannot answer"),
@@ -153,16 +183,34 @@ impl Run {
             }
             VmEffect::Report => {
                 if self.state.phase() == VmPhase::Ready {
-                    let worked = world.app || self.work == Work::Nothing;
+                    let worked = world.app || self.work != Work::App;
                     assert!(world.thawed && world.open && worked, "ready too early");
+                }
+                if self.state == VmState::Ready {
+                    assert!(!world.paused && !world.frozen, "a VM that stands still");
                 }
                 if self.state.is_over() {
                     assert!(world.journal.is_none());
                     world.finals += 1;
                 }
             }
-            VmEffect::AwaitReady => assert_eq!(self.work, Work::App),
-            VmEffect::TakeTurn | VmEffect::Shutdown | VmEffect::Release => {}
+            VmEffect::AwaitReady => assert_ne!(self.work, Work::Nothing),
+            VmEffect::Freeze => assert!(!world.frozen && !world.paused),
+            VmEffect::Pause => assert!(world.frozen && !world.paused),
+            VmEffect::Capture => {
+                assert!(world.frozen && world.paused, "copied while it runs");
+                let ends = matches!(
+                    self.state,
+                    VmState::Capturing {
+                        afterwards: Afterwards::Ends,
+                        ..
+                    }
+                );
+                assert!(world.doomed || !ends, "killed without a word");
+            }
+            VmEffect::Unfreeze => assert!(!world.paused, "it cannot answer"),
+            VmEffect::Shutdown => assert!(!world.paused && !world.frozen, "it cannot end"),
+            VmEffect::TakeTurn | VmEffect::Release => {}
             VmEffect::Farewell => {
                 assert!(world.runs, "nobody is there to wait for");
                 assert_eq!(self.state.phase(), VmPhase::Draining);
@@ -201,9 +249,13 @@ impl Run {
                 VmEvent::Attached
             }
             VmEffect::ConnectAgent => VmEvent::AgentUp(AgentSeen {
-                thawed: world.thawed,
-                work: self.work,
-                app: if world.app {
+                thawed: world.thawed && !world.frozen,
+                frozen: world.frozen,
+                work: match self.work {
+                    Work::Inherited => Work::App,
+                    work => work,
+                },
+                app: if world.app || self.work == Work::Inherited {
                     AppSeen::Ready
                 } else {
                     AppSeen::Absent
@@ -222,12 +274,16 @@ impl Run {
                 VmEvent::AppStarted
             }
             VmEffect::AwaitReady => VmEvent::AppReady,
+            VmEffect::Freeze | VmEffect::Pause | VmEffect::Capture | VmEffect::Unfreeze => {
+                world.complete_capture(effect)
+            }
             VmEffect::Shutdown => VmEvent::ShutDown,
             VmEffect::Farewell => VmEvent::FarewellOver,
             VmEffect::Release => {
                 world.made = false;
                 world.runs = false;
                 world.paused = false;
+                world.frozen = false;
                 world.releases += 1;
                 VmEvent::Released
             }
@@ -251,6 +307,12 @@ impl Run {
             Move::Fail => match self.pending.take() {
                 None | Some(VmEffect::TakeTurn) => {}
                 Some(VmEffect::Release) => self.feed(VmEvent::ReleaseFailed),
+                // Its answer was lost, and not its work.
+                Some(effect @ (VmEffect::Freeze | VmEffect::Pause)) => {
+                    self.complete(effect);
+                    self.feed(VmEvent::CaptureFailed);
+                }
+                Some(VmEffect::Capture) => self.feed(VmEvent::CaptureFailed),
                 Some(_) => self.feed(VmEvent::Failed(failure())),
             },
             Move::Exit => {
@@ -263,6 +325,11 @@ impl Run {
             Move::Unsound => {
                 if self.state == VmState::Ready {
                     self.feed(VmEvent::Failed(failure()));
+                }
+            }
+            Move::Capture(afterwards) => {
+                if self.state == VmState::Ready {
+                    self.feed(VmEvent::Capture(afterwards));
                 }
             }
             Move::Crash => self.crash(),
@@ -348,6 +415,7 @@ fn run_from(begin: Begin, effect: VmEffect) -> Run {
     let mut run = Run::new(begin, Work::App);
     while run.pending != Some(effect) {
         run.make(Move::Succeed);
+        run.make(Move::Capture(Afterwards::GoesOn));
     }
     run
 }
@@ -404,7 +472,7 @@ fn a_daemon_killed_under_any_effect_after_the_identity_adopts_the_vm() {
             seen += 1;
         }
     }
-    assert_eq!(seen, 18 + 20);
+    assert_eq!(seen, 18 + 20 + 2 * 8);
 }
 
 #[test]
@@ -515,6 +583,7 @@ fn a_vm_of_an_earlier_daemon_gets_its_farewell_when_its_agent_is_lost() {
     run.make(Move::Succeed);
     run.crash();
     run.make(Move::Succeed);
+    run.make(Move::Succeed);
     assert_eq!(run.pending, Some(VmEffect::ConnectAgent));
     run.make(Move::Fail);
     assert_eq!(run.pending, Some(VmEffect::Farewell));
@@ -526,8 +595,10 @@ fn a_drain_that_a_crash_interrupted_goes_on() {
     run.make(Move::Succeed);
     run.make(Move::Stop(StopMode::Graceful));
     run.crash();
-    run.make(Move::Succeed);
-    run.make(Move::Succeed);
+    for effect in [VmEffect::Attach, VmEffect::Resume, VmEffect::ConnectAgent] {
+        assert_eq!(run.pending, Some(effect));
+        run.make(Move::Succeed);
+    }
     assert_eq!(run.pending, Some(VmEffect::Shutdown));
 }
 
@@ -537,6 +608,7 @@ fn a_new_guest_that_claims_to_be_thawed_is_thawed_all_the_same() {
     run.pending = None;
     run.feed(VmEvent::AgentUp(AgentSeen {
         thawed: true,
+        frozen: false,
         work: Work::App,
         app: AppSeen::Ready,
     }));
@@ -562,6 +634,127 @@ fn a_vm_without_an_app_is_ready_once_its_network_is_open_and_again_after_a_crash
             Some(VmEffect::Shutdown),
             "it may have much to lose"
         );
+    }
+}
+
+#[test]
+fn an_app_that_goes_on_in_a_fork_is_awaited_and_not_started() {
+    let mut run = Run::new(Begin::Fork, Work::Inherited);
+    while run.pending != Some(VmEffect::OpenNetwork) {
+        run.make(Move::Succeed);
+    }
+    run.make(Move::Succeed);
+    assert_eq!(run.pending, Some(VmEffect::AwaitReady));
+    assert_eq!(run.world.journal, Some(Milestone::Started));
+}
+
+/// A ready VM of which a capture has begun `effect`.
+fn run_to_capture(effect: VmEffect, afterwards: Afterwards) -> Run {
+    let mut run = run_until(VmEffect::AwaitReady);
+    run.make(Move::Succeed);
+    run.make(Move::Capture(afterwards));
+    while run.pending != Some(effect) {
+        run.make(Move::Succeed);
+    }
+    run
+}
+
+#[test]
+fn a_captured_vm_goes_on_and_is_told_as_ready_all_the_while() {
+    let mut run = run_to_capture(VmEffect::Freeze, Afterwards::GoesOn);
+    for effect in [
+        VmEffect::Freeze,
+        VmEffect::Pause,
+        VmEffect::Capture,
+        VmEffect::Resume,
+        VmEffect::Unfreeze,
+    ] {
+        assert_eq!(run.pending, Some(effect));
+        assert_eq!(run.state.phase(), VmPhase::Ready);
+        run.make(Move::Succeed);
+    }
+    assert_eq!(run.state, VmState::Ready);
+    assert_eq!(run.world.journal, Some(Milestone::Started));
+}
+
+#[test]
+fn whatever_fails_on_the_way_to_a_capture_the_vm_runs_again() {
+    for failing in [VmEffect::Freeze, VmEffect::Pause, VmEffect::Capture] {
+        let mut run = run_to_capture(failing, Afterwards::GoesOn);
+        run.make(Move::Fail);
+        while run.pending.is_some() {
+            run.make(Move::Succeed);
+        }
+        assert_eq!(run.state, VmState::Ready, "{failing:?}");
+        assert!(!run.world.paused && !run.world.frozen, "{failing:?}");
+    }
+}
+
+#[test]
+fn a_vm_that_does_not_run_again_is_ended() {
+    for failing in [VmEffect::Resume, VmEffect::Unfreeze] {
+        let mut run = run_to_capture(failing, Afterwards::GoesOn);
+        run.make(Move::Fail);
+        assert_eq!(run.pending, Some(VmEffect::Farewell), "{failing:?}");
+        run.make(Move::Succeed);
+        run.make(Move::Succeed);
+        assert_eq!(run.state, VmState::Failed(failure()));
+    }
+}
+
+#[test]
+fn a_vm_that_ends_with_its_capture_is_journaled_so_and_its_end_cuts_nothing_off() {
+    for fails in [false, true] {
+        let mut run = run_to_capture(VmEffect::Capture, Afterwards::Ends);
+        assert_eq!(run.world.journal, Some(Milestone::EndingStopped));
+        run.make(Move::Exit);
+        assert_eq!(run.pending, Some(VmEffect::Capture));
+        run.make(if fails { Move::Fail } else { Move::Succeed });
+        assert_eq!(run.pending, Some(VmEffect::Release));
+        run.make(Move::Succeed);
+        assert_eq!(run.state, VmState::Stopped);
+    }
+}
+
+#[test]
+fn a_stop_waits_until_a_captured_vm_can_be_asked_and_a_kill_does_not() {
+    for effect in [
+        VmEffect::Freeze,
+        VmEffect::Pause,
+        VmEffect::Capture,
+        VmEffect::Resume,
+        VmEffect::Unfreeze,
+    ] {
+        let mut run = run_to_capture(effect, Afterwards::GoesOn);
+        run.make(Move::Stop(StopMode::Graceful));
+        assert_eq!(run.pending, Some(effect));
+        while run.pending != Some(VmEffect::Shutdown) {
+            run.make(Move::Succeed);
+        }
+        let mut run = run_to_capture(effect, Afterwards::GoesOn);
+        run.make(Move::Stop(StopMode::Kill));
+        assert_eq!(run.pending, Some(VmEffect::Release), "{effect:?}");
+    }
+}
+
+#[test]
+fn a_vm_that_an_earlier_daemon_left_standing_still_runs_before_it_is_told_as_ready() {
+    for stop in [None, Some(StopMode::Graceful)] {
+        let mut run = run_to_capture(VmEffect::Capture, Afterwards::GoesOn);
+        run.crash();
+        for effect in [VmEffect::Attach, VmEffect::Resume, VmEffect::ConnectAgent] {
+            assert_eq!(run.pending, Some(effect));
+            run.make(Move::Succeed);
+            if let (VmEffect::Attach, Some(mode)) = (effect, stop) {
+                run.make(Move::Stop(mode));
+            }
+        }
+        assert_eq!(run.pending, Some(VmEffect::Unfreeze));
+        run.make(Move::Succeed);
+        match stop {
+            None => assert_eq!(run.state, VmState::Ready),
+            Some(_) => assert_eq!(run.pending, Some(VmEffect::Shutdown)),
+        }
     }
 }
 

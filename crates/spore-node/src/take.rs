@@ -1,0 +1,296 @@
+//! Taking a snapshot of a VM that runs: staged, captured, and sealed while the VM goes on.
+//!
+//! Called by control, for a checkpoint or at the end of a template's builder. Whatever can be
+//! refused is refused before the VM stands still, and everything that takes time but the copy
+//! itself comes after it runs again.
+
+use core::time::Duration;
+use std::sync::Arc;
+
+use spore_wire::generation::{GENERATION, GENERATION_FORKS};
+use spore_wire::id::{SnapshotId, VmId};
+use spore_wire::node::{Source, VmPhase};
+use spore_wire::snapshot::{
+    Shape, SnapshotApp, SnapshotInfo, SnapshotKind, SnapshotMeta, SnapshotParent,
+};
+use thiserror::Error;
+use tokio::sync::oneshot;
+use tokio::task;
+
+use crate::hypervisor::fork::{Afterwards, Capture};
+use crate::hypervisor::memory_image::{CapturedMemory, MemoryImage};
+use crate::journal::{Record, SecretsKept};
+use crate::node::{Node, VmError};
+use crate::snapshot::header::{DiskBacking, Header, Protection};
+use crate::snapshot::key::SnapshotKey;
+use crate::snapshot::pages::PAGE_BYTES;
+use crate::snapshot::staging::{FrozenLayer, Order, Staged};
+use crate::snapshot::{SnapshotStore, StoreError};
+use crate::snapshots::{RAW_DISK, Snapshots};
+use crate::vm::actor::{Access, Taking, VmRequest};
+use crate::vm::capture::Captured;
+
+/// A snapshot to be taken.
+#[derive(Debug)]
+pub struct Take {
+    /// Chosen by control, never used before.
+    pub id: SnapshotId,
+    /// What it is for: a VM goes on behind a checkpoint, and ends with a template.
+    pub kind: SnapshotKind,
+    /// What encrypts it. Needed when the VM, or what it began from, holds secrets.
+    pub key: Option<SnapshotKey>,
+    /// Seconds since the Unix epoch.
+    pub made_at_s: u64,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug)]
+pub struct Taken {
+    /// What it is.
+    pub info: SnapshotInfo,
+    /// How long the tenant's processes stood still.
+    pub frozen: Duration,
+    /// Of it, how long the whole guest did.
+    pub pause: Duration,
+}
+
+/// Why no snapshot was taken. A VM that goes on does so, unless it has ended.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TakeError {
+    /// The node does not know it.
+    #[error("this node has no VM {0}")]
+    NoVm(VmId),
+    /// It is not in a state for that.
+    #[error("the VM {vm} is {phase:?}: wait until it is ready")]
+    NotReady {
+        /// Which.
+        vm: VmId,
+        /// Where it stands.
+        phase: VmPhase,
+    },
+    /// Another snapshot of it is under way.
+    #[error("a snapshot of the VM {0} is being taken: wait until it is done")]
+    Busy(VmId),
+    /// Secrets would be readable on the disk.
+    #[error(
+        "the VM {0} holds secrets, or began from a snapshot that does: its snapshot must be \
+         encrypted, so give a key"
+    )]
+    HoldsSecrets(VmId),
+    /// The disk or the account's share of it is full.
+    #[error("there is no room for the snapshot")]
+    NoSpace(#[source] StoreError),
+    /// This cannot be done here.
+    #[error("no such snapshot can be taken of the VM {vm}: {reason}")]
+    Unsupported {
+        /// Which.
+        vm: VmId,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// The guest or its VMM did not do as it should.
+    #[error("the VM {vm} could not be captured: {reason}")]
+    Failed {
+        /// Which.
+        vm: VmId,
+        /// What happened.
+        reason: String,
+    },
+    /// The VM ended meanwhile.
+    #[error("the VM {0} ended before its snapshot was taken")]
+    Ended(VmId),
+    /// The store.
+    #[error("cannot file the snapshot")]
+    Store(#[source] StoreError),
+    /// A worker thread ended.
+    #[error("a worker thread ended")]
+    Worker(#[source] task::JoinError),
+}
+
+impl From<StoreError> for TakeError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            error @ (StoreError::DiskFull { .. } | StoreError::Quota { .. }) => {
+                Self::NoSpace(error)
+            }
+            error => Self::Store(error),
+        }
+    }
+}
+
+impl Node {
+    /// Takes a snapshot of a ready VM. A checkpoint's VM stands still for a moment and goes on; a
+    /// template's ends. The snapshot is whole and on the disk when this is done.
+    ///
+    /// # Errors
+    /// [`TakeError`]; nothing is left of the snapshot then.
+    pub async fn take(&self, vm: VmId, take: Take) -> Result<Taken, TakeError> {
+        let access = self.ready(vm).map_err(|error| match error {
+            VmError::NotReady { vm, phase } => TakeError::NotReady { vm, phase },
+            _ => TakeError::NoVm(vm),
+        })?;
+        let afterwards = match take.kind {
+            SnapshotKind::Checkpoint => Afterwards::GoesOn,
+            SnapshotKind::Template => Afterwards::Ends,
+            SnapshotKind::Suspend => {
+                let reason = "this version suspends no VM";
+                return Err(TakeError::Unsupported { vm, reason });
+            }
+        };
+        let staged = self.stage(&access, take).await?;
+        let (answer, answered) = oneshot::channel();
+        let taking = Taking::new(vm, afterwards, answer);
+        let actor = self.actor(vm).ok_or(TakeError::Ended(vm))?;
+        let sent = actor.requests.send(VmRequest::Capture(taking)).await;
+        sent.map_err(|_ended| TakeError::Ended(vm))?;
+        let captured = answered.await.map_err(|_ended| TakeError::Ended(vm))??;
+        seal(self.snapshots().clone(), staged, captured).await
+    }
+
+    /// Everything that can be refused before the VM stands still.
+    async fn stage(&self, access: &Access, take: Take) -> Result<Staged, TakeError> {
+        let vm = access.record.start.vm;
+        let unsupported = |reason| TakeError::Unsupported { vm, reason };
+        if !self.hypervisor().caps().snapshots {
+            return Err(unsupported("this node's driver captures none"));
+        }
+        let hello = access.hello.borrow().as_ref().map(|hello| hello.generation);
+        let agent_generation = hello.unwrap_or(GENERATION);
+        if agent_generation < GENERATION_FORKS {
+            return Err(unsupported("its agent is too old, start it anew"));
+        }
+        // Its memory, and what its VMM takes: about what has to be written.
+        let stats = access.vm.stats().await;
+        let estimate = stats.map_or(0, |stats| stats.memory_bytes);
+        let facts = Facts {
+            record: Arc::clone(&access.record),
+            shape: self.hypervisor().shape(&access.record.machine),
+            agent_generation,
+            estimate_bytes: estimate.min(memory_bytes(&access.record)),
+            quota_bytes: self.snapshots().quota_bytes(),
+        };
+        let store = self.snapshots().store().clone();
+        let staged = task::spawn_blocking(move || facts.stage(&store, take));
+        staged.await.map_err(TakeError::Worker)?
+    }
+}
+
+fn memory_bytes(record: &Record) -> u64 {
+    u64::from(record.start.resources.memory_mib) << 20
+}
+
+/// What is known of a VM before it is captured.
+struct Facts {
+    record: Arc<Record>,
+    shape: Shape,
+    agent_generation: u32,
+    estimate_bytes: u64,
+    quota_bytes: u64,
+}
+
+impl Facts {
+    fn stage(self, store: &SnapshotStore, take: Take) -> Result<Staged, TakeError> {
+        let start = &self.record.start;
+        let parent = match start.source {
+            Source::Snapshot(id) => Some(store.find(&start.owner.account, id)?),
+            _ => None,
+        };
+        let of_parent = |what: fn(&Header) -> bool| parent.as_ref().is_some_and(what);
+        let holds_secrets = self.record.secrets == SecretsKept::Elsewhere
+            || of_parent(|parent| parent.meta.holds_secrets);
+        let sealed = of_parent(|parent| parent.protection == Protection::Sealed);
+        if (holds_secrets || sealed) && take.key.is_none() {
+            return Err(TakeError::HoldsSecrets(start.vm));
+        }
+        let meta = SnapshotMeta {
+            id: take.id,
+            account: start.owner.account.clone(),
+            parent: parent.map(|parent| SnapshotParent {
+                account: parent.meta.account,
+                id: parent.meta.id,
+            }),
+            kind: take.kind,
+            shape: self.shape,
+            agent_generation: self.agent_generation,
+            image: start.image,
+            folder: start.folder,
+            resources: start.resources,
+            taken_of: Some(start.owner.clone()),
+            app: start.process.as_ref().map(|process| SnapshotApp {
+                port: process.port,
+                ready: true,
+            }),
+            holds_secrets,
+            made_at_s: take.made_at_s,
+        };
+        let order = Order {
+            meta,
+            key: take.key,
+            estimate_bytes: self.estimate_bytes,
+            quota_bytes: self.quota_bytes,
+        };
+        Ok(store.stage(order)?)
+    }
+}
+
+/// Files what was captured.
+async fn seal(
+    snapshots: Snapshots,
+    staged: Staged,
+    captured: Captured,
+) -> Result<Taken, TakeError> {
+    let Captured {
+        capture,
+        frozen,
+        pause,
+    } = captured;
+    let store = snapshots.store().clone();
+    let sealing = task::spawn_blocking(move || {
+        let whole = fill(staged, capture);
+        whole.and_then(|(header, image)| {
+            let info = store.info(&header.meta.account, header.meta.id)?;
+            Ok((info, image))
+        })
+    });
+    let (info, image) = sealing.await.map_err(TakeError::Worker)??;
+    if let Some(image) = image {
+        snapshots.memories().offer(info.id, &image);
+    }
+    Ok(Taken {
+        info,
+        frozen,
+        pause,
+    })
+}
+
+/// Blocks. The whole memory is given back where there is one: forks may begin at once.
+fn fill(
+    mut staged: Staged,
+    capture: Capture,
+) -> Result<(Header, Option<Arc<MemoryImage>>), StoreError> {
+    let image = match capture.memory {
+        CapturedMemory::Whole(image) => {
+            staged.image(&image)?;
+            Some(image)
+        }
+        CapturedMemory::Changed { pages, .. } => {
+            for (first, bytes) in pages.iter() {
+                for (page, bytes) in (first..).zip(bytes.chunks(PAGE_BYTES)) {
+                    staged.page(page, bytes)?;
+                }
+            }
+            None
+        }
+    };
+    staged.state(&capture.state)?;
+    if let Some(scratch) = &capture.scratch {
+        let layer = FrozenLayer {
+            file: scratch,
+            format: RAW_DISK,
+            key: None,
+        };
+        staged.disk(&layer, DiskBacking::Empty)?;
+    }
+    Ok((staged.seal()?, image))
+}
