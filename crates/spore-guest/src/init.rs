@@ -77,7 +77,7 @@ pub fn run() {
     if let Err(error) = serve() {
         console::say(&format!("the guest did not come up: {}", chain(&error)));
     }
-    Real.power_off();
+    Real::default().power_off();
     // PID 1 must not return; a kernel that can neither power off nor reset is left waiting.
     loop {
         pause(1000);
@@ -114,7 +114,7 @@ fn serve() -> Result<(), InitError> {
         face: Some(PathBuf::from(FACE_FOLDER).join("agent.sock")),
         leftovers: Vec::new(),
     };
-    Agent::new(port, guest, Real)?.run();
+    Agent::new(port, guest, Real::default())?.run();
     Ok(())
 }
 

@@ -7,7 +7,7 @@
 //! | [`app`], [`runner`], [`probe`], [`socket_table`], [`log`] | the app: life, readiness, output |
 //! | [`exec`], [`file`], [`guest`], [`user`] | what the host asks for inside the tenant's root |
 //! | [`launch`], [`cgroup`], [`memory`], [`reap`] | processes: begin, bounds and end |
-//! | [`thaw`] | what a fork must renew |
+//! | [`thaw`], [`folder`] | what a fork must renew |
 //! | [`forward`], [`face`] | the other lives of the same binary: relay, and the tenant's command |
 //! | [`clock`], [`console`], [`procfs`], [`sys`] | the kernel's edges |
 //!
@@ -23,6 +23,7 @@ pub mod disk;
 pub mod exec;
 pub mod face;
 pub mod file;
+pub mod folder;
 pub mod forward;
 pub mod guest;
 pub mod init;

@@ -1,7 +1,7 @@
 //! The system calls that rustix does not offer as safe functions.
 //!
-//! Called by [`crate::launch`], [`crate::reap`], [`crate::thaw`], [`crate::view`] and
-//! [`crate::exec`]. Holds no state and no policy.
+//! Called by [`crate::launch`], [`crate::reap`], [`crate::thaw`], [`crate::view`],
+//! [`crate::folder`] and [`crate::exec`]. Holds no state and no policy.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
@@ -57,6 +57,16 @@ pub fn add_entropy(random: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
 pub fn unshare_mounts() -> io::Result<()> {
     // SAFETY: the file table stays shared (no `FILES`), which is the only hazard of this call.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(io::Error::from)
+}
+
+/// Gives the calling thread a root and a working directory of its own, without which it may not
+/// enter another mount namespace.
+///
+/// # Errors
+/// Whatever the kernel answers.
+pub fn unshare_root() -> io::Result<()> {
+    // SAFETY: the file table stays shared (no `FILES`), which is the only hazard of this call.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }.map_err(io::Error::from)
 }
 
 /// Blocks SIGCHLD and gives a descriptor that is readable while one is pending. To be called

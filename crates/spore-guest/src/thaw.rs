@@ -1,7 +1,8 @@
-//! What a VM must renew before a tenant's first instruction: entropy, clock, names, boot id.
+//! What a VM must renew before a tenant's first instruction: the app's folder, entropy, clock,
+//! names, boot id.
 //!
 //! [`Real`] is the machine of [`crate::init`]; a step that fails fails the thaw, and the host ends
-//! the VM. Entropy comes first: whatever follows may use the kernel's random numbers.
+//! the VM. Entropy comes before whatever may use the kernel's random numbers.
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -14,11 +15,13 @@ use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::system::{RebootCommand, reboot, sethostname};
 use rustix::time::{ClockId, Timespec, clock_settime};
+use spore_wire::cause::chain;
 use spore_wire::guest::{AgentError, AgentErrorCode, Thaw, ThawStep};
 
 use crate::agent::Machine;
+use crate::folder::Folder;
 use crate::guest::{Guest, path_error, refused};
-use crate::view::BOOT_ID_FILE;
+use crate::view::{BOOT_ID_FILE, ViewError};
 use crate::{console, net, sys};
 
 /// The least entropy that is taken.
@@ -29,9 +32,14 @@ const INCARNATION_BYTES_MAX: usize = 64;
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
+/// The longest name of a folder.
+const FOLDER_BYTES_MAX: usize = 128;
+
 /// The VM itself.
-#[derive(Debug)]
-pub struct Real;
+#[derive(Debug, Default)]
+pub struct Real {
+    folder: Folder,
+}
 
 impl Machine for Real {
     fn check(&self, thaw: &Thaw) -> Result<(), AgentError> {
@@ -40,6 +48,7 @@ impl Machine for Real {
 
     fn renew(&mut self, guest: &Guest, step: ThawStep, thaw: &Thaw) -> Result<(), AgentError> {
         match step {
+            ThawStep::Folder => self.show_folder(guest, thaw.folder.as_deref()),
             ThawStep::Entropy => renew_entropy(thaw.entropy.expose()),
             ThawStep::Clock => set_clock(thaw.realtime_ns),
             ThawStep::Names => set_names(guest, thaw),
@@ -61,6 +70,20 @@ impl Machine for Real {
         if let Err(errno) = reboot(RebootCommand::Restart) {
             console::say(&format!("cannot end the VM: {}", io::Error::from(errno)));
         }
+    }
+}
+
+impl Real {
+    fn show_folder(&mut self, guest: &Guest, wanted: Option<&str>) -> Result<(), AgentError> {
+        let failed = |error: &dyn std::error::Error| AgentError {
+            code: AgentErrorCode::Refused,
+            message: format!("cannot show the app's folder: {}", chain(error)),
+        };
+        let Some(tenant) = &guest.launcher.namespace else {
+            return Err(failed(&ViewError::Thread));
+        };
+        let shown = self.folder.show(tenant.as_fd(), wanted);
+        shown.map_err(|error| failed(&error))
     }
 }
 
@@ -140,6 +163,14 @@ fn check(thaw: &Thaw) -> Result<(), AgentError> {
             incarnation.escape_debug()
         )));
     }
+    if let Some(folder) = &thaw.folder
+        && (folder.len() > FOLDER_BYTES_MAX || !folder.chars().all(named))
+    {
+        return Err(invalid(format!(
+            "folder `{}`: at most 128 letters, digits and `-` are expected",
+            folder.escape_debug()
+        )));
+    }
     let digit = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
     if thaw.machine_id.len() != 32 || !thaw.machine_id.chars().all(digit) {
         return Err(invalid(
@@ -213,6 +244,7 @@ mod tests {
             hostname: "notes".to_owned(),
             machine_id: "0123456789abcdef0123456789abcdef".to_owned(),
             resolver: Some([10, 42, 0, 1]),
+            folder: Some("0a-1".to_owned()),
             incarnation: "abc".to_owned(),
             steps: Vec::new(),
             hold: false,
@@ -249,6 +281,14 @@ mod tests {
             },
             Thaw {
                 incarnation: "a".repeat(65),
+                ..thaw()
+            },
+            Thaw {
+                folder: Some("../a".to_owned()),
+                ..thaw()
+            },
+            Thaw {
+                folder: Some("a".repeat(129)),
                 ..thaw()
             },
         ];

@@ -6,19 +6,19 @@
 //!
 //! ```text
 //!   /            overlay: image (read-only) under scratch
-//!   /app         overlay: the app's folder (read-only) under scratch, if there is a folder
+//!   /app         overlay: the app's folder (read-only) under scratch, once a thaw says that there
+//!                is one ([`crate::folder`])
 //!   /dev         the devices that harm nobody; its own devpts
 //!   /proc /sys   its own mounts, /sys read-only; in /proc the boot id is a file of the agent's,
 //!                since the kernel's is the same in every fork
 //!   /run         tmpfs; /run/secrets is the app's user's; /run/spore is the agent's, read-only
 //! ```
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat, open};
 use rustix::mount::{
@@ -65,6 +65,9 @@ pub enum ViewError {
     /// There is no root image.
     #[error("the VM has no disk with an image")]
     NoImage,
+    /// There is no disk for a folder.
+    #[error("the VM has no disk with an app's folder")]
+    NoFolder,
     /// A disk is unusable.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -99,27 +102,22 @@ impl View {
     pub fn make() -> Result<Self, ViewError> {
         let image = disk::find(disk::IMAGE).ok_or(ViewError::NoImage)?;
         mount_disk(&image, "/image")?;
-        let folder = disk::find(disk::FOLDER);
-        if let Some(folder) = &folder {
-            mount_disk(folder, "/folder")?;
-        }
         mount_scratch()?;
         make_boot_id()?;
-        let has_folder = folder.is_some();
-        std::thread::spawn(move || make_namespace(has_folder))
+        std::thread::spawn(make_namespace)
             .join()
             .map_err(|_panic| ViewError::Thread)?
     }
 }
 
-fn step<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> ViewError {
+pub(crate) fn step<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> ViewError {
     move |source| ViewError::Step {
         step: step.into(),
         source: source.into(),
     }
 }
 
-fn mount_disk(device: &Path, at: &str) -> Result<(), ViewError> {
+pub(crate) fn mount_disk(device: &Path, at: &str) -> Result<(), ViewError> {
     let kind = FileSystem::probe(device)?;
     make_folder(at)?;
     let flags = MountFlags::RDONLY | MountFlags::NODEV;
@@ -146,12 +144,10 @@ fn mount_scratch() -> Result<(), ViewError> {
         }
         None => mount_tmpfs(at, c"mode=0755,size=50%", MountFlags::NODEV)?,
     }
-    for folder in ["root", "root-work", "app", "app-work"] {
+    for folder in ["root", "root-work"] {
         make_folder(format!("{at}/{folder}"))?;
     }
-    // The upper folder's owner is the merged one's: the default user may write to /app.
-    std::os::unix::fs::chown(format!("{at}/app"), Some(DEFAULT_UID), Some(DEFAULT_UID))
-        .map_err(step("give /app to the default user"))
+    Ok(())
 }
 
 /// Until the first thaw it is the kernel's.
@@ -161,20 +157,16 @@ fn make_boot_id() -> Result<(), ViewError> {
         .map_err(step("keep the boot id"))
 }
 
-fn make_namespace(has_folder: bool) -> Result<View, ViewError> {
+fn make_namespace() -> Result<View, ViewError> {
     sys::unshare_mounts().map_err(step("leave the agent's mount namespace"))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(step("make mounts private"))?;
     make_folder("/view")?;
-    mount_overlay("/image", "root", "/view")?;
-    if has_folder {
-        let at = mount_point("app")?;
-        mount_overlay("/folder", "app", &at)?;
-    }
+    mount_root()?;
     mount_kernel_files()?;
     make_devices()?;
     mount_run()?;
-    let tmp = mount_point("tmp")?;
+    let tmp = view_point("tmp")?;
     let sticky = fs::Permissions::from_mode(0o1777);
     fs::set_permissions(&tmp, sticky).map_err(step("open /tmp to everybody"))?;
     pivot()?;
@@ -195,37 +187,28 @@ fn pivot() -> Result<(), ViewError> {
     chdir("/").map_err(step("enter the tenant's root"))
 }
 
-fn mount_overlay(lower: &str, upper: &str, at: &str) -> Result<(), ViewError> {
+fn mount_root() -> Result<(), ViewError> {
     // volatile: nothing here outlives the VM, so a tenant's fsync need not wait for a disk.
-    let options = format!(
-        "lowerdir={lower},upperdir=/scratch/{upper},workdir=/scratch/{upper}-work,volatile"
-    );
-    let options = CString::new(options).map_err(step("name an overlay"))?;
-    mount(
-        "overlay",
-        at,
-        "overlay",
-        MountFlags::NODEV,
-        options.as_c_str(),
-    )
-    .map_err(step(format!("mount the overlay over {lower}")))
+    let options = c"lowerdir=/image,upperdir=/scratch/root,workdir=/scratch/root-work,volatile";
+    mount("overlay", "/view", "overlay", MountFlags::NODEV, options)
+        .map_err(step("mount the overlay over the image"))
 }
 
 fn mount_kernel_files() -> Result<(), ViewError> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    let proc = mount_point("proc")?;
+    let proc = view_point("proc")?;
     mount("proc", &proc, "proc", flags, None).map_err(step("mount the tenant's /proc"))?;
     let boot_id = format!("/view/{BOOT_ID}");
     mount_bind(BOOT_ID_FILE, &boot_id).map_err(step("show the boot id"))?;
     let read_only = MountFlags::BIND | MountFlags::RDONLY | flags;
     mount_remount(&boot_id, read_only, c"").map_err(step("make the boot id read-only"))?;
-    let sys = mount_point("sys")?;
+    let sys = view_point("sys")?;
     mount("sysfs", &sys, "sysfs", flags | MountFlags::RDONLY, None)
         .map_err(step("mount the tenant's /sys"))
 }
 
 fn make_devices() -> Result<(), ViewError> {
-    let dev = mount_point("dev")?;
+    let dev = view_point("dev")?;
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
     mount_tmpfs(&dev, c"mode=0755,size=1m", flags)?;
     for (name, major, minor) in DEVICES {
@@ -251,7 +234,7 @@ fn make_devices() -> Result<(), ViewError> {
 }
 
 fn mount_run() -> Result<(), ViewError> {
-    let run = mount_point("run")?;
+    let run = view_point("run")?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
     mount_tmpfs(&run, c"mode=0755,size=25%", flags)?;
     let secrets = format!("{run}/secrets");
@@ -270,10 +253,14 @@ fn mount_run() -> Result<(), ViewError> {
     mount_remount(&program, flags, c"").map_err(step("make the agent's program read-only"))
 }
 
+fn view_point(name: &str) -> Result<String, ViewError> {
+    mount_point(Path::new("/view"), name)
+}
+
 /// A real folder of that name in the tenant's root: an image in which it is a link or a file, or
 /// not there at all, gets one. What we mount must not follow a tenant's link.
-fn mount_point(name: &str) -> Result<String, ViewError> {
-    let path = PathBuf::from(format!("/view/{name}"));
+pub(crate) fn mount_point(root: &Path, name: &str) -> Result<String, ViewError> {
+    let path = root.join(name);
     match fs::symlink_metadata(&path) {
         Ok(found) if found.is_dir() => {}
         Ok(_) => {
@@ -282,14 +269,14 @@ fn mount_point(name: &str) -> Result<String, ViewError> {
         }
         Err(_) => make_folder(&path)?,
     }
-    Ok(format!("/view/{name}"))
+    Ok(path.to_string_lossy().into_owned())
 }
 
 fn mount_tmpfs(at: &str, options: &std::ffi::CStr, flags: MountFlags) -> Result<(), ViewError> {
     mount("tmpfs", at, "tmpfs", flags, options).map_err(step(format!("mount memory at {at}")))
 }
 
-fn make_folder(path: impl AsRef<Path>) -> Result<(), ViewError> {
+pub(crate) fn make_folder(path: impl AsRef<Path>) -> Result<(), ViewError> {
     let path = path.as_ref();
     match fs::create_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {

@@ -228,6 +228,10 @@ pub struct Thaw {
     pub machine_id: String,
     /// The address of the resolver that the guest may ask; `None` without egress.
     pub resolver: Option<[u8; 4]>,
+    /// What is on the disk of the app's folder, by a name that differs where the content does;
+    /// `None` where nothing is. Not named, it is hidden: a fork keeps nothing of its source's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub folder: Option<String>,
     /// The VM's id as text, new for each fork; empty from a host of generation 1.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub incarnation: String,
@@ -245,6 +249,8 @@ pub struct Thaw {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ThawStep {
+    /// What is at `/app`: that of [`Thaw::folder`]. One of the same name stays as it is.
+    Folder,
     /// The kernel's random numbers; before whatever may use them.
     Entropy,
     /// The clock of the day.
@@ -260,7 +266,13 @@ pub enum ThawStep {
 
 impl ThawStep {
     /// Every step that this build knows, in the order in which they are done.
-    pub const ALL: [Self; 4] = [Self::Entropy, Self::Clock, Self::Names, Self::BootId];
+    pub const ALL: [Self; 5] = [
+        Self::Folder,
+        Self::Entropy,
+        Self::Clock,
+        Self::Names,
+        Self::BootId,
+    ];
 }
 
 /// The app's process.

@@ -102,7 +102,8 @@ mod tests {
                 request(json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
             "hostname": "notes", "machine_id": "0123456789abcdef0123456789abcdef",
             "resolver": null, "incarnation": "abcdefghijklmnopqrstuvwxya",
-            "steps": ["entropy", "clock", "names", "boot_id"], "hold": true})),
+            "folder": "00ff", "steps": ["folder", "entropy", "clock", "names", "boot_id"],
+            "hold": true})),
             ),
             ("request freeze", request(json!({"op": "freeze"}))),
             (

@@ -401,6 +401,7 @@ fn fresh(host: &Host, record: &Record, generation: u32) -> Result<Thaw, ThawErro
         hostname: record.start.owner.app.clone(),
         machine_id: HEXLOWER.encode(&machine_id),
         resolver: (!record.start.egress.is_empty()).then_some(HOST_ADDRESS),
+        folder: record.start.folder.map(|image| image.to_string()),
         incarnation: record.start.vm.to_string(),
         hold: !steps.is_empty(),
         steps,

@@ -123,8 +123,18 @@ impl Agent {
         output.trim().to_owned()
     }
 
-    /// Renews everything under the name of `vm`.
+    /// Renews everything under the name of `vm`, which has no folder.
     pub(crate) async fn thaw(&mut self, vm: VmId, hostname: &str) -> Result<Reply, AgentError> {
+        self.thaw_with(vm, hostname, None).await
+    }
+
+    /// Renews everything under the name of `vm`.
+    pub(crate) async fn thaw_with(
+        &mut self,
+        vm: VmId,
+        hostname: &str,
+        folder: Option<&str>,
+    ) -> Result<Reply, AgentError> {
         let now = std::time::UNIX_EPOCH.elapsed().unwrap();
         self.ask(Request::Thaw(Thaw {
             realtime_ns: u64::try_from(now.as_nanos()).unwrap(),
@@ -132,6 +142,7 @@ impl Agent {
             hostname: hostname.to_owned(),
             machine_id: HEXLOWER.encode(&random::<16>()),
             resolver: None,
+            folder: folder.map(str::to_owned),
             incarnation: vm.to_string(),
             steps: ThawStep::ALL.to_vec(),
             hold: false,

@@ -20,26 +20,47 @@ const INDIVIDUAL: &str = "cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/r
     /etc/machine-id /etc/hostname; od -An -tx1 -N16 /dev/urandom; uname -n | sed s/^/kernel-/";
 
 /// A VM and its session.
-struct Running {
-    vm: VmId,
-    held: Arc<dyn Vm>,
-    agent: Agent,
+pub(crate) struct Running {
+    pub(crate) vm: VmId,
+    pub(crate) held: Arc<dyn Vm>,
+    pub(crate) agent: Agent,
 }
 
 async fn boot(driver: &Qemu, machine: &Machine) -> Running {
+    let mut this = boot_only(driver, machine).await;
+    this.agent.thaw(this.vm, "source").await.unwrap();
+    this
+}
+
+/// Not thawed yet.
+pub(crate) async fn boot_only(driver: &Qemu, machine: &Machine) -> Running {
     let vm = new_id();
     let prepared = driver.prepare(vm, machine).await.unwrap();
     let begun = Instant::now();
     let identity = driver.boot(vm, machine, &prepared).await.unwrap();
     let held = driver.attach(vm, &prepared, &identity).await.unwrap();
-    let (mut agent, hello) = Agent::greet(&*held).await;
+    let (agent, hello) = Agent::greet(&*held).await;
     println!("boot: agent answered {:?} after the spawn", begun.elapsed());
     assert!(!hello.thawed && !hello.frozen && hello.incarnation.is_none());
-    agent.thaw(vm, "source").await.unwrap();
     Running { vm, held, agent }
 }
 
 async fn fork(driver: &Qemu, machine: &Machine, from: &ForkFrom, source: VmId) -> Running {
+    let mut this = fork_only(driver, machine, from, source).await;
+    let hostname = format!("fork-{}", &this.vm.to_string()[..8]);
+    let begun = Instant::now();
+    this.agent.thaw(this.vm, &hostname).await.unwrap();
+    println!("fork: thawed in {:?}", begun.elapsed());
+    this
+}
+
+/// Not thawed yet.
+pub(crate) async fn fork_only(
+    driver: &Qemu,
+    machine: &Machine,
+    from: &ForkFrom,
+    source: VmId,
+) -> Running {
     let vm = new_id();
     let prepared = driver.prepare(vm, machine).await.unwrap();
     let begun = Instant::now();
@@ -47,23 +68,18 @@ async fn fork(driver: &Qemu, machine: &Machine, from: &ForkFrom, source: VmId) -
     let loaded = begun.elapsed();
     let held = driver.attach(vm, &prepared, &identity).await.unwrap();
     held.resume().await.unwrap();
-    let (mut agent, hello) = Agent::greet(&*held).await;
+    let (agent, hello) = Agent::greet(&*held).await;
     println!(
         "fork: loaded {loaded:?}, agent answered {:?} after the spawn",
         begun.elapsed()
     );
     assert!(!hello.thawed && hello.frozen, "{hello:?}");
     assert_eq!(hello.incarnation, Some(source.to_string()));
-    agent
-        .thaw(vm, &format!("fork-{}", &vm.to_string()[..8]))
-        .await
-        .unwrap();
-    println!("fork: thawed {:?} after the spawn", begun.elapsed());
     Running { vm, held, agent }
 }
 
 /// Freezes, pauses and captures; a VM that goes on is let run again.
-async fn capture(of: &mut Running, afterwards: Afterwards) -> Taken {
+pub(crate) async fn capture(of: &mut Running, afterwards: Afterwards) -> Taken {
     assert_eq!(of.agent.ask(Request::Freeze).await, Ok(Reply::Done));
     let begun = Instant::now();
     of.held.pause().await.unwrap();
@@ -93,8 +109,8 @@ async fn capture(of: &mut Running, afterwards: Afterwards) -> Taken {
 }
 
 /// What forks begin from, and how many bytes of it were a fork's own.
-struct Taken {
-    source: ForkFrom,
+pub(crate) struct Taken {
+    pub(crate) source: ForkFrom,
     changed: Option<usize>,
 }
 

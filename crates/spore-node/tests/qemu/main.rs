@@ -8,6 +8,7 @@
 
 mod agent;
 mod confinement;
+mod folder;
 mod fork;
 mod guest;
 mod host;

@@ -3,8 +3,6 @@
 //! Called by the `qemu` driver. Pure: numbers and text in, text out. Never names a path of the
 //! host; what has a path here has it inside the jail.
 
-use std::path::Path;
-
 use spore_wire::guest::PORT_NAME;
 use spore_wire::node::Resources;
 
@@ -60,17 +58,17 @@ const GUEST_HZ: u64 = 250;
 pub(super) enum Disk {
     /// The root image.
     Image,
-    /// The app's folder.
+    /// The app's folder, or what stands in for it.
     Folder,
     /// Gone with the VM.
     Scratch,
 }
 
 impl Disk {
-    /// The disks of a machine.
-    pub(super) fn of(folder: Option<&Path>, resources: &Resources) -> Vec<Self> {
-        let mut disks = vec![Self::Image];
-        disks.extend(folder.map(|_path| Self::Folder));
+    /// The disks of a machine, with a folder or without: a fork has its source's devices, and may
+    /// be of another app.
+    pub(super) fn of(resources: &Resources) -> Vec<Self> {
+        let mut disks = vec![Self::Image, Self::Folder];
         disks.extend((resources.disk_mib > 0).then_some(Self::Scratch));
         disks
     }
@@ -253,8 +251,6 @@ impl Line {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use spore_wire::node::Resources;
 
     use super::{Begin, Disk, INITRAMFS, KERNEL, arguments, kernel_line};
@@ -266,7 +262,7 @@ mod tests {
     };
 
     fn golden(begin: Begin) -> String {
-        let disks = Disk::of(Some(Path::new("/folder")), &RESOURCES);
+        let disks = Disk::of(&RESOURCES);
         arguments(begin, &RESOURCES, &disks, 2_100_000).join("\n")
     }
 
@@ -285,17 +281,17 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_folder_and_scratch_has_one_disk() {
+    fn a_machine_without_scratch_has_its_image_and_a_folder() {
         let resources = Resources {
             disk_mib: 0,
             ..RESOURCES
         };
-        assert_eq!(Disk::of(None, &resources), [Disk::Image]);
+        assert_eq!(Disk::of(&resources), [Disk::Image, Disk::Folder]);
     }
 
     #[test]
     fn no_word_names_a_path_outside_the_jail() {
-        let disks = Disk::of(None, &RESOURCES);
+        let disks = Disk::of(&RESOURCES);
         for begin in [Begin::Boot, Begin::Fork] {
             for word in arguments(begin, &RESOURCES, &disks, 1) {
                 let path = word.split(['=', ',']).find(|part| part.starts_with('/'));

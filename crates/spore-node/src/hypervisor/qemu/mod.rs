@@ -12,6 +12,7 @@
 
 mod arguments;
 mod capture;
+mod in_memory;
 mod pages;
 mod program;
 mod qmp;
@@ -29,7 +30,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use serde_json::{Value, json};
 use spore_wire::id::VmId;
 use spore_wire::node::Boundary;
@@ -37,6 +37,7 @@ use spore_wire::snapshot::Shape;
 use tokio::time::{sleep, timeout};
 
 use self::arguments::{Begin, CPU, Disk, FD_DISKS, INITRAMFS, KERNEL, arguments, fd_state};
+use self::in_memory::{bounded_log, no_folder};
 use self::program::{SAVE, can_capture, version};
 use self::qmp::Qmp;
 use self::vm::{QemuVm, VmHost};
@@ -62,9 +63,6 @@ const OVERHEAD_THREADS: u32 = 80;
 
 /// Memory of an egress proxy beside its VMM, socket buffers included where the kernel counts them.
 const PROXY_MIB: u32 = 32;
-
-/// What of QEMU's own output is kept.
-const LOG_BYTES: u64 = 64 * 1024;
 
 /// The least file size that a VMM may write: its own output, and what its devices are.
 const FILE_BYTES_MIN: u64 = MIB;
@@ -259,7 +257,7 @@ impl Hypervisor for Qemu {
 
     fn shape(&self, machine: &Machine) -> Shape {
         let Shared { caps, tsc_khz, .. } = &*self.shared;
-        let disks = Disk::of(machine.folder.as_deref(), &machine.resources);
+        let disks = Disk::of(&machine.resources);
         // It names neither the counter's rate nor a kernel, and everything else that counts.
         let line = arguments(Begin::Fork, &machine.resources, &disks, 0).join("\n");
         Shape {
@@ -465,7 +463,7 @@ impl Shared {
     ) -> Result<Identity, ForkError> {
         check_shape(machine, &from)?;
         self.allow_holes(vm, machine, &from)?;
-        let disks = Disk::of(machine.folder.as_deref(), &machine.resources);
+        let disks = Disk::of(&machine.resources);
         let started = self.start(vm, machine, prepared, Some(from)).await?;
         let Started {
             identity,
@@ -524,9 +522,10 @@ impl Shared {
             })
         };
         let mut disks = vec![image(&machine.image)?];
-        if let Some(folder) = &machine.folder {
-            disks.push(image(folder)?);
-        }
+        disks.push(match &machine.folder {
+            Some(folder) => image(folder)?,
+            None => no_folder().map_err(step("a disk for no folder"))?,
+        });
         if machine.resources.disk_mib > 0 {
             let made = match from.and_then(|from| from.scratch.as_ref()) {
                 Some(from) => self.rooms.disks().remake(vm, from),
@@ -581,7 +580,7 @@ impl Shared {
         prepared: &Prepared,
         from: Option<&ForkFrom>,
     ) -> Jail {
-        let disks = Disk::of(machine.folder.as_deref(), &machine.resources);
+        let disks = Disk::of(&machine.resources);
         let mut binds = vec![self.config.qemu.clone()];
         binds.extend(self.config.libraries.iter().cloned());
         let limits = limits(machine);
@@ -697,17 +696,6 @@ async fn load(monitor: &mut Qmp, state: usize) -> io::Result<()> {
     timeout(LOAD_TIMEOUT, loaded)
         .await
         .map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?
-}
-
-/// A file in memory of a fixed size: writing behind its end fails.
-fn bounded_log() -> io::Result<OwnedFd> {
-    let log = memfd_create(
-        c"vmm-output",
-        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-    )?;
-    ftruncate(&log, LOG_BYTES)?;
-    fcntl_add_seals(&log, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
-    Ok(log)
 }
 
 /// The VMM's own output, opened again through the VMM.

@@ -34,8 +34,9 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::arguments::{CONSOLE, CONSOLE_BYTES};
+use super::in_memory::LOG_BYTES;
 use super::qmp::Qmp;
-use super::{AGENT_SOCKET, ENDING, LOG_BYTES, QMP_SOCKET, SAVE, open_log};
+use super::{AGENT_SOCKET, ENDING, QMP_SOCKET, SAVE, open_log};
 use crate::cgroup::kill_process;
 use crate::egress::launch::EgressLauncher;
 use crate::hypervisor::fork::{Afterwards, Capture, CaptureError, PauseError};
