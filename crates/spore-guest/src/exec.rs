@@ -5,9 +5,11 @@
 //! host has given credit for it.
 //!
 //! It is over when its first process has ended and everything that it wrote until then was sent.
-//! What it left in the background lives on, without an output.
+//! What it left in the background lives on, without an output. A rehearsal says nothing, and leaves
+//! nothing behind.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -27,6 +29,7 @@ use crate::interest::{Interest, Ready};
 use crate::launch::{Launch, Stdios};
 use crate::session::{Outbox, Window};
 use crate::sys;
+use crate::user::Identity;
 
 /// The most bytes read at once.
 const READ_BYTES: usize = 16 * 1024;
@@ -47,11 +50,23 @@ pub struct Exec {
     input_ended: bool,
     outputs: Vec<(OutputKind, OwnedFd)>,
     said: Option<OutputKind>,
-    terminal: bool,
+    kind: Kind,
     kill_at_ms: Option<u64>,
     timed_out: bool,
     exit: Option<Exit>,
 }
+
+/// How it is fed and heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Pipes,
+    Terminal,
+    /// By nobody; what it leaves is killed, and waited for.
+    Rehearsal,
+}
+
+/// How often a rehearsal that was killed is looked at until nothing of it is left.
+const ENDING_STEP_MS: u64 = 5;
 
 impl Exec {
     /// Starts it. `app` is the app's environment and folder, if there is one.
@@ -66,7 +81,6 @@ impl Exec {
         now_ms: u64,
     ) -> Result<Self, AgentError> {
         let identity = guest.identity(request.user.as_deref())?;
-        guest.settle(&identity)?;
         let mut environment = base_environment(&identity);
         let mut directory = "/";
         if let Some((inherited, folder)) = app {
@@ -87,45 +101,36 @@ impl Exec {
             Some(size) => Ends::terminal(guest, size, owner),
             None => Ends::pipes(),
         };
-        let Ends {
-            stdin,
-            outputs,
-            theirs,
-        } = ends.map_err(|error| refused("make the exec's pipes or terminal", &error))?;
-        let mut group = guest
-            .groups
-            .group(name)
-            .map_err(|error| refused("make the exec's group", &io::Error::other(error)))?;
-        let launch = Launch {
+        let plan = Plan {
             argv: &request.argv,
-            environment: &environment,
+            environment,
             directory: request.directory.as_deref().unwrap_or(directory),
-            uid: identity.uid,
-            gid: identity.gid,
-            groups: &identity.groups,
-            procs: group.procs(),
-            stdio: theirs,
+            identity,
+            timeout_ms: request.timeout_ms,
         };
-        let pid = match guest.start(&mut group, launch) {
-            Ok(pid) => pid,
-            Err(error) => {
-                guest.leftovers.push(group);
-                return Err(error);
-            }
+        plan.begin(guest, name, ends, now_ms)
+    }
+
+    /// Starts a rehearsal: nobody feeds or hears it.
+    ///
+    /// # Errors
+    /// As [`Exec::start`].
+    pub fn rehearse(
+        guest: &mut Guest,
+        name: &str,
+        argv: &[String],
+        timeout_ms: u64,
+        now_ms: u64,
+    ) -> Result<Self, AgentError> {
+        let identity = guest.identity(None)?;
+        let plan = Plan {
+            argv,
+            environment: base_environment(&identity),
+            directory: "/",
+            identity,
+            timeout_ms: Some(timeout_ms),
         };
-        Ok(Self {
-            pid,
-            group: Some(group),
-            stdin: Some(stdin),
-            input: VecDeque::new(),
-            input_ended: false,
-            outputs,
-            said: None,
-            terminal: request.pty.is_some(),
-            kill_at_ms: request.timeout_ms.map(|ms| now_ms.saturating_add(ms)),
-            timed_out: false,
-            exit: None,
-        })
+        plan.begin(guest, name, Ends::none(), now_ms)
     }
 
     /// Its first process.
@@ -146,7 +151,7 @@ impl Exec {
 
     /// The host has no more input.
     pub fn end_input(&mut self) {
-        if self.terminal && !self.input_ended {
+        if self.kind == Kind::Terminal && !self.input_ended {
             self.input.push_back(END_OF_INPUT);
         }
         self.input_ended = true;
@@ -157,8 +162,8 @@ impl Exec {
     /// # Errors
     /// Whatever the kernel answers.
     pub fn resize(&self, size: WindowSize) -> io::Result<()> {
-        match (&self.stdin, self.terminal) {
-            (Some(terminal), true) => Ok(tcsetwinsize(terminal, winsize(size))?),
+        match (&self.stdin, self.kind) {
+            (Some(terminal), Kind::Terminal) => Ok(tcsetwinsize(terminal, winsize(size))?),
             _ => Ok(()),
         }
     }
@@ -189,7 +194,13 @@ impl Exec {
     }
 
     /// What it waits for.
-    pub fn interest<'a>(&'a self, interest: &mut Interest<'a>, window: &Window, room: bool) {
+    pub fn interest<'a>(
+        &'a self,
+        interest: &mut Interest<'a>,
+        window: &Window,
+        room: bool,
+        now_ms: u64,
+    ) {
         if room && window.may_send() > 0 {
             for (_kind, fd) in &self.outputs {
                 interest.read(fd);
@@ -202,6 +213,9 @@ impl Exec {
         }
         if let Some(at) = self.kill_at_ms {
             interest.at(at);
+        }
+        if self.kind == Kind::Rehearsal && self.exit.is_some() {
+            interest.at(now_ms + ENDING_STEP_MS);
         }
     }
 
@@ -226,12 +240,25 @@ impl Exec {
         if let Some(credit) = self.feed(window) {
             outbox.message(stream, &AgentMessage::Credit { bytes: credit });
         }
-        let drained = self.send(stream, window, outbox, ready);
+        let drained = match self.kind {
+            Kind::Rehearsal => self.exit.is_some() && self.is_gone(),
+            Kind::Pipes | Kind::Terminal => self.send(stream, window, outbox, ready),
+        };
         match self.exit {
             Some(_) if self.timed_out && drained => Some(Exit::Timeout),
             Some(exit) if drained => Some(exit),
             _ => None,
         }
+    }
+
+    /// Kills what is left. True when nothing is.
+    fn is_gone(&self) -> bool {
+        let Some(group) = &self.group else {
+            return true;
+        };
+        // Asked again at the next turn, and by the host's own deadline at last.
+        drop(group.kill());
+        group.is_empty()
     }
 
     /// Hands the group back once [`Exec::pump`] has given an end.
@@ -261,7 +288,7 @@ impl Exec {
                 Err(_gone) => {
                     used += self.input.len();
                     self.input.clear();
-                    if !self.terminal {
+                    if self.kind == Kind::Pipes {
                         self.stdin = None;
                     }
                 }
@@ -271,7 +298,7 @@ impl Exec {
             used += self.input.len();
             self.input.clear();
         }
-        if self.input_ended && self.input.is_empty() && !self.terminal {
+        if self.input_ended && self.input.is_empty() && self.kind == Kind::Pipes {
             self.stdin = None;
         }
         window.used(used)
@@ -328,14 +355,91 @@ impl Exec {
     }
 }
 
+/// What is started, as whom and where.
+struct Plan<'a> {
+    argv: &'a [String],
+    environment: Environment,
+    directory: &'a str,
+    identity: Identity,
+    timeout_ms: Option<u64>,
+}
+
+impl Plan<'_> {
+    fn begin(
+        self,
+        guest: &mut Guest,
+        name: &str,
+        ends: io::Result<Ends>,
+        now_ms: u64,
+    ) -> Result<Exec, AgentError> {
+        let identity = &self.identity;
+        guest.settle(identity)?;
+        let Ends {
+            kind,
+            stdin,
+            outputs,
+            theirs,
+        } = ends.map_err(|error| refused("make the exec's pipes or terminal", &error))?;
+        let mut group = guest
+            .groups
+            .group(name)
+            .map_err(|error| refused("make the exec's group", &io::Error::other(error)))?;
+        let launch = Launch {
+            argv: self.argv,
+            environment: &self.environment,
+            directory: self.directory,
+            uid: identity.uid,
+            gid: identity.gid,
+            groups: &identity.groups,
+            procs: group.procs(),
+            stdio: theirs,
+        };
+        let pid = match guest.start(&mut group, launch) {
+            Ok(pid) => pid,
+            Err(error) => {
+                guest.leftovers.push(group);
+                return Err(error);
+            }
+        };
+        Ok(Exec {
+            pid,
+            group: Some(group),
+            stdin,
+            input: VecDeque::new(),
+            input_ended: false,
+            outputs,
+            said: None,
+            kind,
+            kill_at_ms: self.timeout_ms.map(|ms| now_ms.saturating_add(ms)),
+            timed_out: false,
+            exit: None,
+        })
+    }
+}
+
 /// Our ends of an exec's input and output, and its own.
 struct Ends {
-    stdin: OwnedFd,
+    kind: Kind,
+    stdin: Option<OwnedFd>,
     outputs: Vec<(OutputKind, OwnedFd)>,
     theirs: Stdios,
 }
 
 impl Ends {
+    fn none() -> io::Result<Self> {
+        let nowhere = || File::options().write(true).open("/dev/null");
+        Ok(Self {
+            kind: Kind::Rehearsal,
+            stdin: None,
+            outputs: Vec::new(),
+            theirs: Stdios::Pipes {
+                stdin: None,
+                stdout: nowhere()?.into(),
+                stderr: nowhere()?.into(),
+            },
+        })
+    }
+
     fn pipes() -> io::Result<Self> {
         let (stdin_theirs, stdin) = pipe_with(PipeFlags::CLOEXEC)?;
         let (out, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -346,7 +450,8 @@ impl Ends {
             nonblocking(ours)?;
         }
         Ok(Self {
-            stdin,
+            kind: Kind::Pipes,
+            stdin: Some(stdin),
             outputs: vec![(OutputKind::Stdout, out), (OutputKind::Stderr, err)],
             theirs: Stdios::Pipes {
                 stdin: Some(stdin_theirs),
@@ -373,7 +478,8 @@ impl Ends {
         tcsetwinsize(&ours, winsize(size))?;
         let stdin = ours.try_clone()?;
         Ok(Self {
-            stdin,
+            kind: Kind::Terminal,
+            stdin: Some(stdin),
             outputs: vec![(OutputKind::Stdout, ours)],
             theirs: Stdios::Terminal(theirs),
         })

@@ -7,7 +7,7 @@
 //! | [`app`], [`runner`], [`probe`], [`socket_table`], [`log`] | the app: life, readiness, output |
 //! | [`exec`], [`file`], [`guest`], [`user`] | what the host asks for inside the tenant's root |
 //! | [`launch`], [`cgroup`], [`memory`], [`reap`] | processes: begin, bounds and end |
-//! | [`thaw`], [`folder`] | what a fork must renew |
+//! | [`thaw`], [`folder`], [`sockets`] | what a fork must renew |
 //! | [`forward`], [`face`] | the other lives of the same binary: relay, and the tenant's command |
 //! | [`clock`], [`console`], [`procfs`], [`sys`] | the kernel's edges |
 //!
@@ -39,6 +39,7 @@ pub mod reap;
 pub mod runner;
 pub mod session;
 pub mod socket_table;
+pub mod sockets;
 #[expect(
     unsafe_code,
     reason = "the system calls that rustix does not offer as safe functions"

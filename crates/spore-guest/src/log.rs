@@ -110,6 +110,11 @@ pub struct LineCutter {
 }
 
 impl LineCutter {
+    /// Drops what is of an unfinished line.
+    pub fn forget(&mut self) {
+        self.partial.clear();
+    }
+
     /// Takes bytes of the output and gives every line that is whole to `line`.
     pub fn feed(&mut self, mut bytes: &[u8], mut line: impl FnMut(Line)) {
         while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {

@@ -1,15 +1,15 @@
 //! The guest's network: the loopback, one interface, one neighbour, one route. The same in every
 //! VM.
 //!
-//! Called by [`crate::init`] once. Speaks rtnetlink by hand: four messages of fixed layout
-//! (`<linux/rtnetlink.h>`, `<linux/neighbour.h>`) do not need a library.
+//! Called by [`crate::init`] once, and by [`crate::thaw`]. Speaks rtnetlink by hand: four messages
+//! of fixed layout (`<linux/rtnetlink.h>`, `<linux/neighbour.h>`) do not need a library.
 
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::net::{recv, send, socket_with};
 use spore_wire::guest::{ADDRESS_PREFIX, GUEST_ADDRESS, HOST_ADDRESS};
 use thiserror::Error;
@@ -27,7 +27,7 @@ const NEW_NEIGHBOUR: u16 = 28;
 const ERROR: u16 = 2;
 
 /// `NLM_F_REQUEST | NLM_F_ACK`.
-const CHANGE: u16 = 0x1 | 0x4;
+pub(crate) const CHANGE: u16 = 0x1 | 0x4;
 
 /// [`CHANGE`] with `NLM_F_CREATE | NLM_F_REPLACE`, which the kernel refuses for a link.
 const CREATE: u16 = CHANGE | 0x400 | 0x100;
@@ -70,10 +70,7 @@ pub fn bring_up() -> Result<(), NetError> {
             result => result.map_err(step("disable IPv6"))?,
         }
     }
-    // Without a protocol's number it is 0, which is NETLINK_ROUTE.
-    let family = AddressFamily::NETLINK;
-    let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, None)
-        .map_err(|errno| step("open a netlink socket")(errno.into()))?;
+    let socket = netlink(None).map_err(step("open a netlink socket"))?;
     let index = index(INTERFACE).map_err(NetError::NoInterface)?;
     // The kernel's loopback has index 1 in every network namespace.
     ask(&socket, &up(1)).map_err(step("bring the loopback up"))?;
@@ -81,6 +78,29 @@ pub fn bring_up() -> Result<(), NetError> {
     ask(&socket, &up(index)).map_err(step("bring eth0 up"))?;
     ask(&socket, &neighbour(index)).map_err(step("set the host's neighbour entry"))?;
     ask(&socket, &default_route(index)).map_err(step("set the default route"))
+}
+
+/// Makes the host's neighbour entry what it is to be, whatever the source of a fork had learned. It
+/// is the only neighbour that the link's network has room for.
+///
+/// # Errors
+/// [`NetError`] with the step that failed.
+pub fn renew_neighbour() -> Result<(), NetError> {
+    let step = |step| move |source| NetError::Step { step, source };
+    let socket = netlink(None).map_err(step("open a netlink socket"))?;
+    let index = index(INTERFACE).map_err(NetError::NoInterface)?;
+    ask(&socket, &neighbour(index)).map_err(step("set the host's neighbour entry"))
+}
+
+/// A socket to a part of the kernel; without a protocol's number it is 0, which is `NETLINK_ROUTE`.
+pub(crate) fn netlink(protocol: Option<Protocol>) -> io::Result<OwnedFd> {
+    let family = AddressFamily::NETLINK;
+    Ok(socket_with(
+        family,
+        SocketType::RAW,
+        SocketFlags::CLOEXEC,
+        protocol,
+    )?)
 }
 
 fn index(interface: &str) -> io::Result<u32> {
@@ -91,7 +111,7 @@ fn index(interface: &str) -> io::Result<u32> {
 }
 
 /// Sends one message and reads the kernel's answer to it.
-fn ask(socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
+pub(crate) fn ask(socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
     send(socket, message, SendFlags::empty())?;
     let mut buffer = [0_u8; 4096];
     let (bytes, _whole) = recv(socket, &mut buffer[..], RecvFlags::empty())?;
@@ -141,7 +161,7 @@ fn default_route(index: u32) -> Vec<u8> {
     message(NEW_ROUTE, CREATE, &body)
 }
 
-fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+pub(crate) fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
     let len = u32::try_from(16 + body.len()).unwrap_or(u32::MAX);
     let mut out = Vec::new();
     out.extend(len.to_ne_bytes());

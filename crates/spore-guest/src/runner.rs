@@ -128,6 +128,17 @@ impl Runner {
         &self.log
     }
 
+    /// Drops what was printed until now, which a fork's source tells: also what nobody has read yet
+    /// and a line's beginning. The app stands still, so there is an end to it.
+    pub fn forget_log(&mut self) {
+        for capture in &mut self.captures {
+            while rustix::io::read(&capture.fd, &mut self.buffer[..]).is_ok_and(|bytes| bytes > 0) {
+            }
+            capture.cutter.forget();
+        }
+        self.log = LogRing::default();
+    }
+
     /// Environment (without secrets) and folder for those who run beside it.
     #[must_use]
     pub fn surroundings(&self) -> Option<(&Environment, &str)> {

@@ -30,9 +30,12 @@ pub const OUTBOX_BYTES_HARD: usize = 1024 * 1024;
 const CREDIT_STEP_BYTES: u32 = 32 * 1024;
 
 /// The operations that this agent knows, to tell an unknown one from a malformed one.
-const OPERATIONS: [&str; 9] = [
+const OPERATIONS: [&str; 12] = [
     "status",
     "thaw",
+    "freeze",
+    "unfreeze",
+    "rehearse",
     "start_app",
     "stop_app",
     "exec",

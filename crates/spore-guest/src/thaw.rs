@@ -1,5 +1,5 @@
 //! What a VM must renew before a tenant's first instruction: the app's folder, entropy, clock,
-//! names, boot id.
+//! names, boot id, neighbour, connections.
 //!
 //! [`Real`] is the machine of [`crate::init`]; a step that fails fails the thaw, and the host ends
 //! the VM. Entropy comes before whatever may use the kernel's random numbers.
@@ -22,7 +22,7 @@ use crate::agent::Machine;
 use crate::folder::Folder;
 use crate::guest::{Guest, path_error, refused};
 use crate::view::{BOOT_ID_FILE, ViewError};
-use crate::{console, net, sys};
+use crate::{console, net, sockets, sys};
 
 /// The least entropy that is taken.
 const ENTROPY_BYTES_MIN: usize = 32;
@@ -53,6 +53,9 @@ impl Machine for Real {
             ThawStep::Clock => set_clock(thaw.realtime_ns),
             ThawStep::Names => set_names(guest, thaw),
             ThawStep::BootId => renew_boot_id(),
+            ThawStep::Neighbour => net::renew_neighbour().map_err(|error| failed(&error)),
+            ThawStep::Sockets => sockets::end_outside()
+                .map_err(|error| refused("end the connections to outside", &error)),
             unknown => Err(AgentError {
                 code: AgentErrorCode::Unknown,
                 message: format!("thaw step {unknown:?}: this agent does not know it"),
@@ -75,15 +78,19 @@ impl Machine for Real {
 
 impl Real {
     fn show_folder(&mut self, guest: &Guest, wanted: Option<&str>) -> Result<(), AgentError> {
-        let failed = |error: &dyn std::error::Error| AgentError {
-            code: AgentErrorCode::Refused,
-            message: format!("cannot show the app's folder: {}", chain(error)),
-        };
         let Some(tenant) = &guest.launcher.namespace else {
             return Err(failed(&ViewError::Thread));
         };
         let shown = self.folder.show(tenant.as_fd(), wanted);
         shown.map_err(|error| failed(&error))
+    }
+}
+
+/// Why a step was not done.
+fn failed(error: &dyn std::error::Error) -> AgentError {
+    AgentError {
+        code: AgentErrorCode::Refused,
+        message: chain(error),
     }
 }
 

@@ -172,6 +172,35 @@ mod tests {
             "directory": "/", "user": "0", "pty": null, "timeout_ms": null})
     }
 
+    fn rehearse(script: &str, timeout_ms: u32) -> Value {
+        let argv = ["/bin/sh", "-c", script];
+        json!({"op": "rehearse", "argv": argv, "timeout_ms": timeout_ms})
+    }
+
+    #[test]
+    fn a_rehearsal_is_silent_ends_in_time_and_comes_before_every_app() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut host, thread) = agent(folder.path());
+        host.hello(1);
+        assert_eq!(host.call(&rehearse("true", 1000)).1["code"], "not_now");
+        host.greet_and_thaw();
+        let (output, message) = host.call(&rehearse("echo noise; exit 3", 60_000));
+        assert_eq!(
+            message["reply"],
+            json!({"of": "exit", "by": "code", "code": 3})
+        );
+        assert!(output.is_empty());
+        let (_output, message) = host.call(&rehearse("exec sleep 1000", 50));
+        assert_eq!(message["reply"], json!({"of": "exit", "by": "timeout"}));
+        let start = json!({"op": "start_app", "command": ["/bin/sleep", "1000"],
+            "directory": "/", "environment": [], "secret_environment": [], "secret_files": [],
+            "user": "0", "port": 1, "ready": {"by": "port"}, "ready_timeout_ms": 60000});
+        assert_eq!(host.call(&start).1["reply"]["of"], "done");
+        let refused = host.call(&rehearse("true", 1000)).1;
+        assert_eq!(refused["code"], "not_now", "{refused}");
+        host.shut_down(thread);
+    }
+
     #[test]
     fn nothing_but_status_is_served_before_a_thaw_and_a_thaw_is_served_once() {
         let folder = tempfile::tempdir().unwrap();

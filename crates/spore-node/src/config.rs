@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use spore_wire::guest::ThawStep;
 use spore_wire::id::{ImageId, VmId};
 
 use crate::capacity::CapacityLimits;
@@ -30,6 +31,9 @@ pub struct Config {
     pub boots_max: usize,
     /// How long things may take.
     pub limits: VmLimits,
+    /// What a guest's agent is asked to renew. A VM is ended that has not renewed all of
+    /// [`ThawStep::ALL`], whatever this says: it is here for the test of that.
+    pub thaw_steps: Vec<ThawStep>,
     /// The host's memory as it is.
     pub memory: Arc<dyn HostMemory>,
     /// The wall clock.
@@ -57,6 +61,7 @@ impl Config {
             },
             boots_max: 4,
             limits: VmLimits::default(),
+            thaw_steps: ThawStep::ALL.to_vec(),
             memory: Arc::new(ProcMemory),
             clock: Arc::new(HostClock),
             kill_points: Arc::new(NoKillPoints),

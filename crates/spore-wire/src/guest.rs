@@ -196,6 +196,15 @@ pub enum Request {
     },
     /// Runs a program. Data frames are its stdin; its output comes back as `Output` and data.
     Exec(Exec),
+    /// Runs a program once, so that a fork finds what it read in memory: as [`DEFAULT_UID`] in `/`,
+    /// with no input, its output dropped. Legal before an app was started. Answered by
+    /// [`Reply::Exit`] when nothing of it is left: what outlives its first process is killed.
+    Rehearse {
+        /// Program and arguments.
+        argv: Vec<String>,
+        /// After this it is killed.
+        timeout_ms: u64,
+    },
     /// Reads a file, sent as data frames, answered by [`Reply::File`].
     ReadFile {
         /// Absolute, as the app sees it.
@@ -259,6 +268,13 @@ pub enum ThawStep {
     Names,
     /// What the tenant reads as the kernel's boot id.
     BootId,
+    /// The host's address on the link.
+    Neighbour,
+    /// The end of connections to outside, whose other ends are a source's. Those inside the guest
+    /// stay.
+    Sockets,
+    /// What was printed before, which is a source's to tell. A fork's records are numbered anew.
+    Logs,
     /// One of a later generation, which this side does not know and has not done.
     #[serde(other)]
     Unknown,
@@ -266,12 +282,15 @@ pub enum ThawStep {
 
 impl ThawStep {
     /// Every step that this build knows, in the order in which they are done.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 8] = [
         Self::Folder,
         Self::Entropy,
         Self::Clock,
         Self::Names,
         Self::BootId,
+        Self::Neighbour,
+        Self::Sockets,
+        Self::Logs,
     ];
 }
 
@@ -369,7 +388,7 @@ pub enum Reply {
     Status(AgentStatus),
     /// The VM is thawed.
     Thawed(Thawed),
-    /// An exec ended.
+    /// An exec or rehearsal ended.
     Exit(Exit),
     /// A file was sent whole.
     File {

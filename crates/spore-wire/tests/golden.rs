@@ -102,8 +102,13 @@ mod tests {
                 request(json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
             "hostname": "notes", "machine_id": "0123456789abcdef0123456789abcdef",
             "resolver": null, "incarnation": "abcdefghijklmnopqrstuvwxya",
-            "folder": "00ff", "steps": ["folder", "entropy", "clock", "names", "boot_id"],
-            "hold": true})),
+            "folder": "00ff", "steps": ["folder", "entropy", "clock", "names", "boot_id",
+            "neighbour", "sockets", "logs"], "hold": true})),
+            ),
+            (
+                "request rehearse",
+                request(json!({"op": "rehearse", "argv": ["python3", "-c", "0"],
+            "timeout_ms": 30000})),
             ),
             ("request freeze", request(json!({"op": "freeze"}))),
             (

@@ -2,6 +2,7 @@
 //! `deps`; keeps every release that was ever fetched, since a snapshot may need it.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -15,6 +16,9 @@ use crate::{command, place};
 /// A metapackage that depends on the current kernel's package.
 const METAPACKAGE: &str = "linux-image-cloud-amd64";
 
+/// The list of modules that a kernel was taken apart for, beside them.
+const WANTED: &str = "wanted";
+
 /// Fetches the kernel unless there is one; returns its release.
 pub(crate) fn fetch(dir: &Path, refresh: bool) -> Result<String> {
     let kernels = dir.join("kernel");
@@ -27,7 +31,7 @@ pub(crate) fn fetch(dir: &Path, refresh: bool) -> Result<String> {
         .strip_prefix("linux-image-")
         .with_context(|| format!("{METAPACKAGE} depends on {package}, which is no kernel image"))?
         .to_owned();
-    if !kernels.join(&release).is_dir() {
+    if !kernels.join(&release).is_dir() || !has_modules(&kernels.join(&release))? {
         step(&format!("fetch guest kernel {release}"), || {
             let staging = tempfile::Builder::new()
                 .prefix(".fetch-")
@@ -36,6 +40,11 @@ pub(crate) fn fetch(dir: &Path, refresh: bool) -> Result<String> {
             let finished = staging.path().join("finished");
             take_apart(&unpacked, &release, &finished)?;
             fs::write(finished.join("package"), version_line(&package)?)?;
+            // One that was taken apart for another list of modules.
+            match fs::rename(kernels.join(&release), staging.path().join("before")) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
             fs::rename(&finished, kernels.join(&release))?;
             Ok(())
         })?;
@@ -60,7 +69,24 @@ pub(crate) fn current(dir: &Path) -> Result<String> {
             vmlinux.display()
         );
     }
+    if !has_modules(&link)? {
+        bail!(
+            "{} has other modules than guest/modules names: run `cargo xtask deps` first",
+            link.display()
+        );
+    }
     Ok(target.to_string_lossy().into_owned())
+}
+
+/// Whether a kernel was taken apart for the modules that are wanted now.
+fn has_modules(kernel: &Path) -> Result<bool> {
+    let taken = fs::read_to_string(kernel.join("modules").join(WANTED)).unwrap_or_default();
+    Ok(taken == wanted_modules()?)
+}
+
+fn wanted_modules() -> Result<String> {
+    let list = place::repository().join("guest/modules");
+    fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))
 }
 
 /// The package that the metapackage stands for now.
@@ -132,7 +158,7 @@ fn take_apart(unpacked: &Path, release: &str, finished: &Path) -> Result<()> {
         &fs::read_to_string(tree.join("modules.dep"))?,
         &fs::read_to_string(tree.join("modules.builtin"))?,
     );
-    let list = fs::read_to_string(place::repository().join("guest/modules"))?;
+    let list = wanted_modules()?;
     let mut order = String::new();
     for (index, path) in table
         .load_order(&modules::wanted(&list))?
@@ -145,6 +171,7 @@ fn take_apart(unpacked: &Path, release: &str, finished: &Path) -> Result<()> {
         order.push('\n');
     }
     fs::write(modules.join("order"), order)?;
+    fs::write(modules.join(WANTED), list)?;
     Ok(())
 }
 
@@ -185,7 +212,7 @@ fn version_line(package: &str) -> Result<String> {
 fn point_current(kernels: &Path, release: &str) -> Result<()> {
     let next = kernels.join(".current");
     match fs::remove_file(&next) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
     }
     std::os::unix::fs::symlink(release, &next)?;

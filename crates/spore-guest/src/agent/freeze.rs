@@ -128,7 +128,10 @@ impl<M: Machine> Agent<M> {
         let mut done = Vec::new();
         for step in ThawStep::ALL.into_iter().filter(wanted) {
             let begun_us = clock::monotonic_us();
-            self.machine.renew(&self.guest, step, &thaw)?;
+            match step {
+                ThawStep::Logs => self.app.forget_log(),
+                step => self.machine.renew(&self.guest, step, &thaw)?,
+            }
             done.push((step, clock::monotonic_us().saturating_sub(begun_us)));
         }
         if thaw.hold {

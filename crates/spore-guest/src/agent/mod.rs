@@ -23,8 +23,8 @@ use std::os::fd::OwnedFd;
 use rustix::process::Pid;
 use spore_wire::generation::GENERATION;
 use spore_wire::guest::{
-    AgentError, AgentErrorCode, AgentHello, AgentMessage, AgentStatus, Event, Exec as ExecRequest,
-    Exit, Reply, Request, Thaw, ThawStep,
+    AgentError, AgentErrorCode, AgentHello, AgentMessage, AgentStatus, AppStatus, Event,
+    Exec as ExecRequest, Exit, Reply, Request, Thaw, ThawStep,
 };
 use thiserror::Error;
 
@@ -188,7 +188,7 @@ impl<M: Machine> Agent<M> {
         let room = self.outbox.has_room();
         for stream in self.streams.values() {
             match &stream.job {
-                Job::Exec(exec) => exec.interest(&mut interest, &stream.window, room),
+                Job::Exec(exec) => exec.interest(&mut interest, &stream.window, room, now_ms),
                 Job::Read(_) if FileReader::can_go_on(&stream.window, room) => interest.at(now_ms),
                 Job::Logs { cursor }
                     if room
@@ -368,6 +368,7 @@ impl<M: Machine> Agent<M> {
                 Ok(Begun::Job(Job::StopApp))
             }
             Request::Exec(exec) => self.begin_exec(&exec, now_ms),
+            Request::Rehearse { argv, timeout_ms } => self.rehearse(&argv, timeout_ms, now_ms),
             Request::ReadFile { path } => {
                 FileReader::open(&self.guest, &path).map(|job| Begun::Job(Job::Read(job)))
             }
@@ -396,6 +397,19 @@ impl<M: Machine> Agent<M> {
         let name = format!("exec-{}", self.unique);
         let app = self.app.surroundings();
         let exec = Exec::start(&mut self.guest, &name, exec, app, now_ms)?;
+        Ok(Begun::Job(Job::Exec(Box::new(exec))))
+    }
+
+    fn rehearse(&mut self, argv: &[String], ms: u64, now_ms: u64) -> Result<Begun, AgentError> {
+        if self.app.status(now_ms) != AppStatus::Absent {
+            return Err(AgentError {
+                code: AgentErrorCode::NotNow,
+                message: "an app was started already: a rehearsal comes before it".to_owned(),
+            });
+        }
+        self.unique += 1;
+        let name = format!("exec-{}", self.unique);
+        let exec = Exec::rehearse(&mut self.guest, &name, argv, ms, now_ms)?;
         Ok(Begun::Job(Job::Exec(Box::new(exec))))
     }
 

@@ -26,6 +26,7 @@ pub(crate) struct Agent {
     decoder: Decoder,
     last: u32,
     output: HashMap<u32, Vec<u8>>,
+    logs: HashMap<u32, String>,
 }
 
 impl Agent {
@@ -37,6 +38,7 @@ impl Agent {
             decoder: Decoder::after_mark(nonce),
             last: 0,
             output: HashMap::new(),
+            logs: HashMap::new(),
         };
         this.stream.write_all(&[0; PREAMBLE_BYTES]).await.unwrap();
         let hello = HostHello {
@@ -73,6 +75,13 @@ impl Agent {
                     }
                     FrameKind::Message if frame.stream == stream => {
                         return serde_json::from_slice(&frame.payload).unwrap();
+                    }
+                    FrameKind::Message => {
+                        let message = serde_json::from_slice(&frame.payload).unwrap();
+                        if let AgentMessage::Logs(batch) = message {
+                            let lines = self.logs.entry(frame.stream).or_default();
+                            lines.extend(batch.records.into_iter().map(|line| line.text + "\n"));
+                        }
                     }
                     _ => {}
                 }
@@ -123,31 +132,54 @@ impl Agent {
         output.trim().to_owned()
     }
 
+    /// What the app has printed until now.
+    pub(crate) async fn logged(&mut self) -> String {
+        let stream = self.open(Request::Logs { after: 0 }).await;
+        // Behind what there is: the answers to two requests come in turn.
+        self.sh("true").await;
+        self.say(stream, &HostMessage::Cancel).await;
+        self.logs.remove(&stream).unwrap_or_default()
+    }
+
     /// Renews everything under the name of `vm`, which has no folder.
     pub(crate) async fn thaw(&mut self, vm: VmId, hostname: &str) -> Result<Reply, AgentError> {
         self.thaw_with(vm, hostname, None).await
     }
 
-    /// Renews everything under the name of `vm`.
+    /// The same of one with a folder.
     pub(crate) async fn thaw_with(
         &mut self,
         vm: VmId,
         hostname: &str,
         folder: Option<&str>,
     ) -> Result<Reply, AgentError> {
-        let now = std::time::UNIX_EPOCH.elapsed().unwrap();
-        self.ask(Request::Thaw(Thaw {
-            realtime_ns: u64::try_from(now.as_nanos()).unwrap(),
-            entropy: SecretBytes::new(random::<64>().to_vec()),
-            hostname: hostname.to_owned(),
-            machine_id: HEXLOWER.encode(&random::<16>()),
-            resolver: None,
-            folder: folder.map(str::to_owned),
-            incarnation: vm.to_string(),
-            steps: ThawStep::ALL.to_vec(),
-            hold: false,
-        }))
-        .await
+        self.ask(Request::Thaw(thaw(vm, hostname, folder))).await
+    }
+
+    /// Renews less than everything.
+    pub(crate) async fn thaw_without(
+        &mut self,
+        vm: VmId,
+        withheld: &[ThawStep],
+    ) -> Result<Reply, AgentError> {
+        let mut thaw = thaw(vm, "less", None);
+        thaw.steps.retain(|step| !withheld.contains(step));
+        self.ask(Request::Thaw(thaw)).await
+    }
+}
+
+fn thaw(vm: VmId, hostname: &str, folder: Option<&str>) -> Thaw {
+    let now = std::time::UNIX_EPOCH.elapsed().unwrap();
+    Thaw {
+        realtime_ns: u64::try_from(now.as_nanos()).unwrap(),
+        entropy: SecretBytes::new(random::<64>().to_vec()),
+        hostname: hostname.to_owned(),
+        machine_id: HEXLOWER.encode(&random::<16>()),
+        resolver: None,
+        folder: folder.map(str::to_owned),
+        incarnation: vm.to_string(),
+        steps: ThawStep::ALL.to_vec(),
+        hold: false,
     }
 }
 

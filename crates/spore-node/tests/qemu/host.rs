@@ -206,7 +206,16 @@ impl Drop for TestHost {
 
 /// The file of the image `debian/base`.
 pub(crate) fn base_image(deps: &Path) -> Option<PathBuf> {
-    let id = fs::read_to_string(deps.join("images/names/debian--base")).ok()?;
+    image_in(deps, "debian--base")
+}
+
+/// The file of an image, by the name of the file that has its name.
+pub(crate) fn image_named(host: &TestHost, name: &str) -> Option<PathBuf> {
+    image_in(host.config.kernel.ancestors().nth(2)?, name)
+}
+
+fn image_in(deps: &Path, name: &str) -> Option<PathBuf> {
+    let id = fs::read_to_string(deps.join("images/names").join(name)).ok()?;
     Some(deps.join(format!("images/{}.img", id.trim())))
 }
 

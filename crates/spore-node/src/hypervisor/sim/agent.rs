@@ -314,6 +314,13 @@ impl Job {
                 Ok(Reply::Done)
             }
             Request::Exec(exec) => self.exec(exec).await,
+            Request::Rehearse { .. } => {
+                if lock(&self.guest.state).app != AppStatus::Absent {
+                    self.guest.violation("a rehearsal behind an app's start");
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                Ok(Reply::Exit(Exit::Code { code: 0 }))
+            }
             Request::ReadFile { path } => self.read_file(&path).await,
             Request::WriteFile(file) => {
                 let bytes = self.take_all().await;

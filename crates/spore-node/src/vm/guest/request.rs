@@ -14,6 +14,9 @@ use spore_wire::guest::{
 use super::session::{Stream, StreamError};
 use super::{AgentLink, GuestError};
 
+/// What the end of a rehearsal may take beyond its time.
+const REHEARSAL_SLACK: Duration = Duration::from_secs(10);
+
 /// A program that runs in the guest. Dropping it kills the program. Share it behind an `Arc` to
 /// feed and read it from two tasks.
 #[derive(Debug)]
@@ -108,6 +111,21 @@ impl AgentLink {
     /// [`GuestError`].
     pub async fn exec(&self, exec: Exec, limit: Duration) -> Result<ExecStream, GuestError> {
         self.begin(Request::Exec(exec), limit).await.map(ExecStream)
+    }
+
+    /// Runs a program once, before an app is started, for what it leaves in the guest's memory.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn rehearse(&self, argv: Vec<String>, limit: Duration) -> Result<Exit, GuestError> {
+        let timeout_ms = millis(limit);
+        let request = Request::Rehearse { argv, timeout_ms };
+        // The agent ends it in time and answers then.
+        let limit = limit.saturating_add(REHEARSAL_SLACK);
+        match within(limit, self.ask(request, limit)).await? {
+            Reply::Exit(exit) => Ok(exit),
+            _ => Err(GuestError::Protocol("no exit in the answer to a rehearsal")),
+        }
     }
 
     /// Reads a file.
