@@ -222,7 +222,7 @@ fn point_current(kernels: &Path, release: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{current, first_dependency, point_current};
+    use super::{current, first_dependency, point_current, wanted_modules};
 
     #[test]
     fn the_metapackage_names_its_kernel() {
@@ -254,6 +254,11 @@ mod tests {
                 .contains("--refresh")
         );
         std::fs::write(kernels.join("2/vmlinux"), b"\x7fELF").unwrap();
+        std::fs::create_dir(kernels.join("2/modules")).unwrap();
+        std::fs::write(kernels.join("2/modules/wanted"), "virtio_net\n").unwrap();
+        let stale = current(dir.path()).unwrap_err().to_string();
+        assert!(stale.contains("other modules"), "{stale}");
+        std::fs::write(kernels.join("2/modules/wanted"), wanted_modules().unwrap()).unwrap();
         assert_eq!(current(dir.path()).unwrap(), "2");
     }
 }
