@@ -38,7 +38,11 @@ pub(crate) fn run() -> Result<()> {
     let folder = Path::new(place::DEPS_DEFAULT);
     match deps::kernel::current(folder) {
         Ok(_release) => check(&mut tally, "guest", || guest::run(folder)),
-        Err(error) => skip(&mut tally, &format!("guest: {error:#}")),
+        Err(error) if !folder.join("kernel").exists() => {
+            skip(&mut tally, &format!("guest: {error:#}"));
+        }
+        // There, and not as this source wants it: no guest made of it would be the one to test.
+        Err(error) => check(&mut tally, "guest", || Err(error)),
     }
     check(&mut tally, "build tests", || {
         let what = ["--quiet", "--locked", "--workspace", "--no-run"];
