@@ -131,14 +131,9 @@ pub enum SourceError {
     /// Its disk is another driver's.
     #[error("the disk of snapshot {0} is not in a form that this node knows: make it again")]
     Disk(SnapshotId),
-    /// It cannot be used.
-    #[error("the snapshot {id} cannot be used")]
-    Unusable {
-        /// Which.
-        id: SnapshotId,
-        /// Damaged, its key missing, no room.
-        source: Box<dyn core::error::Error + Send + Sync>,
-    },
+    /// It is damaged, its key is missing, or there is no room: the source names it.
+    #[error("cannot open what the VM is to begin from")]
+    Unusable(#[source] Box<dyn core::error::Error + Send + Sync>),
 }
 
 /// Why something asked of snapshots was not done.
@@ -222,10 +217,9 @@ impl Snapshots {
     /// memory that others share.
     pub(crate) async fn source(&self, wanted: Wanted) -> Result<Found, SourceError> {
         let id = wanted.id;
-        let lost = |error: task::JoinError| unusable(id, error);
         let (store, memories) = (self.store.clone(), &self.memories);
         let opening = task::spawn_blocking(move || open(&store, wanted));
-        let (opened, keys) = opening.await.map_err(lost)??;
+        let (opened, keys) = opening.await.map_err(unusable)??;
         let bytes = opened.header().memory.bytes;
         let secrets = match opened.header().meta.holds_secrets {
             true => SecretsKept::Elsewhere,
@@ -234,14 +228,14 @@ impl Snapshots {
         let (from, with) = (Arc::clone(&opened), keys.clone());
         let memory = memories.get_or_build(id, bytes, move || from.memory(&with));
         let memory = memory.await.map_err(|error| match error {
-            CacheError::Build(error) => unusable(id, error),
-            error => unusable(id, error),
+            CacheError::Build(error) => unusable(error),
+            error => unusable(error),
         })?;
         let rest = task::spawn_blocking(move || {
-            let state = opened.state(&keys).map_err(|error| unusable(id, error))?;
+            let state = opened.state(&keys).map_err(unusable)?;
             Ok((state, scratch(&opened, &keys)?))
         });
-        let (state, scratch) = rest.await.map_err(lost)??;
+        let (state, scratch) = rest.await.map_err(unusable)??;
         let from = ForkFrom {
             memory,
             state: Arc::new(File::from(state)),
@@ -368,12 +362,8 @@ where
     Ok(done.map_err(SnapshotsError::Worker)??)
 }
 
-fn unusable(
-    id: SnapshotId,
-    source: impl core::error::Error + Send + Sync + 'static,
-) -> SourceError {
-    let source = Box::new(source);
-    SourceError::Unusable { id, source }
+fn unusable(source: impl core::error::Error + Send + Sync + 'static) -> SourceError {
+    SourceError::Unusable(Box::new(source))
 }
 
 fn open(store: &SnapshotStore, wanted: Wanted) -> Result<(Arc<Opened>, Keys), SourceError> {
@@ -384,7 +374,7 @@ fn open(store: &SnapshotStore, wanted: Wanted) -> Result<(Arc<Opened>, Keys), So
             let account = wanted.account;
             return Err(SourceError::Missing { account, id });
         }
-        Err(error) => return Err(unusable(id, error)),
+        Err(error) => return Err(unusable(error)),
     };
     check(opened.header(), &wanted)?;
     Ok((Arc::new(opened), wanted.keys))
@@ -425,7 +415,7 @@ fn check(header: &Header, wanted: &Wanted) -> Result<(), SourceError> {
 /// The scratch disk as the snapshot has it, where it has one.
 fn scratch(opened: &Opened, keys: &Keys) -> Result<Option<File>, SourceError> {
     let id = opened.header().meta.id;
-    let mut layers = opened.disks(keys).map_err(|error| unusable(id, error))?;
+    let mut layers = opened.disks(keys).map_err(unusable)?;
     match (layers.pop(), layers.is_empty()) {
         (None, _) => Ok(None),
         (Some(layer), true) if layer.part.format == RAW_DISK => Ok(Some(layer.file)),

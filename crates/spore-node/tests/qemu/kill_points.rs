@@ -266,6 +266,17 @@ fn run_daemon(
 /// A VM that meets `effect`: what only forks have is met by a fork.
 fn start(vm: VmId, effect: VmEffect) -> StartVm {
     StartVm {
+        source: match effect.is_of_forks() {
+            true => Source::Snapshot(SnapshotId::from_bytes([1; 16])),
+            false => Source::Boot,
+        },
+        ..counter(vm)
+    }
+}
+
+/// A VM whose app is [`APP`].
+pub(crate) fn counter(vm: VmId) -> StartVm {
+    StartVm {
         vm,
         owner: Owner {
             account: "me".to_owned(),
@@ -291,10 +302,7 @@ fn start(vm: VmId, effect: VmEffect) -> StartVm {
             stop_grace_ms: 2000,
         }),
         egress: Vec::new(),
-        source: match effect.is_of_forks() {
-            true => Source::Snapshot(SnapshotId::from_bytes([1; 16])),
-            false => Source::Boot,
-        },
+        source: Source::Boot,
         keys: Vec::new(),
         trace: None,
     }

@@ -16,6 +16,7 @@ mod kill_points;
 mod life;
 mod network;
 mod recovery;
+mod takes;
 mod thaw;
 
 #[path = "../bin/orders.rs"]
