@@ -132,18 +132,21 @@ impl MemoryImage {
     pub(crate) const fn file(&self) -> &File {
         &self.file
     }
-
-    /// Where it has data: the rest was never written, or was zero.
-    pub(crate) const fn extents(&self) -> Extents<'_> {
-        Extents { image: self, at: 0 }
-    }
 }
 
-/// The ranges of an image that are no holes, in whole pages.
+/// The ranges of a file that are no holes: the rest was never written, or was zero.
 #[derive(Debug)]
 pub(crate) struct Extents<'a> {
-    image: &'a MemoryImage,
+    file: &'a File,
+    bytes: u64,
     at: u64,
+}
+
+impl<'a> Extents<'a> {
+    /// Those of the first `bytes` bytes.
+    pub(crate) const fn of(file: &'a File, bytes: u64) -> Self {
+        Self { file, bytes, at: 0 }
+    }
 }
 
 impl Iterator for Extents<'_> {
@@ -151,17 +154,16 @@ impl Iterator for Extents<'_> {
     type Item = io::Result<(u64, u64)>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.at >= self.image.bytes {
+        if self.at >= self.bytes {
             return None;
         }
-        let file = &self.image.file;
-        let start = match seek(file, SeekFrom::Data(self.at)) {
+        let start = match seek(self.file, SeekFrom::Data(self.at)) {
             Ok(start) => start,
             // Only a hole is left.
             Err(Errno::NXIO) => return None,
             Err(error) => return Some(Err(error.into())),
         };
-        Some(seek(file, SeekFrom::Hole(start)).map_or_else(
+        Some(seek(self.file, SeekFrom::Hole(start)).map_or_else(
             |error| Err(error.into()),
             |end| {
                 self.at = end;
@@ -324,8 +326,8 @@ mod tests {
     use zeroize::Zeroizing;
 
     use super::{
-        CapturedMemory, CapturedPages, MemoryDraft, MemoryImage, MemoryImageError, PAGE_BYTES,
-        PageRun,
+        CapturedMemory, CapturedPages, Extents, MemoryDraft, MemoryImage, MemoryImageError,
+        PAGE_BYTES, PageRun,
     };
 
     const BYTES: u64 = 64 * PAGE_BYTES;
@@ -373,7 +375,8 @@ mod tests {
         draft.write(5, &page(7)).unwrap();
         draft.write(6, &page(7)).unwrap();
         let image = draft.seal().unwrap();
-        let extents: Vec<_> = image.extents().map(Result::unwrap).collect();
+        let extents = Extents::of(image.file(), image.bytes());
+        let extents: Vec<_> = extents.map(Result::unwrap).collect();
         let at = |page: u64| page * PAGE_BYTES;
         assert_eq!(extents, [(at(1), at(2)), (at(5), at(7))]);
     }

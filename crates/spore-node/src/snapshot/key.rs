@@ -40,6 +40,15 @@ impl SnapshotKey {
         Some(Self(bytes.try_into().ok()?))
     }
 
+    /// The key of this snapshot's disk layer `layer`, so that nothing of it can stand in for memory
+    /// or for another layer.
+    pub(super) fn of_disk(&self, layer: usize) -> Self {
+        let mut material = Zeroizing::new([0; 40]);
+        material[..32].copy_from_slice(&self.0);
+        material[32..].copy_from_slice(&(layer as u64).to_le_bytes());
+        Self(blake3::derive_key("spore snapshot disk layer", &*material))
+    }
+
     /// `text` under a given nonce, which must be new for this key.
     pub(super) fn seal_with(&self, nonce: [u8; NONCE_BYTES], bound: &[u8], text: &[u8]) -> Vec<u8> {
         let payload = Payload {

@@ -386,6 +386,7 @@ mod tests {
     use spore_wire::id::SnapshotId;
 
     use super::{CacheError, MemoryCache, MemoryDraft, MemoryImage};
+    use crate::hypervisor::memory_image::Extents;
     use crate::snapshot::pages::Memory as _;
 
     const BYTES: u64 = 64 * 1024;
@@ -410,7 +411,8 @@ mod tests {
         draft.write(0, &[1; 8 * 4096]).unwrap();
         draft.zero(2, 3).unwrap();
         let image = draft.seal().unwrap();
-        let extents: Vec<_> = image.extents().map(Result::unwrap).collect();
+        let extents = Extents::of(image.file(), image.bytes());
+        let extents: Vec<_> = extents.map(Result::unwrap).collect();
         assert_eq!(extents, [(0, 2 * 4096), (5 * 4096, 8 * 4096)]);
     }
 

@@ -664,7 +664,7 @@ fn sync_folder(folder: &Path) -> Result<(), StoreError> {
         .map_err(file("sync", folder))
 }
 
-fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+fn file(what: &'static str, path: &Path) -> impl Fn(io::Error) -> StoreError {
     move |source| {
         if is_full(&source) {
             let folder = path.parent().unwrap_or(path).to_path_buf();

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 
 use data_encoding::{BASE64, HEXLOWER};
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
 use spore_wire::id::SnapshotId;
 use zeroize::Zeroizing;
 
@@ -21,7 +21,7 @@ use super::header::{
     DiskKeyPart, DiskLayerPart, Header, HeaderError, Protection, STATE_FILE_BYTES_MAX,
 };
 use super::key::{Keys, SnapshotKey, bond};
-use super::pages::{Index, ReadError, Trust};
+use super::pages::{CHUNK_BYTES, Index, Memory, PAGE_BYTES, ReadError, Trust};
 use super::staging::{disk_key_bond, disk_layers};
 use super::verified::Stamp;
 use super::{
@@ -31,8 +31,13 @@ use super::{
 use crate::disk::overlay::DiskKey;
 use crate::hypervisor::memory_image::{MemoryDraft, MemoryImage, MemoryImageError};
 
-/// The most bytes of an index of memory: 40 for each chunk of the largest memory.
-const PAGES_INDEX_BYTES_MAX: u64 = super::header::MEMORY_BYTES_MAX / (64 * 1024) * 40 + 64;
+/// The most bytes of an index of memory.
+const PAGES_INDEX_BYTES_MAX: u64 = pages_index_bytes_max(super::header::MEMORY_BYTES_MAX);
+
+/// The most bytes of an index of that many: 40 for each chunk.
+const fn pages_index_bytes_max(bytes: u64) -> u64 {
+    bytes.div_ceil(CHUNK_BYTES as u64) * 40 + 64
+}
 
 /// A snapshot that is open.
 #[derive(Debug)]
@@ -71,6 +76,19 @@ impl io::Read for FromStart<'_> {
         let count = self.file.read_at(buffer, self.at)?;
         self.at += count as u64;
         Ok(count)
+    }
+}
+
+/// A disk that pages are put into; what no page says is a hole.
+struct Disk(File);
+
+impl Memory for Disk {
+    fn write(&mut self, page: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(bytes, page * PAGE_BYTES as u64)
+    }
+
+    fn zero(&mut self, _page: u64, _pages: u64) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -216,9 +234,31 @@ impl Layer {
             .and_then(|parts| parts.get(number))
             .ok_or_else(missing)?;
         let path = self.folder.join(&name);
-        let proof = self.read(index, &index_name, blocks::index_bytes_max(part.bytes))?;
+        let proof_max = blocks::index_bytes_max(part.bytes).max(pages_index_bytes_max(part.bytes));
+        let proof = self.read(index, &index_name, proof_max)?;
         if Hash::of(&proof) != part.index {
             return Err(damaged(id, Damage::DiskIndex(number)));
+        }
+        if let (Some(key), None) = (self.key(keys)?, &part.key) {
+            let key = key.of_disk(number);
+            let unsealed = self.unseal_disk(store, disk, part.bytes, &key, &proof);
+            let unsealed = unsealed.map_err(|error| match error {
+                ReadError::Key | ReadError::NoKey => StoreError::WrongKey(id),
+                ReadError::Chunk(chunk) => {
+                    let layer = number;
+                    damaged(id, Damage::Disk { layer, chunk })
+                }
+                ReadError::Length => damaged(id, Damage::DiskLength(number)),
+                ReadError::Index => damaged(id, Damage::DiskIndex(number)),
+                ReadError::Read(error) => file("read", &path)(error),
+                ReadError::Fill(error) => file("open", &path)(error),
+            });
+            return Ok(DiskLayer {
+                file: unsealed?,
+                index: index.try_clone().map_err(file("open", &path))?,
+                part: part.clone(),
+                key: None,
+            });
         }
         let record = self.record_name(&name);
         let stamp = Stamp::of(disk, part.index).map_err(file("look at", &path))?;
@@ -245,6 +285,27 @@ impl Layer {
             part: part.clone(),
             key,
         })
+    }
+
+    /// A layer that was encrypted as memory is, as it was: in a file without a name.
+    fn unseal_disk(
+        &self,
+        store: &SnapshotStore,
+        sealed: &File,
+        bytes: u64,
+        key: &SnapshotKey,
+        index: &[u8],
+    ) -> Result<File, ReadError> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let made = open(store.staging(), flags, Mode::from_raw_mode(0o600));
+        let mut disk = Disk(File::from(
+            made.map_err(|error| ReadError::Fill(error.into()))?,
+        ));
+        disk.0.set_len(bytes).map_err(ReadError::Fill)?;
+        let index = Index::decode(index, self.id(), bytes, Some(key))?;
+        let pages = BufReader::with_capacity(1 << 20, FromStart::of(sealed));
+        index.apply(pages, self.id(), Some(key), Trust::Check, &mut disk)?;
+        Ok(disk.0)
     }
 
     fn disk_key(

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::disk::copy_sparse;
 use crate::disk::overlay::DiskKey;
-use crate::hypervisor::memory_image::MemoryImage;
+use crate::hypervisor::memory_image::{Extents, MemoryImage};
 
 /// A snapshot to be made.
 #[derive(Debug)]
@@ -266,30 +266,9 @@ impl Staged {
         }
         let (id, bytes) = (self.id(), image.bytes());
         let failed = |source| StoreError::Memory { id, bytes, source };
-        let mut buffer = Zeroizing::new(vec![0; CHUNK_BYTES]);
-        let page_bytes = PAGE_BYTES as u64;
-        for extent in image
-            .extents()
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(failed)?
-        {
-            let mut at = extent.0 / page_bytes * page_bytes;
-            let end = extent.1.next_multiple_of(page_bytes).min(image.bytes());
-            while at < end {
-                let length =
-                    usize::try_from(end - at).map_or(CHUNK_BYTES, |left| left.min(CHUNK_BYTES));
-                let run = &mut buffer[..length];
-                image.file().read_exact_at(run, at).map_err(failed)?;
-                for page in run.chunks_exact(PAGE_BYTES) {
-                    // There is nothing below that a zero page would have to hide.
-                    if !is_zero(page) {
-                        self.page(at / page_bytes, page)?;
-                    }
-                    at += page_bytes;
-                }
-            }
-        }
-        Ok(())
+        each_page(image.file(), bytes, failed, |page, bytes| {
+            self.page(page, bytes)
+        })
     }
 
     /// The devices as they stood.
@@ -329,6 +308,11 @@ impl Staged {
         backing: DiskBacking,
     ) -> Result<(), StoreError> {
         let number = self.next_disk_layer(backing)?;
+        if let (Some(key), None) = (&self.key, layer.key) {
+            let part = self.seal_disk(number, layer, key.of_disk(number))?;
+            self.add_disk_layer(backing, part);
+            return Ok(());
+        }
         let path = self.folder.join(disk_name(number));
         copy_sparse(layer.file, &path).map_err(file("write", &path))?;
         let copy = File::open(&path).map_err(file("open", &path))?;
@@ -344,6 +328,41 @@ impl Staged {
         };
         self.add_disk_layer(backing, part);
         Ok(())
+    }
+
+    /// Files a layer that is readable, encrypted as memory is.
+    fn seal_disk(
+        &self,
+        number: usize,
+        layer: &FrozenLayer<'_>,
+        key: SnapshotKey,
+    ) -> Result<DiskLayerPart, StoreError> {
+        let id = self.id();
+        let path = self.folder.join(disk_name(number));
+        let bytes = layer.file.metadata().map_err(file("look at", &path))?.len();
+        let odd = usize::try_from(bytes % PAGE_BYTES as u64).unwrap_or(0);
+        if odd != 0 {
+            let source = WriteError::PageBytes(odd);
+            return Err(StoreError::Pages { id, source });
+        }
+        let to = BufWriter::with_capacity(1 << 20, new_file(&path)?);
+        let writer = LayerWriter::new(to, id, bytes, Some(key));
+        let mut writer = writer.map_err(|error| self.pages_error(error))?;
+        each_page(layer.file, bytes, file("read", &path), |page, bytes| {
+            let written = writer.page(page, bytes);
+            written.map_err(|error| self.pages_error(error))
+        })?;
+        let (to, _index, index) = writer.finish().map_err(|error| self.pages_error(error))?;
+        let to = to.into_inner();
+        let to = to.map_err(|error| file("write", &path)(error.into_error()))?;
+        to.sync_all().map_err(file("sync", &path))?;
+        write_file(&self.folder.join(disk_index_name(number)), &index)?;
+        Ok(DiskLayerPart {
+            format: layer.format.to_owned(),
+            bytes,
+            index: Hash::of(&index),
+            key: None,
+        })
     }
 
     /// A layer of another snapshot, which is the same file under another name from now on.
@@ -490,6 +509,36 @@ impl Staged {
         }
         Ok(())
     }
+}
+
+/// Gives each page of a file that is not zero, in ascending order. Where nothing is below it, a
+/// zero page has nothing to hide.
+fn each_page(
+    from: &File,
+    bytes: u64,
+    failed: impl Fn(io::Error) -> StoreError,
+    mut to: impl FnMut(u64, &[u8]) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let mut buffer = Zeroizing::new(vec![0; CHUNK_BYTES]);
+    let page_bytes = PAGE_BYTES as u64;
+    for extent in Extents::of(from, bytes) {
+        let (start, end) = extent.map_err(&failed)?;
+        let mut at = start / page_bytes * page_bytes;
+        let end = end.next_multiple_of(page_bytes).min(bytes);
+        while at < end {
+            let length =
+                usize::try_from(end - at).map_or(CHUNK_BYTES, |left| left.min(CHUNK_BYTES));
+            let run = &mut buffer[..length];
+            from.read_exact_at(run, at).map_err(&failed)?;
+            for page in run.chunks_exact(PAGE_BYTES) {
+                if !is_zero(page) {
+                    to(at / page_bytes, page)?;
+                }
+                at += page_bytes;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Gives an open file another name, whatever its old one leads to by now: the folder that it was

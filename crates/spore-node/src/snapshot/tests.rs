@@ -234,6 +234,70 @@ fn nothing_of_a_sealed_snapshot_is_readable() {
     }
 }
 
+/// A disk that its driver does not encrypt: 1 MiB, of which a part is full of `n`.
+fn readable_disk(n: u8) -> File {
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(1 << 20).unwrap();
+    disk.write_all_at(&[n; 10_000], 70_000).unwrap();
+    disk
+}
+
+fn make_with_readable_disk(store: &SnapshotStore, n: u8, parent: Option<u8>, sealed: bool) {
+    let meta = described("me", n, parent.map(|parent| ("me", parent)));
+    let mut staged = store.stage(order(meta, sealed.then(|| key(n)))).unwrap();
+    staged.page(u64::from(n), &[n; PAGE]).unwrap();
+    staged.state(&[n; 300][..]).unwrap();
+    let layer = FrozenLayer {
+        file: &readable_disk(n),
+        format: "raw",
+        key: None,
+    };
+    staged.disk(&layer, DiskBacking::Empty).unwrap();
+    staged.seal().unwrap();
+}
+
+#[test]
+fn a_readable_disk_is_encrypted_with_its_snapshot_and_stays_so() {
+    let (folder, store) = store();
+    make_with_readable_disk(&store, 1, None, false);
+    make_with_readable_disk(&store, 7, Some(1), true);
+    let is_hidden = |n: u8| {
+        for entry in fs::read_dir(place(folder.path(), "me", n)).unwrap() {
+            let bytes = fs::read(entry.unwrap().path()).unwrap();
+            assert!(!bytes.windows(20).any(|run| *run == [n; 20]));
+        }
+    };
+    is_hidden(7);
+    let read = |n: u8, keys: &Keys| {
+        let disks = store.open_for("me", id(n)).unwrap().disks(keys)?;
+        let [disk] = &disks[..] else {
+            unreachable!("{disks:?}");
+        };
+        let mut bytes = vec![0; 1 << 20];
+        disk.file.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(disk.file.metadata().unwrap().len(), 1 << 20);
+        Ok(bytes)
+    };
+    let mut expected = vec![0; 1 << 20];
+    expected[70_000..80_000].fill(7);
+    assert!(read(7, &keys(&[7])).unwrap() == expected);
+    let none: StoreError = read(7, &Keys::new()).unwrap_err();
+    assert!(matches!(none, StoreError::NoKey(_)), "{none}");
+    let wrong = read(7, &Keys::from([(id(7), key(8))])).unwrap_err();
+    assert!(matches!(wrong, StoreError::WrongKey(_)), "{wrong}");
+
+    store.compact("me", id(7), &keys(&[7]), PLENTY).unwrap();
+    is_hidden(7);
+    assert!(read(7, &keys(&[7])).unwrap() == expected);
+    let sealed = place(folder.path(), "me", 7).join("disk.0");
+    flip(&sealed, 5000);
+    let damaged = chain(&read(7, &keys(&[7])).unwrap_err());
+    assert!(
+        damaged.contains("chunk 1 of disk layer 0 is damaged"),
+        "{damaged}"
+    );
+}
+
 #[test]
 fn a_whole_memory_is_filed_as_it_is_and_only_where_nothing_is_below() {
     let (_folder, store) = store();

@@ -12,9 +12,9 @@ use std::path::PathBuf;
 use spore_wire::id::{ImageId, SnapshotId};
 use spore_wire::snapshot::SnapshotInfo;
 
-use super::header::{Header, Protection};
+use super::header::{DiskBacking, Header, Protection};
 use super::key::Keys;
-use super::staging::{Order, Purpose};
+use super::staging::{FrozenLayer, Order, Purpose};
 use super::{Filing, Listed, SnapshotStore, StoreError, StorePoint, file, lineage_of, sync_folder};
 use crate::image::store::GcMode;
 
@@ -214,7 +214,17 @@ impl SnapshotStore {
         drop(memory);
         staged.state(&opened.state_bytes(keys)?[..])?;
         for layer in opened.disks(keys)? {
-            staged.link_disk(&layer)?;
+            if header.protection == Protection::Plain || layer.key.is_some() {
+                staged.link_disk(&layer)?;
+                continue;
+            }
+            // It was encrypted whole, for another place, or is readable.
+            let layer = FrozenLayer {
+                file: &layer.file,
+                format: &layer.part.format,
+                key: None,
+            };
+            staged.disk(&layer, DiskBacking::Empty)?;
         }
         staged.seal()
     }
