@@ -65,8 +65,10 @@ impl Life {
                 let answer = visitor.await.context("a visitor panicked")?;
                 self.must_serve(app, answer);
             }
+            // It sleeps, or lived so long that an end before does not count: of an app that failed
+            // just now, control lets nobody wait for the next start.
+            tokio::time::sleep(ASLEEP).await;
             self.ended_vm(app).await?;
-            // It sleeps, or lived so long that the end before does not count.
             tokio::time::sleep(ASLEEP).await;
             self.lost_vm(app).await;
             tokio::time::sleep(ASLEEP).await;
