@@ -38,7 +38,8 @@ enum Task {
     Deps(DepsOptions),
     /// Builds the static guest agent and packs it with its modules into an initramfs
     Guest(Folder),
-    /// Builds a base image (`debian/base`, `debian/python3`) into the folder's image store
+    /// Builds a base image (`debian/base`, `debian/node` or `debian/python3`) into the folder's
+    /// image store
     Image {
         /// Names of recipes
         #[arg(required = true)]

@@ -15,9 +15,13 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 /// Longer than any wake in software emulation may take.
 const PATIENCE: Duration = Duration::from_secs(240);
+
+/// In an answer to a request that waited as long as one may, while its app goes on waking.
+const WAKE_DEADLINE: &str = "\"code\":\"wake_deadline\"";
 
 /// Somebody who visits apps through a gateway.
 #[derive(Clone, Debug)]
@@ -58,12 +62,21 @@ impl Visitor {
         self.gateway
     }
 
-    /// `GET` of a path on a host.
+    /// `GET` of a path on a host. An answer that the app takes longer to wake than a request may
+    /// wait is done as it says: on a machine that others keep busy it does.
     ///
     /// # Errors
     /// When no whole answer came.
     pub async fn get(&self, host: &str, path: &str) -> Result<Answer> {
-        self.send(Method::GET, host, path, Bytes::new()).await
+        let begun = Instant::now();
+        loop {
+            let answer = self.send(Method::GET, host, path, Bytes::new()).await?;
+            let wakes = answer.status == 503 && answer.body.contains(WAKE_DEADLINE);
+            if !wakes || begun.elapsed() > PATIENCE {
+                return Ok(answer);
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
     }
 
     /// Any request with a whole body, on a connection of its own.

@@ -10,7 +10,7 @@ use crate::place;
 use crate::progress::say;
 
 /// The base images that every installation has.
-const RECIPES: &[&str] = &["debian/base", "debian/python3"];
+const RECIPES: &[&str] = &["debian/base", "debian/node", "debian/python3"];
 
 /// Builds the base images that are not in the store.
 pub(crate) fn build_missing(dir: &Path) -> Result<()> {

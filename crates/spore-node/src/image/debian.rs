@@ -22,6 +22,10 @@ use super::store::{Filing, ImageStore};
 const RECIPES: &[(&str, &[&str])] = &[
     ("debian/base", &["ca-certificates", "netbase", "tzdata"]),
     (
+        "debian/node",
+        &["ca-certificates", "netbase", "nodejs", "tzdata"],
+    ),
+    (
         "debian/python3",
         &["ca-certificates", "netbase", "python3", "tzdata"],
     ),
@@ -71,7 +75,7 @@ pub struct DebianBuilder {
 #[derive(Debug, Error)]
 pub enum DebianError {
     /// There is no recipe of that name.
-    #[error("there is no base image `{0}`: debian/base and debian/python3 are known")]
+    #[error("there is no base image `{0}`: debian/base, debian/node and debian/python3 are known")]
     Recipe(String),
     /// Not a package's name.
     #[error("`{0}` is not a Debian package's name")]

@@ -33,10 +33,7 @@ pub(super) fn guess(folder: &Path) -> Guess {
             .unwrap_or("server.js");
         return Guess {
             found: "It looks like a Node.js project",
-            manifest: format!(
-                "# make the image once: spore image build node --packages nodejs\n{}",
-                manifest(&name, "node", &["node", file])
-            ),
+            manifest: manifest(&name, "debian/node", &["node", file]),
         };
     }
     let usual = ["app.py", "main.py", "server.py"]
