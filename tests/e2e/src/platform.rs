@@ -552,7 +552,12 @@ impl Platform {
         if self.home().join("etc/spore.toml").exists() && self.home().join("bin").is_dir() {
             // By the program of now: the one that was left may be what failed.
             self.install()?;
-            self.stop_all()?;
+            if let Err(refused) = self.stop_all() {
+                // Another version's story may have left keys that this one does not know. Where
+                // things are is the slot's.
+                self.configure(&Site::default())?;
+                self.stop_all().context(refused)?;
+            }
         }
         unmount(&self.home().join("data"))?;
         let left = self.leftovers()?;
@@ -596,6 +601,11 @@ impl Platform {
             ensure!(status.success(), "mount ended with {status}");
         }
         self.install()?;
+        self.configure(site)
+    }
+
+    fn configure(&self, site: &Site) -> Result<()> {
+        let home = self.home();
         let config = format!(
             "data_dir = \"{home}/data\"\nruntime_dir = \"{home}/run\"\nlog_dir = \"{home}/log\"\n\
              config_dir = \"{home}/etc\"\nkernel = \"{deps}/guest/vmlinux\"\n\

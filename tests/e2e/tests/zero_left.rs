@@ -2,7 +2,8 @@
 //! of a run beside it are not looked at. Runs last: test binaries run in the order of their names.
 #![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
-use std::io::{BufRead as _, BufReader};
+use std::fs::OpenOptions;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -55,7 +56,8 @@ async fn nothing_is_left_after_the_suite() -> Result<()> {
     Ok(())
 }
 
-/// Wakes an app, tells the pids of its VM, and waits to be killed.
+/// Wakes an app, tells the pids of its VM, and waits to be killed. It is as if another version of
+/// the project had played it: its platform's configuration has a key that this one does not know.
 #[expect(
     clippy::print_stdout,
     reason = "the story that kills this one reads it"
@@ -66,6 +68,8 @@ async fn be_the_victim() -> Result<()> {
     platform.visitor().get("portrait.localhost", "/").await?;
     let pids = platform.vm_pids()?;
     let pids: Vec<_> = pids.iter().map(ToString::to_string).collect();
+    let mut config = OpenOptions::new().append(true).open(platform.config())?;
+    config.write_all(b"key_of_another_version = true\n")?;
     println!("awake: {}", pids.join(" "));
     std::future::pending::<()>().await;
     platform.end()
