@@ -203,11 +203,6 @@ fn keys_of(start: &StartVm) -> Result<Keys, StartError> {
     keys.collect()
 }
 
-/// The memory of a guest, and of the snapshot that it begins from.
-const fn memory_bytes(start: &StartVm) -> u64 {
-    (start.resources.memory_mib as u64) << 20
-}
-
 /// Removes a VM whose journal tells nothing, or says that it is to be quarantined.
 async fn discard(host: &Host, vm: VmId, error: &RecordError, adoption: &mut Adoption) {
     let reason = format!("its journal cannot be used: {}", chain(error));
@@ -317,7 +312,7 @@ impl Node {
             let given = Given {
                 pin: match record.start.source {
                     Source::Snapshot(id) => {
-                        Some(memories.pin_stray(id, memory_bytes(&record.start)))
+                        Some(memories.pin_stray(id, record.start.resources.memory_bytes()))
                     }
                     _ => None,
                 },
@@ -414,7 +409,7 @@ impl Node {
             return Err(StartError::NoForks);
         }
         let memories = self.host.snapshots.memories();
-        Ok(Some(memories.pin(id, memory_bytes(start))?))
+        Ok(Some(memories.pin(id, start.resources.memory_bytes())?))
     }
 
     /// Gives `start` its share, at the cost of memories that nobody begins from at the moment.
@@ -423,7 +418,7 @@ impl Node {
         let memories = self.host.snapshots.memories();
         let ask = Ask {
             image_mib: match start.source {
-                Source::Snapshot(id) if !memories.has(id) => memory_bytes(start) / MIB,
+                Source::Snapshot(id) if !memories.has(id) => start.resources.memory_bytes() / MIB,
                 _ => 0,
             },
             ..ask_of(start)

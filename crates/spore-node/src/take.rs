@@ -167,17 +167,13 @@ impl Node {
             record: Arc::clone(&access.record),
             shape: self.hypervisor().shape(&access.record.machine),
             agent_generation,
-            estimate_bytes: estimate.min(memory_bytes(&access.record)),
+            estimate_bytes: estimate.min(access.record.start.resources.memory_bytes()),
             quota_bytes: self.snapshots().quota_bytes(),
         };
         let store = self.snapshots().store().clone();
         let staged = task::spawn_blocking(move || facts.stage(&store, take));
         staged.await.map_err(TakeError::Worker)?
     }
-}
-
-fn memory_bytes(record: &Record) -> u64 {
-    u64::from(record.start.resources.memory_mib) << 20
 }
 
 /// What is known of a VM before it is captured.

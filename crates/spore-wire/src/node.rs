@@ -94,6 +94,14 @@ pub struct Resources {
     pub disk_mib: u32,
 }
 
+impl Resources {
+    /// Guest memory in bytes: of a VM, and of a snapshot that it begins from.
+    #[must_use]
+    pub const fn memory_bytes(&self) -> u64 {
+        (self.memory_mib as u64) << 20
+    }
+}
+
 /// The app's process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Process {

@@ -515,9 +515,13 @@ impl SnapshotStore {
     /// # Errors
     /// [`StoreError::Missing`] and [`StoreError::File`].
     pub fn info(&self, account: &str, id: SnapshotId) -> Result<SnapshotInfo, StoreError> {
-        let all = self.list(account)?;
-        let found = all.into_iter().find(|info| info.id == id);
-        found.ok_or(StoreError::Missing(id))
+        self.account_folder(account)?;
+        let _alone = self.filing();
+        let catalogue = self.catalogue()?;
+        let is_it = |listed: &&Listed| listed.account == account && listed.id == id;
+        let found = catalogue.iter().find(is_it);
+        let found = found.ok_or(StoreError::Missing(id))?;
+        self.describe(found, &lineage_of(&catalogue))
     }
 
     fn describe(&self, listed: &Listed, lineage: &Lineage) -> Result<SnapshotInfo, StoreError> {

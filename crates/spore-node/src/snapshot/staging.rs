@@ -146,7 +146,7 @@ impl SnapshotStore {
             disk_layers_below: below,
         };
         let pages = BufWriter::with_capacity(1 << 20, new_file(&staged.folder.join(PAGES))?);
-        let memory_bytes = u64::from(staged.meta.resources.memory_mib) << 20;
+        let memory_bytes = staged.meta.resources.memory_bytes();
         let writer = LayerWriter::new(pages, id, memory_bytes, staged.key.clone());
         staged.memory = Some(writer.map_err(|source| StoreError::Pages { id, source })?);
         self.reached(id, StorePoint::Staged);
@@ -466,7 +466,7 @@ impl Staged {
         pages.sync_all().map_err(file("sync", &path))?;
         write_file(&self.folder.join(PAGES_INDEX), &bytes)?;
         Ok(MemoryPart {
-            bytes: u64::from(self.meta.resources.memory_mib) << 20,
+            bytes: self.meta.resources.memory_bytes(),
             chunks: index.chunks() as u64,
             pages: index.pages(),
             file_bytes: index.file_bytes(),

@@ -23,9 +23,9 @@ use spore_wire::id::VmId;
 use tokio::sync::oneshot;
 
 use super::arguments::FD_MEMORY;
+use super::blocking;
 use super::pages::{self, Sharing};
 use super::vm::{Order, QemuVm};
-use super::{blocking, memory_bytes};
 use crate::disk::Disks;
 use crate::hypervisor::Vm as _;
 use crate::hypervisor::fork::{Afterwards, Capture, CaptureError, PauseError};
@@ -71,7 +71,7 @@ impl QemuVm {
         let copying = Copying {
             vm: self.vm,
             pid: self.pid,
-            memory_bytes: memory_bytes(&machine),
+            memory_bytes: machine.resources.memory_bytes(),
             disk_mib: machine.resources.disk_mib,
             disks: self.rooms.disks().clone(),
             afterwards,

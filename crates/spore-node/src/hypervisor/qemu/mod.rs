@@ -500,7 +500,7 @@ impl Shared {
         match from {
             Some(from) => from.memory.fd().try_clone_to_owned().map_err(cloned),
             None => {
-                let draft = MemoryDraft::new(memory_bytes(machine))?;
+                let draft = MemoryDraft::new(machine.resources.memory_bytes())?;
                 draft.fd().try_clone_to_owned().map_err(cloned)
             }
         }
@@ -648,10 +648,6 @@ impl Shared {
     }
 }
 
-fn memory_bytes(machine: &Machine) -> u64 {
-    u64::from(machine.resources.memory_mib) * MIB
-}
-
 /// What is loaded says nothing of sizes, and a VMM that is given others may read nonsense.
 fn check_shape(machine: &Machine, from: &ForkFrom) -> Result<(), ForkError> {
     let differs = |what, wanted: String, actual: String| match wanted == actual {
@@ -663,7 +659,7 @@ fn check_shape(machine: &Machine, from: &ForkFrom) -> Result<(), ForkError> {
         }),
     };
     let mib = |bytes: u64| format!("{} MiB", bytes / MIB);
-    let (wanted, actual) = (memory_bytes(machine), from.memory.bytes());
+    let (wanted, actual) = (machine.resources.memory_bytes(), from.memory.bytes());
     differs("memory", mib(wanted), mib(actual))?;
     let wanted = u64::from(machine.resources.disk_mib) * MIB;
     let actual = from
