@@ -97,6 +97,9 @@ pub enum StartError {
     /// Memories of other snapshots are in use.
     #[error("the host has no room for the memory of the snapshot: {0}")]
     NoImageRoom(#[from] NoImageRoom),
+    /// Another one that it was to start with has no room.
+    #[error("not all VMs have room, so none is started")]
+    NotAll,
     /// Not a key.
     #[error("the key of snapshot {id} has {bytes} bytes, and 32 are expected")]
     Key {
@@ -105,6 +108,15 @@ pub enum StartError {
         /// How long it is.
         bytes: usize,
     },
+}
+
+/// Whether several starts are one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Together {
+    /// Each for itself, in their order.
+    Each,
+    /// All, or none.
+    All,
 }
 
 /// Why it cannot be told which images are in use; then every one may be.
@@ -125,7 +137,7 @@ impl StartError {
     pub fn failure(&self) -> VmFailure {
         VmFailure {
             kind: match self {
-                Self::NoRoom(_) | Self::NoImageRoom(_) => VmFailureKind::NoCapacity,
+                Self::NoRoom(_) | Self::NoImageRoom(_) | Self::NotAll => VmFailureKind::NoCapacity,
                 Self::NoForks | Self::Key { .. } => VmFailureKind::Snapshot,
                 Self::Image(_) => VmFailureKind::Image,
                 Self::Name(_) | Self::Memory(_) => VmFailureKind::Boot,
@@ -347,6 +359,55 @@ impl Node {
     /// # Errors
     /// [`StartError`]; nothing was made then, and the same id may be used again.
     pub fn start(&self, start: StartVm) -> Result<VmStatus, StartError> {
+        // One lock from the look to the entry: two starts at once are one.
+        self.start_in(&mut lock(&self.host.capacity), start)
+    }
+
+    /// Starts several VMs, as [`Self::start`] does each; nobody else gets room meanwhile. With
+    /// [`Together::All`] none starts unless there is room for all.
+    #[must_use]
+    pub fn start_many(
+        &self,
+        starts: Vec<StartVm>,
+        together: Together,
+    ) -> Vec<Result<VmStatus, StartError>> {
+        let mut capacity = lock(&self.host.capacity);
+        // What they begin from takes room too, and keeps it until each has its own pin.
+        let _pins = match together {
+            Together::Each => Vec::new(),
+            Together::All => match self.admit_all(&mut capacity, &starts) {
+                Ok(pins) => pins,
+                Err(error) => {
+                    let others = starts.iter().skip(1).map(|_start| Err(StartError::NotAll));
+                    return std::iter::once(Err(error)).chain(others).collect();
+                }
+            },
+        };
+        let start = |start| self.start_in(&mut capacity, start);
+        starts.into_iter().map(start).collect()
+    }
+
+    /// Gives every start its share, which it then has, or none.
+    fn admit_all(
+        &self,
+        capacity: &mut Capacity,
+        starts: &[StartVm],
+    ) -> Result<Vec<Option<Pin>>, StartError> {
+        let pins = starts.iter().map(|start| self.pin(start));
+        let pins = pins.collect::<Result<Vec<_>, _>>()?;
+        for (index, start) in starts.iter().enumerate() {
+            if let Err(error) = self.admit(capacity, start) {
+                // One that is there already keeps what it has.
+                let is_new = |start: &&StartVm| self.host.board.get(start.vm).is_none();
+                let before = starts.iter().take(index).filter(is_new);
+                before.for_each(|start| capacity.release(start.vm));
+                return Err(error);
+            }
+        }
+        Ok(pins)
+    }
+
+    fn start_in(&self, capacity: &mut Capacity, start: StartVm) -> Result<VmStatus, StartError> {
         let vm = start.vm;
         for name in [&start.owner.account, &start.owner.app] {
             if !is_name(name) {
@@ -358,10 +419,7 @@ impl Node {
             environment: process.secret_environment.clone(),
             files: process.secret_files.clone(),
         });
-        // One lock from the look to the entry: two starts at once are one.
-        let mut capacity = lock(&self.host.capacity);
         if let Some(status) = self.host.board.get(vm) {
-            drop(capacity);
             if let Some(actor) = self.actor(vm) {
                 let told = VmRequest::Secrets(Arc::new(secrets));
                 if actor.requests.try_send(told).is_err() {
@@ -381,7 +439,7 @@ impl Node {
         };
         let keys = keys_of(&start)?;
         let pin = self.pin(&start)?;
-        self.admit(&mut capacity, &start)?;
+        self.admit(capacity, &start)?;
         let record = Record::new(self.host.hypervisor.caps().name, &start, machine);
         let begin = match start.source {
             Source::Boot => Begin::Boot,
@@ -393,7 +451,6 @@ impl Node {
             pin,
         };
         actor::spawn(&self.host, record, given, VmEvent::Start(begin));
-        drop(capacity);
         self.host
             .board
             .get(vm)

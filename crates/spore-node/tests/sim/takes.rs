@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use spore_node::image::store::GcMode;
-use spore_node::node::StartError;
+use spore_node::node::{StartError, Together};
 use spore_node::snapshot::key::SnapshotKey;
 use spore_node::snapshot::{Cascade, StoreError};
 use spore_node::snapshots::SnapshotsError;
@@ -342,6 +342,56 @@ fn a_memory_that_has_no_room_refuses_the_start_and_one_that_is_idle_makes_room()
         assert_eq!(refused.failure().kind, VmFailureKind::NoCapacity);
         assert_eq!(memories.status().bytes, 0, "nothing is kept for it");
         stop(&bench, 2).await;
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn of_many_forks_those_start_that_have_room_or_none() {
+    on_virtual_time(async {
+        let bench = Bench::new(47).await;
+        ready(&bench, start(vm(1), "hello")).await;
+        checkpoint(&bench, 1, 1).await;
+        stop(&bench, 1).await;
+        let starts = |from_number: u8, count: u8| -> Vec<StartVm> {
+            let numbers = from_number..from_number + count;
+            numbers.map(|number| from(number, 1)).collect()
+        };
+        let each = bench.node.start_many(starts(10, 60), Together::Each);
+        let fit = each.iter().filter(|one| one.is_ok()).count();
+        assert!((1..60).contains(&fit), "{fit}");
+        assert!(
+            each[..fit].iter().all(Result::is_ok),
+            "the first have the room"
+        );
+        let no_room = |one: &Result<VmStatus, StartError>| {
+            matches!(one, Err(StartError::NoRoom(_) | StartError::NoImageRoom(_)))
+        };
+        assert!(each[fit..].iter().all(no_room));
+        let fit = u8::try_from(fit).unwrap();
+        for number in 10..10 + fit {
+            until_phase(&bench.node, vm(number), VmPhase::Ready).await;
+            stop(&bench, number).await;
+        }
+
+        let before = bench.node.node_status();
+        let all = bench.node.start_many(starts(80, fit + 1), Together::All);
+        assert!(no_room(&all[0]), "the first says why: {:?}", all[0]);
+        let others = all[1..].iter();
+        let not_all = |one: &Result<VmStatus, StartError>| matches!(one, Err(StartError::NotAll));
+        assert!(others.clone().all(not_all));
+        let after = bench.node.node_status();
+        assert_eq!(
+            (after.vms, after.memory_mib_used),
+            (before.vms, before.memory_mib_used)
+        );
+
+        let all = bench.node.start_many(starts(80, fit), Together::All);
+        assert!(all.iter().all(Result::is_ok), "{all:?}");
+        for number in 80..80 + fit {
+            until_phase(&bench.node, vm(number), VmPhase::Ready).await;
+            stop(&bench, number).await;
+        }
         bench.nothing_is_left();
     });
 }
