@@ -112,6 +112,8 @@ codes! {
     AppDisabled = 409, Caller, AfterChange;
     /// The app has no healthy release.
     NoRelease = 409, Caller, AfterChange;
+    /// The snapshot is damaged, or of another kind of host.
+    SnapshotUnusable = 500, Platform, AfterChange;
     /// The host has no room for another VM now.
     NoCapacity = 503, Platform, Later;
     /// Something did not answer in its time.

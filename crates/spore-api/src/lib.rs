@@ -14,6 +14,11 @@
 //! | `GET /api/v1/apps/{app}/logs` (`application/x-ndjson`) | [`log`] |
 //! | `GET /api/v1/apps/{app}/exec` (WebSocket), `GET·PUT …/files?path=` | [`exec`] |
 //! | `GET·POST /api/v1/images`, `DELETE …/images/{name}`, `POST /api/v1/images/gc` | [`image`] |
+//! | `GET /api/v1/snapshots`, `GET·DELETE …/{id or tag}`, `POST …/compact` | [`snapshot`] |
+//! | `POST /api/v1/snapshots/gc` | [`snapshot`] |
+//! | `POST /api/v1/{apps,sandboxes}/{…}/checkpoint` | [`snapshot`] |
+//! | `POST /api/v1/forks` | [`sandbox`] |
+//! | `GET /api/v1/sandboxes`, `GET·DELETE …/{id}`, `POST …/rollback`, `GET …/exec` | [`sandbox`] |
 //! | `GET /api/v1/operations/{id}` (`?wait_ms=`) | [`operation`] |
 #![forbid(unsafe_code)]
 
@@ -29,6 +34,8 @@ pub mod name;
 pub mod operation;
 pub mod page;
 pub mod release;
+pub mod sandbox;
 pub mod secret;
+pub mod snapshot;
 pub mod span;
 pub mod status;

@@ -56,3 +56,11 @@ pub const JSON_BYTES_MAX: usize = 1024 * 1024;
 pub const IDEMPOTENCY_KEY_BYTES_MAX: usize = 128;
 /// How long an idempotency key is remembered, in seconds (a day).
 pub const IDEMPOTENCY_S: u64 = 24 * 60 * 60;
+/// The most sandboxes of one fork.
+pub const FORKS_MAX: u32 = 1000;
+/// The most forks of one account that are under way at once.
+pub const FORKS_AT_ONCE_MAX: u32 = 4;
+/// The most sandboxes of one account.
+pub const SANDBOXES_PER_ACCOUNT_MAX: u64 = 2000;
+/// The most tags of one account.
+pub const TAGS_PER_ACCOUNT_MAX: u64 = 1000;

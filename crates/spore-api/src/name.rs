@@ -101,6 +101,22 @@ name! {
     is_image_name
 }
 
+name! {
+    /// A snapshot's name.
+    TagName, "tag",
+    "1 to 40 of a-z, 0-9 and -, beginning with a letter, not ending with -, without --, and not \
+     26 of a-z and 2-7, as ids have",
+    is_tag
+}
+
+name! {
+    /// A sandbox's id: 128 random bits in base32.
+    SandboxId, "sandbox id", "26 of a-z and 2-7 are expected: `spore sandbox ls` lists them", is_id
+}
+
+/// The platform's own account: everybody may fork its snapshots, and nobody has it.
+pub const PUBLIC_ACCOUNT: &str = "public";
+
 /// The account of a host with one user.
 pub const DEFAULT_ACCOUNT: &str = "me";
 
@@ -109,6 +125,12 @@ impl AccountName {
     #[must_use]
     pub fn default_account() -> Self {
         Self(DEFAULT_ACCOUNT.to_owned())
+    }
+
+    /// The platform's own account: `public`.
+    #[must_use]
+    pub fn public_account() -> Self {
+        Self(PUBLIC_ACCOUNT.to_owned())
     }
 }
 
@@ -132,6 +154,14 @@ fn is_label(text: &str) -> bool {
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
         && !text.ends_with('-')
         && !text.contains("--")
+}
+
+fn is_tag(text: &str) -> bool {
+    is_label(text) && !is_id(text)
+}
+
+fn is_id(text: &str) -> bool {
+    text.len() == 26 && text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'2'..=b'7'))
 }
 
 fn is_secret_name(text: &str) -> bool {
@@ -163,7 +193,7 @@ fn is_image_name(text: &str) -> bool {
 mod tests {
     use proptest::prelude::{prop_assert, proptest};
 
-    use super::{AccountName, AppName, ImageName, SecretName, host_of};
+    use super::{AccountName, AppName, ImageName, SandboxId, SecretName, TagName, host_of};
 
     #[test]
     fn names_that_would_be_misread_are_refused() {
@@ -196,6 +226,25 @@ mod tests {
         ] {
             assert!(text.parse::<ImageName>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_tag_is_never_taken_for_an_id() {
+        let id = "abcdefghijklmnopqrstuvwx27";
+        id.parse::<SandboxId>().unwrap();
+        assert!(id.parse::<TagName>().is_err());
+        for text in [
+            "",
+            "abcdefghijklmnopqrstuvwx2",
+            "abcdefghijklmnopqrstuvwx28",
+            "../x",
+        ] {
+            assert!(text.parse::<SandboxId>().is_err(), "{text}");
+        }
+        for text in ["", "A", "a--b", "-a", "1a", "a/b", "..", "a b"] {
+            assert!(text.parse::<TagName>().is_err(), "{text}");
+        }
+        "python3".parse::<TagName>().unwrap();
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub mod store;
 
 use clock::{SharedChance, SharedClock};
 use config::Config;
-use converge::Converge;
+use converge::{AdoptError, Converge};
 use door::Door;
 use nodes::{Nodes, NodesError};
 use secrets::KeyProvider;
@@ -82,6 +82,15 @@ pub enum ControlError {
     /// The node does not tell what runs.
     #[error("the node does not tell which VMs run; nothing may be started before it does")]
     Nodes(#[from] NodesError),
+}
+
+impl From<AdoptError> for ControlError {
+    fn from(error: AdoptError) -> Self {
+        match error {
+            AdoptError::Nodes(error) => error.into(),
+            AdoptError::Store(error) => error.into(),
+        }
+    }
 }
 
 /// The control plane, running.

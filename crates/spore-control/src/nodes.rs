@@ -1,9 +1,10 @@
-//! What control needs of nodes: start, stop, watch, talk to a guest, images.
+//! What control needs of nodes: start, stop, watch, talk to a guest, images, snapshots.
 //!
 //! The composition root implements [`Nodes`] over `spore-node`; tests script it. Control never
 //! opens a guest's disk, socket or process itself.
 
 use core::fmt;
+use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,10 +12,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use spore_api::log::LogLine;
 use spore_wire::guest::{Exec, Exit, WindowSize, WriteFile};
-use spore_wire::id::{ImageId, VmId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     ImageInfo, ImageKind, ImageRecipe, NodeStatus, StartVm, StopMode, VmStatus,
 };
+use spore_wire::secret::SecretBytes;
+use spore_wire::snapshot::SnapshotInfo;
 use tokio::io::AsyncRead;
 use tokio::sync::{Notify, mpsc};
 
@@ -26,6 +29,10 @@ pub trait Nodes: Send + Sync + 'static {
     /// # Errors
     /// When the node refused: then no VM of this id exists.
     async fn start(&self, start: StartVm) -> Result<(), NodesError>;
+
+    /// Begins to start several VMs; an answer for each, in their order. Room is given to all of
+    /// them in one step, so that what others start meanwhile does not come between.
+    async fn start_many(&self, starts: Vec<StartVm>, room: Room) -> Vec<Result<(), NodesError>>;
 
     /// Begins to stop a VM; its end comes by the feed. A VM that is over is not an error.
     ///
@@ -112,6 +119,52 @@ pub trait Nodes: Send + Sync + 'static {
         mode: CollectMode,
     ) -> Result<Vec<ImageInfo>, NodesError>;
 
+    /// Takes a snapshot of a VM, which goes on.
+    ///
+    /// # Errors
+    /// When it cannot be taken; nothing is left of it then, and the VM goes on all the same.
+    async fn checkpoint(&self, take: TakeSnapshot) -> Result<TakenSnapshot, NodesError>;
+
+    /// The snapshots of an account, by their ids.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    async fn snapshots(&self, account: String) -> Result<Vec<SnapshotInfo>, NodesError>;
+
+    /// One snapshot of an account.
+    ///
+    /// # Errors
+    /// [`NodesError::NotFound`] when the account has none of this id.
+    async fn snapshot(&self, account: String, id: SnapshotId) -> Result<SnapshotInfo, NodesError>;
+
+    /// Removes a snapshot; answers all that were removed.
+    ///
+    /// # Errors
+    /// [`NodesError::Conflict`] when something needs it, and nothing was removed.
+    async fn remove_snapshot(&self, removal: Removal) -> Result<Vec<SnapshotId>, NodesError>;
+
+    /// Makes a snapshot stand alone, under its own id.
+    ///
+    /// # Errors
+    /// When it cannot be read or written; it is as it was then.
+    async fn compact_snapshot(
+        &self,
+        account: String,
+        id: SnapshotId,
+        keys: SnapshotKeys,
+    ) -> Result<SnapshotInfo, NodesError>;
+
+    /// Removes snapshots that nothing in `keep` is or continues, that no VM uses, and that were
+    /// not made just now; answers what it removed, or would remove.
+    ///
+    /// # Errors
+    /// When a file cannot be removed.
+    async fn collect_snapshots(
+        &self,
+        keep: BTreeSet<SnapshotId>,
+        mode: CollectMode,
+    ) -> Result<Vec<SnapshotInfo>, NodesError>;
+
     /// Forgets the log of an app that was removed.
     ///
     /// # Errors
@@ -123,6 +176,64 @@ pub trait Nodes: Send + Sync + 'static {
     /// # Errors
     /// When the node does not answer.
     async fn node_status(&self) -> Result<NodeStatus, NodesError>;
+}
+
+/// Whether several starts are one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// As many start as have room, from the first on.
+    ForSome,
+    /// None starts unless there is room for all.
+    ForAll,
+}
+
+/// The keys of encrypted snapshots.
+pub type SnapshotKeys = Vec<(SnapshotId, SecretBytes)>;
+
+/// A snapshot to take.
+#[derive(Clone, Debug)]
+pub struct TakeSnapshot {
+    /// Of which VM.
+    pub vm: VmId,
+    /// Its id, never used before.
+    pub id: SnapshotId,
+    /// What it is encrypted with; `None` only when the VM holds no secrets.
+    pub key: Option<SecretBytes>,
+    /// Seconds since the Unix epoch.
+    pub made_at_s: u64,
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TakenSnapshot {
+    /// What it is.
+    pub info: SnapshotInfo,
+    /// How long the VM stood still.
+    pub pause: Duration,
+    /// How long its programs did.
+    pub frozen: Duration,
+}
+
+/// A snapshot to remove.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Removal {
+    /// Whose it is.
+    pub account: String,
+    /// Which.
+    pub id: SnapshotId,
+    /// What about those that continue it.
+    pub dependents: Dependents,
+    /// What must not be removed.
+    pub in_use: BTreeSet<SnapshotId>,
+}
+
+/// What is done with those that continue a snapshot which is removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dependents {
+    /// While there are any, nothing is removed.
+    Keep,
+    /// They are removed as well.
+    Remove,
 }
 
 /// Bytes on their way.
@@ -157,6 +268,14 @@ pub enum CollectMode {
     Remove,
     /// It only tells.
     DryRun,
+}
+
+impl CollectMode {
+    /// The mode of a call that may be a rehearsal.
+    #[must_use]
+    pub const fn of(dry_run: bool) -> Self {
+        if dry_run { Self::DryRun } else { Self::Remove }
+    }
 }
 
 /// A running program.
@@ -248,6 +367,24 @@ pub enum NodesError {
     #[error("{message}")]
     Image {
         /// Which, and what to do.
+        message: String,
+    },
+    /// Something needs it, or is being done with it.
+    #[error("{message}")]
+    Conflict {
+        /// What, and what to do.
+        message: String,
+    },
+    /// A snapshot is damaged, or of another kind of host.
+    #[error("{message}")]
+    Snapshot {
+        /// Which, and why it cannot be used.
+        message: String,
+    },
+    /// The account's snapshots would take more bytes than they may.
+    #[error("{message}")]
+    SnapshotQuota {
+        /// How many, and what to do.
         message: String,
     },
     /// The host's disk is full.

@@ -1,7 +1,7 @@
 //! The node as control sees it: a thin translation, through the daemon's fuse.
 //!
-//! What an app's owner does inside a VM (programs, files, logs) and images are not part of the
-//! simulation and are refused.
+//! What an app's owner does inside a VM (programs, files, logs), images and snapshots are not part
+//! of the simulation and are refused.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,17 +10,19 @@ use async_trait::async_trait;
 use spore_api::log::LogLine;
 use spore_api::name::AccountName;
 use spore_control::nodes::{
-    ByteStream, CollectMode, ExecSession, LogsWanted, Nodes, NodesError, VmFeed, vm_feed,
+    ByteStream, CollectMode, ExecSession, LogsWanted, Nodes, NodesError, Removal, Room,
+    SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, vm_feed,
 };
 use spore_control::store::record::app::{AppRecord, app_key};
 use spore_control::store::record::load;
 use spore_control::store::{SharedStore, StoreError};
 use spore_node::node::{Node, StartError, VmError};
 use spore_wire::guest::{Exec, WriteFile};
-use spore_wire::id::{ImageId, VmId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, VmStatus,
 };
+use spore_wire::snapshot::SnapshotInfo;
 use tokio::sync::mpsc;
 
 use crate::fuse::Fuse;
@@ -191,6 +193,47 @@ impl Nodes for SimNodes {
         _keep: BTreeSet<ImageId>,
         _mode: CollectMode,
     ) -> Result<Vec<ImageInfo>, NodesError> {
+        Err(not_here())
+    }
+
+    async fn start_many(&self, starts: Vec<StartVm>, _room: Room) -> Vec<Result<(), NodesError>> {
+        starts.iter().map(|_start| Err(not_here())).collect()
+    }
+
+    async fn checkpoint(&self, _take: TakeSnapshot) -> Result<TakenSnapshot, NodesError> {
+        Err(not_here())
+    }
+
+    async fn snapshots(&self, _account: String) -> Result<Vec<SnapshotInfo>, NodesError> {
+        Err(not_here())
+    }
+
+    async fn snapshot(
+        &self,
+        _account: String,
+        _id: SnapshotId,
+    ) -> Result<SnapshotInfo, NodesError> {
+        Err(not_here())
+    }
+
+    async fn remove_snapshot(&self, _removal: Removal) -> Result<Vec<SnapshotId>, NodesError> {
+        Err(not_here())
+    }
+
+    async fn compact_snapshot(
+        &self,
+        _account: String,
+        _id: SnapshotId,
+        _keys: SnapshotKeys,
+    ) -> Result<SnapshotInfo, NodesError> {
+        Err(not_here())
+    }
+
+    async fn collect_snapshots(
+        &self,
+        _keep: BTreeSet<SnapshotId>,
+        _mode: CollectMode,
+    ) -> Result<Vec<SnapshotInfo>, NodesError> {
         Err(not_here())
     }
 

@@ -26,7 +26,7 @@ use super::call::{Call, empty};
 use super::error::CallError;
 use crate::error::ApiError;
 use crate::exec::{Channel, ExecExit, ExecStart, SUBPROTOCOL, WindowSize};
-use crate::name::AppName;
+use crate::name::{AppName, SandboxId};
 
 /// The most bytes of one message.
 const MESSAGE_BYTES_MAX: usize = 1024 * 1024;
@@ -114,7 +114,26 @@ impl Client {
         app: &AppName,
         start: &ExecStart,
     ) -> Result<(ExecInput, ExecOutput), ExecError> {
-        let call = Call::get(format!("/api/v1/apps/{app}/exec"));
+        self.session(format!("/api/v1/apps/{app}/exec"), start)
+            .await
+    }
+
+    /// Runs a program in a sandbox.
+    pub async fn exec_in_sandbox(
+        &self,
+        sandbox: &SandboxId,
+        start: &ExecStart,
+    ) -> Result<(ExecInput, ExecOutput), ExecError> {
+        let path = format!("/api/v1/sandboxes/{sandbox}/exec");
+        self.session(path, start).await
+    }
+
+    async fn session(
+        &self,
+        path: String,
+        start: &ExecStart,
+    ) -> Result<(ExecInput, ExecOutput), ExecError> {
+        let call = Call::get(path);
         let key = generate_key();
         let request = self
             .request(&Method::GET, &call.path)

@@ -20,6 +20,7 @@ mod call;
 mod endpoint;
 mod error;
 mod exec;
+mod sandbox;
 mod stream;
 #[cfg(test)]
 mod tests;

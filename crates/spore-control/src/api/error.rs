@@ -13,6 +13,8 @@ use crate::converge::RemovalError;
 use crate::converge::deploy::DeployError;
 use crate::converge::image::{CollectError, KeepError};
 use crate::converge::life::Failure;
+use crate::converge::sandbox::SandboxError;
+use crate::converge::snapshot::SnapshotError;
 use crate::domain::RuleError;
 use crate::domain::app::RollbackError;
 use crate::nodes::NodesError;
@@ -122,7 +124,9 @@ impl From<SecretsError> for Fault {
     fn from(error: SecretsError) -> Self {
         match error {
             SecretsError::Store(error) => error.into(),
-            SecretsError::WrongKey { .. } | SecretsError::Damaged { .. } => {
+            SecretsError::WrongKey { .. }
+            | SecretsError::Damaged { .. }
+            | SecretsError::DamagedSnapshotKey { .. } => {
                 Self::new(ErrorCode::Internal, error.to_string())
             }
             SecretsError::Random(_) | SecretsError::Seal => {
@@ -179,12 +183,56 @@ impl From<NodesError> for Fault {
             NodesError::NotFound { .. } => ErrorCode::NotFound,
             NodesError::Invalid { .. } => ErrorCode::Invalid,
             NodesError::TooLarge { .. } => ErrorCode::TooLarge,
-            NodesError::OverQuota { .. } => ErrorCode::QuotaExceeded,
+            NodesError::OverQuota { .. } | NodesError::SnapshotQuota { .. } => {
+                ErrorCode::QuotaExceeded
+            }
+            NodesError::Conflict { .. } => ErrorCode::Conflict,
+            NodesError::Snapshot { .. } => ErrorCode::SnapshotUnusable,
             NodesError::DiskFull { .. } => ErrorCode::DiskFull,
             NodesError::Timeout { .. } => ErrorCode::Timeout,
             NodesError::Image { .. } | NodesError::Failed { .. } => ErrorCode::Internal,
         };
         Self::new(code, error.to_string())
+    }
+}
+
+impl From<SandboxError> for Fault {
+    fn from(error: SandboxError) -> Self {
+        let code = match &error {
+            SandboxError::Missing(_) => ErrorCode::NotFound,
+            SandboxError::NotOpen(_) => ErrorCode::Conflict,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<SnapshotError> for Fault {
+    fn from(error: SnapshotError) -> Self {
+        let message = error.to_string();
+        let code = match error {
+            SnapshotError::Missing { .. }
+            | SnapshotError::Nothing { .. }
+            | SnapshotError::NoApp { .. } => ErrorCode::NotFound,
+            SnapshotError::Ambiguous { .. } => ErrorCode::Invalid,
+            SnapshotError::TagTaken { .. }
+            | SnapshotError::HoldsSecrets { .. }
+            | SnapshotError::Suspended { .. }
+            | SnapshotError::NeededBySandboxes { .. } => ErrorCode::Conflict,
+            SnapshotError::NotYours { .. } => ErrorCode::Forbidden,
+            SnapshotError::Damaged { .. } | SnapshotError::NoKey { .. } => {
+                ErrorCode::SnapshotUnusable
+            }
+            SnapshotError::ForksAtOnce => ErrorCode::TooManyRequests,
+            SnapshotError::NotAll(failure) | SnapshotError::Source(failure) => failure.code,
+            SnapshotError::Left => ErrorCode::BadRequest,
+            SnapshotError::Sandbox(error) => return error.into(),
+            SnapshotError::Rule(error) => return error.into(),
+            SnapshotError::Name(error) => return error.into(),
+            SnapshotError::Store(error) => return error.into(),
+            SnapshotError::Nodes(error) => return error.into(),
+            SnapshotError::Secrets(error) => return error.into(),
+        };
+        Self::new(code, message)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Programs beside an app, over a WebSocket as `spore_api::exec` describes it.
+//! Programs beside an app or in a sandbox, over a WebSocket as `spore_api::exec` describes it.
 //!
 //! ```text
 //!   client                      here                        node
@@ -9,11 +9,13 @@
 //!     │ ◀──── binary: exit | error │ close
 //! ```
 //!
-//! A client that goes away ends the program. The app is held, so it is not reaped meanwhile.
+//! A client that goes away ends the program. An app is held, so it is not reaped meanwhile; a
+//! sandbox must be open.
 
 use core::time::Duration;
 
 use axum::extract::State;
+use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::response::Response;
 use bytes::Bytes;
@@ -29,6 +31,7 @@ use super::error::Fault;
 use super::files::exists;
 use crate::clock::next_id;
 use crate::converge::AppRef;
+use crate::converge::sandbox::SandboxRef;
 use crate::nodes::{ExecInput, ExecOutput, ExecSession};
 
 /// The most bytes of one message of a client.
@@ -43,22 +46,40 @@ const START_WAIT: Duration = Duration::from_secs(30);
 pub(super) async fn exec(
     State(api): State<Shared>,
     InPath(app): InPath,
-    upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Result<Response, Fault> {
+    exists(&api, &app).await?;
+    upgraded(api, Beside::App(app), upgrade)
+}
+
+/// Where a program runs.
+#[derive(Clone, Debug)]
+pub(super) enum Beside {
+    /// Beside an app.
+    App(AppRef),
+    /// In a sandbox.
+    Sandbox(SandboxRef),
+}
+
+/// Serves a program over what the call becomes.
+pub(super) fn upgraded(
+    api: Shared,
+    beside: Beside,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, Fault> {
     let upgrade = upgrade.map_err(|error| {
         let message = format!("this route is a WebSocket of {SUBPROTOCOL}: {error}");
         Fault::new(ErrorCode::BadRequest, message)
     })?;
-    exists(&api, &app).await?;
     let upgrade = upgrade
         .protocols([SUBPROTOCOL])
         .max_message_size(MESSAGE_BYTES_MAX)
         .max_frame_size(MESSAGE_BYTES_MAX);
-    Ok(upgrade.on_upgrade(move |socket| serve(api, app, socket)))
+    Ok(upgrade.on_upgrade(move |socket| serve(api, beside, socket)))
 }
 
-async fn serve(api: Shared, app: AppRef, mut socket: WebSocket) {
-    if let Err(fault) = run(&api, &app, &mut socket).await {
+async fn serve(api: Shared, beside: Beside, mut socket: WebSocket) {
+    if let Err(fault) = run(&api, &beside, &mut socket).await {
         let request_id = next_id(&*api.converge.inner.chance);
         fault.log(&request_id);
         let error = fault.public(&request_id);
@@ -70,15 +91,20 @@ async fn serve(api: Shared, app: AppRef, mut socket: WebSocket) {
     drop(socket.send(Message::Close(None)).await);
 }
 
-async fn run(api: &Shared, app: &AppRef, socket: &mut WebSocket) -> Result<(), Fault> {
+async fn run(api: &Shared, beside: &Beside, socket: &mut WebSocket) -> Result<(), Fault> {
     let first = tokio::time::timeout(START_WAIT, socket.recv()).await;
     let Ok(Some(Ok(first))) = first else {
         let message = "nothing was asked in time: the first message says what to run";
         return Err(Fault::new(ErrorCode::BadRequest, message));
     };
     let exec = start(&first)?;
-    let _hold = api.converge.hold(app);
-    let vm = api.converge.wake(app).await?;
+    let (_hold, vm) = match beside {
+        Beside::App(app) => {
+            let hold = api.converge.hold(app);
+            (Some(hold), api.converge.wake(app).await?)
+        }
+        Beside::Sandbox(sandbox) => (None, api.converge.open_sandbox(sandbox)?),
+    };
     let session = api.converge.inner.nodes.exec(vm, exec).await?;
     relay(api, socket, session).await
 }

@@ -17,10 +17,12 @@ use http::{HeaderMap, HeaderValue, Method};
 use spore_api::error::ErrorCode;
 use spore_api::name::AccountName;
 use subtle::ConstantTimeEq as _;
+use tokio::sync::watch;
 
 use super::error::Fault;
 use super::{Api, Shared};
 use crate::clock::next_id;
+use crate::converge::sandbox::Left;
 use crate::store::record::account::{TokenRecord, token_key};
 use crate::store::record::load;
 
@@ -56,11 +58,14 @@ impl FromRequestParts<Shared> for Caller {
 }
 
 /// Finishes a call that changes something even when its caller leaves: what it has committed must
-/// be followed by what the commit promises.
-pub(super) async fn finish(request: Request, next: Next) -> Response {
+/// be followed by what the commit promises. What is done only for the caller is told that it left.
+pub(super) async fn finish(mut request: Request, next: Next) -> Response {
     if request.method().is_safe() {
         return next.run(request).await;
     }
+    // Dropped with this call.
+    let (_waits, left) = watch::channel(());
+    request.extensions_mut().insert(Left::new(left));
     match tokio::spawn(next.run(request)).await {
         Ok(response) => response,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),

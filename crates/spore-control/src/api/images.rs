@@ -111,11 +111,7 @@ pub(super) async fn collect(
         let message = "only the host's own account may collect the images of all";
         return Err(Fault::new(ErrorCode::Forbidden, message));
     }
-    let mode = if request.dry_run {
-        CollectMode::DryRun
-    } else {
-        CollectMode::Remove
-    };
+    let mode = CollectMode::of(request.dry_run);
     let removed = api.converge.collect_images(mode).await?;
     Ok(Answer(GcReport {
         bytes: removed.iter().map(|image| image.bytes).sum(),

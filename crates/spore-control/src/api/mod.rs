@@ -27,7 +27,9 @@ mod openapi;
 mod operations;
 mod page;
 mod releases;
+mod sandboxes;
 mod secrets;
+mod snapshots;
 mod sources;
 mod status;
 #[cfg(test)]
@@ -110,6 +112,26 @@ fn routes() -> Router<Shared> {
         .route("/images", get(images::list).post(images::build))
         .route("/images/gc", post(images::collect))
         .route("/images/{*name}", delete(images::remove))
+        .route("/snapshots", get(snapshots::list))
+        .route("/snapshots/gc", post(snapshots::collect))
+        .route(
+            "/snapshots/{snapshot}",
+            get(snapshots::show).delete(snapshots::remove),
+        )
+        .route("/snapshots/{snapshot}/compact", post(snapshots::compact))
+        .route("/apps/{app}/checkpoint", post(snapshots::checkpoint_app))
+        .route("/forks", post(sandboxes::fork))
+        .route("/sandboxes", get(sandboxes::list))
+        .route(
+            "/sandboxes/{sandbox}",
+            get(sandboxes::show).delete(sandboxes::remove),
+        )
+        .route("/sandboxes/{sandbox}/exec", get(sandboxes::exec))
+        .route("/sandboxes/{sandbox}/rollback", post(sandboxes::rollback))
+        .route(
+            "/sandboxes/{sandbox}/checkpoint",
+            post(snapshots::checkpoint_sandbox),
+        )
         .route("/operations/{id}", get(operations::show))
         .route_layer(from_fn(guard::json_only));
     let sources = Router::new()

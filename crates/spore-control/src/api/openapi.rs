@@ -5,7 +5,10 @@ use spore_api::exec::{ExecStart, WindowSize};
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{apps, exec, files, images, logs, operations, releases, secrets, sources, status};
+use super::{
+    apps, exec, files, images, logs, operations, releases, sandboxes, secrets, snapshots, sources,
+    status,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -22,6 +25,10 @@ use super::{apps, exec, files, images, logs, operations, releases, secrets, sour
         secrets::list, secrets::set, secrets::remove,
         logs::read, exec::exec, files::read, files::write,
         images::list, images::build, images::remove, images::collect,
+        snapshots::list, snapshots::show, snapshots::remove, snapshots::compact,
+        snapshots::collect, snapshots::checkpoint_app, snapshots::checkpoint_sandbox,
+        sandboxes::fork, sandboxes::list, sandboxes::show, sandboxes::remove,
+        sandboxes::rollback, sandboxes::exec,
         operations::show,
     ),
     components(schemas(ApiError, ExecStart, WindowSize)),

@@ -1,4 +1,4 @@
-//! The one way in which a list answers: a page of the store's entries and where the next begins.
+//! The one way in which a list answers: a page, and where the next begins.
 
 use spore_api::page::PageQuery;
 
@@ -29,4 +29,23 @@ pub(super) async fn page(
     let last = entries.last().filter(|_| more);
     let next = last.map(|entry| cursor(&entry.key[behind..]));
     Ok((entries, next))
+}
+
+/// The items that `query` asks for of a list which is there as a whole, in the order of their keys,
+/// and the cursor of the page behind them.
+pub(super) fn page_of<T>(
+    query: &PageQuery,
+    mut all: Vec<T>,
+    key: impl Fn(&T) -> String,
+) -> Result<(Vec<T>, Option<String>), Fault> {
+    let slice = slice(query)?;
+    all.sort_by_cached_key(&key);
+    if let Some(after) = slice.after {
+        all.retain(|item| key(item) > after);
+    }
+    let more = all.len() > slice.limit;
+    all.truncate(slice.limit);
+    let last = all.last().filter(|_| more);
+    let next = last.map(|item| cursor(&key(item)));
+    Ok((all, next))
 }

@@ -32,33 +32,33 @@ use crate::store::record::{encode, load};
 use crate::store::{SharedStore, Transaction, every};
 use crate::{Control, Parts};
 
-const YOUR_TOKEN: &str = "test-token-of-you";
+pub(super) const YOUR_TOKEN: &str = "test-token-of-you";
 
-struct Bench {
-    control: Control,
-    nodes: FakeNodes,
-    router: Router,
-    store: SharedStore,
+pub(super) struct Bench {
+    pub(super) control: Control,
+    pub(super) nodes: FakeNodes,
+    pub(super) router: Router,
+    pub(super) store: SharedStore,
     folder: tempfile::TempDir,
 }
 
 /// Makes a good body bad.
 type Spoil = fn(&mut Value);
 
-struct Answer {
-    status: StatusCode,
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
     headers: http::HeaderMap,
     body: Vec<u8>,
 }
 
 impl Answer {
-    fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| {
             panic!("{error}: {}", String::from_utf8_lossy(&self.body));
         })
     }
 
-    fn code(&self) -> String {
+    pub(super) fn code(&self) -> String {
         let json = self.json();
         for field in ["message", "blame", "retry", "request_id"] {
             assert!(
@@ -75,15 +75,25 @@ impl Answer {
 }
 
 impl Bench {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         Self::over(Arc::new(MemoryStore::default())).await
     }
 
-    async fn over(store: SharedStore) -> Self {
+    pub(super) async fn over(store: SharedStore) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        Self::begin(store, FakeNodes::new(), folder).await
+    }
+
+    /// The daemon ends, and another begins over the same store and node.
+    pub(super) async fn again(self) -> Self {
+        self.control.stop().await;
+        Self::begin(self.store, self.nodes, self.folder).await
+    }
+
+    async fn begin(store: SharedStore, nodes: FakeNodes, folder: tempfile::TempDir) -> Self {
         let path = folder.path().join("key");
         let keys = KeyFile::open_or_make(&path, &*store).await.unwrap();
-        let (nodes, door) = (FakeNodes::new(), FakeDoor::default());
+        let door = FakeDoor::default();
         let parts = Parts {
             store: Arc::clone(&store),
             nodes: Arc::new(nodes.clone()),
@@ -121,7 +131,7 @@ impl Bench {
         }
     }
 
-    async fn send(&self, request: Request<Body>) -> Answer {
+    pub(super) async fn send(&self, request: Request<Body>) -> Answer {
         let response = self.router.clone().oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
         let body = to_bytes(body, usize::MAX).await.unwrap().to_vec();
@@ -132,11 +142,11 @@ impl Bench {
         }
     }
 
-    async fn call(&self, method: &str, path: &str, body: Option<Value>) -> Answer {
+    pub(super) async fn call(&self, method: &str, path: &str, body: Option<Value>) -> Answer {
         self.send(request(method, path, body)).await
     }
 
-    async fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
+    pub(super) async fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
         let answer = self.call(method, path, body).await;
         let text = String::from_utf8_lossy(&answer.body).into_owned();
         assert!(
@@ -152,7 +162,7 @@ impl Bench {
     }
 
     /// Deploys and waits for the end; answers the operation.
-    async fn deploy(&self, app: &str, change: impl FnOnce(&mut Value)) -> Value {
+    pub(super) async fn deploy(&self, app: &str, change: impl FnOnce(&mut Value)) -> Value {
         let mut body = spec();
         change(&mut body);
         let path = format!("/api/v1/apps/{app}/releases");
@@ -176,7 +186,7 @@ fn spec() -> Value {
     json!({"spec": {"image": "debian/python3", "command": ["python3", "app.py"], "port": 8000}})
 }
 
-fn request(method: &str, path: &str, body: Option<Value>) -> Request<Body> {
+pub(super) fn request(method: &str, path: &str, body: Option<Value>) -> Request<Body> {
     let request = Request::builder()
         .method(Method::from_bytes(method.as_bytes()).unwrap())
         .uri(path)
@@ -193,7 +203,7 @@ fn request(method: &str, path: &str, body: Option<Value>) -> Request<Body> {
     }
 }
 
-fn with(mut request: Request<Body>, name: &'static str, value: &str) -> Request<Body> {
+pub(super) fn with(mut request: Request<Body>, name: &'static str, value: &str) -> Request<Body> {
     request.headers_mut().insert(name, value.parse().unwrap());
     request
 }

@@ -232,7 +232,7 @@ impl Converge {
 
     /// The node told how a VM is.
     pub(super) fn vm_changed(&self, status: VmStatus) {
-        if !self.is_news(&status) {
+        if !self.is_news(&status) || self.sandbox_changed(&status) {
             return;
         }
         match AppRef::of(&status.owner.account, &status.owner.app) {

@@ -41,6 +41,8 @@ pub mod life;
 mod removal;
 mod repair;
 mod route;
+pub(crate) mod sandbox;
+pub(crate) mod snapshot;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -49,6 +51,7 @@ mod trace;
 pub(crate) use app::code_name_of;
 use life::{Event, Failure, Life, Moment};
 pub use removal::RemovalError;
+pub(crate) use repair::AdoptError;
 use trace::StartTrace;
 
 /// An app's key in the store and towards the gateway: `account/app`.
@@ -105,6 +108,11 @@ pub(crate) struct Inner {
     /// In the order of names, so that a seed decides the same in every run.
     slots: Mutex<BTreeMap<AppRef, Slot>>,
     routes: Mutex<BTreeMap<AppRef, spore_wire::gateway::Admission>>,
+    /// Held while it is found out which snapshots are needed, and one is removed or used.
+    snapshot_ledger: tokio::sync::Mutex<()>,
+    /// The sandboxes, each with the way to its keeper.
+    sandboxes: Mutex<BTreeMap<sandbox::SandboxRef, sandbox::Handle>>,
+    fork_turns: Arc<sandbox::Turns>,
     /// Held while the rest of a removed app is forgotten.
     forgetting: tokio::sync::Mutex<()>,
     /// The last VMs that were over.
@@ -172,6 +180,9 @@ impl Converge {
             metrics: Arc::default(),
             operations: Arc::new(operations),
             image_ledger: tokio::sync::Mutex::default(),
+            snapshot_ledger: tokio::sync::Mutex::default(),
+            sandboxes: Mutex::default(),
+            fork_turns: Arc::default(),
             slots: Mutex::default(),
             routes: Mutex::default(),
             forgetting: tokio::sync::Mutex::default(),

@@ -8,11 +8,24 @@ use crate::nodes::NodesError;
 use crate::store::StoreError;
 use spore_wire::cause::chain;
 
+/// Why what runs cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AdoptError {
+    /// The node does not tell.
+    #[error(transparent)]
+    Nodes(#[from] NodesError),
+    /// The store does not.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
 impl Converge {
     /// Takes over what the node has, at the start. Nothing else has happened yet.
-    pub(crate) async fn adopt(&self) -> Result<usize, NodesError> {
+    pub(crate) async fn adopt(&self) -> Result<usize, AdoptError> {
         let vms = self.inner.nodes.list().await?;
         let count = vms.len();
+        let sandboxes = self.adopt_sandboxes(&vms).await?;
+        tracing::debug!(sandboxes, "sandboxes of the store are kept again");
         for status in vms {
             self.vm_changed(status);
         }
@@ -53,6 +66,7 @@ impl Converge {
         for status in vms {
             self.vm_changed(status);
         }
+        self.lose_sandboxes(|vm| listed.contains(&vm), began);
         for (app, vm) in self.missing(&listed, began) {
             tracing::warn!(%app, %vm, "a VM is not on its node any more");
             self.event(&app, Event::Lost(vm));

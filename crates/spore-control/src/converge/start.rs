@@ -178,12 +178,15 @@ fn unasked(error: &StartError) -> Failure {
     Failure::new(code, chain(error))
 }
 
-fn refused(error: &NodesError) -> Failure {
+pub(super) fn refused(error: &NodesError) -> Failure {
     let code = match error {
         NodesError::NoCapacity { .. } | NodesError::Busy { .. } => ErrorCode::NoCapacity,
         NodesError::DiskFull { .. } => ErrorCode::DiskFull,
         NodesError::Timeout { .. } => ErrorCode::Timeout,
         NodesError::NotFound { .. } | NodesError::Invalid { .. } => ErrorCode::AppFailed,
+        NodesError::Conflict { .. } => ErrorCode::Conflict,
+        NodesError::Snapshot { .. } => ErrorCode::SnapshotUnusable,
+        NodesError::SnapshotQuota { .. } => ErrorCode::QuotaExceeded,
         NodesError::NoVm { .. }
         | NodesError::TooLarge { .. }
         | NodesError::OverQuota { .. }

@@ -8,6 +8,7 @@ pub mod egress;
 pub mod image;
 pub mod page;
 pub mod release;
+pub mod snapshot;
 
 /// Why a request is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -20,6 +20,7 @@ use chacha20poly1305::aead::{Aead as _, KeyInit as _, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 use data_encoding::BASE64;
 use spore_api::name::{AccountName, AppName, SecretName};
+use spore_wire::id::SnapshotId;
 use spore_wire::secret::SecretBytes;
 use zeroize::Zeroizing;
 
@@ -30,6 +31,7 @@ use crate::store::record::{encode, load};
 use crate::store::{CommitError, SharedStore, StoreError, Transaction};
 
 mod key_file;
+mod snapshot_key;
 #[cfg(test)]
 mod tests;
 
@@ -84,6 +86,12 @@ pub enum SecretsError {
         app: String,
         /// Which.
         name: String,
+    },
+    /// The sealed key of a snapshot was changed or moved.
+    #[error("the key of the snapshot {id} is damaged: remove the snapshot and take it again")]
+    DamagedSnapshotKey {
+        /// Which.
+        id: SnapshotId,
     },
     /// The kernel gives no random bytes.
     #[error("the kernel gave no random bytes")]
@@ -156,10 +164,7 @@ impl Vault {
         revision: u64,
         value: &SecretBytes,
     ) -> Result<SecretRecord, SecretsError> {
-        let key = match self.data_key(place.account).await? {
-            Some(key) => key,
-            None => self.make_data_key(place.account).await?,
-        };
+        let key = self.data_key_or_new(place.account).await?;
         let sealed = seal(&key, &binding(place, revision), value.expose())?;
         Ok(SecretRecord {
             revision,
@@ -187,6 +192,13 @@ impl Vault {
             .map_err(|_e| damaged())?;
         let value = open(&key, &binding(place, record.revision), &sealed).ok_or_else(damaged)?;
         Ok(SecretBytes::new(value))
+    }
+
+    async fn data_key_or_new(&self, account: &AccountName) -> Result<Arc<Key>, SecretsError> {
+        match self.data_key(account).await? {
+            Some(key) => Ok(key),
+            None => self.make_data_key(account).await,
+        }
     }
 
     async fn data_key(&self, account: &AccountName) -> Result<Option<Arc<Key>>, SecretsError> {

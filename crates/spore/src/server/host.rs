@@ -13,24 +13,27 @@ use spore_api::log::{LogLine, LogSource};
 use spore_control::clock::rfc3339;
 use spore_control::nodes::{
     AfterTail, ByteStream, CollectMode, ExecInput, ExecOutput, ExecSession, LogsWanted, Nodes,
-    NodesError, VmFeed, vm_feed,
+    NodesError, Removal, Room, SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, vm_feed,
 };
 use spore_node::image::debian::DebianError;
 use spore_node::image::packer::BuildError;
 use spore_node::image::store::{Filing, GcMode, ImageStore, StoreError};
 use spore_node::image::workshop::{WorkError, Workshop, packages};
 use spore_node::log::{Follow, Followed, LogError};
-use spore_node::node::{Node, StartError, VmError};
+use spore_node::node::{Node, StartError, Together, VmError};
 use spore_node::vm::guest::{ExecStream, FileReader, GuestError};
 use spore_wire::cause::chain;
 use spore_wire::guest::{AgentErrorCode, Exec, OutputKind, WriteFile};
-use spore_wire::id::{ImageId, VmId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, VmStatus,
 };
+use spore_wire::snapshot::SnapshotInfo;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use tokio_util::io::StreamReader;
+
+use super::snapshots;
 
 /// Messages of an exec that may wait on either side before the other is held up.
 const EXEC_QUEUE: usize = 16;
@@ -59,6 +62,17 @@ pub(crate) struct Host {
 impl Nodes for Host {
     async fn start(&self, start: StartVm) -> Result<(), NodesError> {
         self.node.start(start).map(drop).map_err(start_error)
+    }
+
+    async fn start_many(&self, starts: Vec<StartVm>, room: Room) -> Vec<Result<(), NodesError>> {
+        let together = match room {
+            Room::ForSome => Together::Each,
+            Room::ForAll => Together::All,
+        };
+        let started = self.node.start_many(starts, together).into_iter();
+        started
+            .map(|one| one.map(drop).map_err(start_error))
+            .collect()
     }
 
     async fn stop(&self, vm: VmId, mode: StopMode) -> Result<(), NodesError> {
@@ -191,10 +205,7 @@ impl Nodes for Host {
         mut keep: BTreeSet<ImageId>,
         mode: CollectMode,
     ) -> Result<Vec<ImageInfo>, NodesError> {
-        let mode = match mode {
-            CollectMode::Remove => GcMode::Remove,
-            CollectMode::DryRun => GcMode::DryRun,
-        };
+        let mode = gc_mode(mode);
         let node = self.node.clone();
         let in_use = blocking(move || node.images_in_use()).await?;
         keep.extend(in_use.map_err(|error| NodesError::Failed {
@@ -207,6 +218,44 @@ impl Nodes for Host {
             .map_err(|error| store_error(&error))
     }
 
+    async fn checkpoint(&self, take: TakeSnapshot) -> Result<TakenSnapshot, NodesError> {
+        snapshots::checkpoint(&self.node, take).await
+    }
+
+    async fn snapshots(&self, account: String) -> Result<Vec<SnapshotInfo>, NodesError> {
+        let listed = self.node.snapshots().list(&account).await;
+        listed.map_err(snapshots::error)
+    }
+
+    async fn snapshot(&self, account: String, id: SnapshotId) -> Result<SnapshotInfo, NodesError> {
+        let info = self.node.snapshots().info(&account, id).await;
+        info.map_err(snapshots::error)
+    }
+
+    async fn remove_snapshot(&self, removal: Removal) -> Result<Vec<SnapshotId>, NodesError> {
+        snapshots::remove(&self.node, removal).await
+    }
+
+    async fn compact_snapshot(
+        &self,
+        account: String,
+        id: SnapshotId,
+        keys: SnapshotKeys,
+    ) -> Result<SnapshotInfo, NodesError> {
+        let keys = snapshots::keys(&keys)?;
+        let compacted = self.node.snapshots().compact(&account, id, keys).await;
+        compacted.map_err(snapshots::error)
+    }
+
+    async fn collect_snapshots(
+        &self,
+        keep: BTreeSet<SnapshotId>,
+        mode: CollectMode,
+    ) -> Result<Vec<SnapshotInfo>, NodesError> {
+        let collected = self.node.snapshots().gc(keep, gc_mode(mode)).await;
+        collected.map_err(snapshots::error)
+    }
+
     async fn forget_logs(&self, account: String, app: String) -> Result<(), NodesError> {
         let node = self.node.clone();
         blocking(move || node.log_remove(&account, &app))
@@ -216,6 +265,13 @@ impl Nodes for Host {
 
     async fn node_status(&self) -> Result<NodeStatus, NodesError> {
         Ok(self.node.node_status())
+    }
+}
+
+const fn gc_mode(mode: CollectMode) -> GcMode {
+    match mode {
+        CollectMode::Remove => GcMode::Remove,
+        CollectMode::DryRun => GcMode::DryRun,
     }
 }
 
@@ -366,7 +422,10 @@ fn now_s() -> u64 {
 fn start_error(error: StartError) -> NodesError {
     let message = error.to_string();
     match error {
-        StartError::NoRoom(_) => NodesError::NoCapacity { message },
+        StartError::NoRoom(_) | StartError::NoImageRoom(_) | StartError::NotAll => {
+            NodesError::NoCapacity { message }
+        }
+        StartError::NoForks | StartError::Key { .. } => NodesError::Snapshot { message },
         StartError::Image(_) => NodesError::Image { message },
         StartError::Name(_) => NodesError::Invalid { message },
         _ => NodesError::Failed { message },

@@ -18,6 +18,7 @@ mod internal;
 mod listen;
 mod lock;
 mod parts;
+mod snapshots;
 mod token;
 mod unit;
 mod up;

@@ -360,6 +360,13 @@ impl Converge {
                     tracing::warn!(error = chain(&error), "unused images are not removed");
                 }
             }
+            match self.collect_snapshots(CollectMode::Remove).await {
+                Ok(gone) if gone.is_empty() => {}
+                Ok(gone) => tracing::info!(snapshots = gone.len(), "unused snapshots are removed"),
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "unused snapshots are not removed");
+                }
+            }
         }
     }
 

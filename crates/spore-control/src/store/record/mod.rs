@@ -15,8 +15,11 @@ pub mod image;
 pub mod operation;
 pub mod release;
 pub mod removal;
+pub mod sandbox;
 pub mod secret;
+pub mod snapshot_key;
 pub mod source;
+pub mod tag;
 
 /// Something that is stored.
 pub trait Record: Serialize + DeserializeOwned {

@@ -4,7 +4,7 @@
 //! feed. The gateway answers reaps by what is in flight. Both remember what was asked of them.
 
 use core::time::Duration;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -13,11 +13,12 @@ use bytes::Bytes;
 use spore_api::log::{LogLine, LogSource};
 use spore_wire::gateway::{Activity, AppKey, FromGateway, Phase, ToGateway, WakeFailure};
 use spore_wire::guest::{AppStatus, Exec, Exit, WriteFile};
-use spore_wire::id::{ImageId, VmId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     Boundary, ImageInfo, ImageKind, ImageRecipe, NodeStatus, StartVm, StopMode, VmFailure,
     VmFailureKind, VmPhase, VmStatus,
 };
+use spore_wire::snapshot::SnapshotInfo;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -26,11 +27,14 @@ use crate::converge::{AppRef, Converge};
 use crate::door::Door;
 use crate::nodes::{
     ByteStream, CollectMode, ExecInput, ExecOutput, ExecSession, LogsWanted, Nodes, NodesError,
-    VmFeed, VmPublisher, vm_feed,
+    Removal, Room, SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, VmPublisher, vm_feed,
 };
 use crate::store::memory::MemoryStore;
 use crate::store::record::app::APPS;
+use crate::store::record::sandbox::SANDBOXES;
 use crate::store::{CommitError, Entry, Range, Store, StoreError, Transaction, Watch, Write};
+
+mod snapshots;
 
 /// What VMs of a release do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +71,28 @@ pub(crate) struct NodeState {
     pub(crate) stops_hang: bool,
     pub(crate) recipes: Vec<ImageRecipe>,
     pub(crate) images: BTreeSet<ImageId>,
+    /// Snapshots, and what each is encrypted with.
+    pub(crate) snapshots: snapshots::Shelf,
+    /// The most sandboxes that there is room for.
+    pub(crate) sandboxes_max: Option<usize>,
+    /// What sandboxes do, in the order of their starts; the rest are ready in 10 ms.
+    pub(crate) sandbox_acts: VecDeque<Act>,
+}
+
+impl NodeState {
+    fn sandboxes_left(&self) -> Option<usize> {
+        let there = self.vms.values().filter(|status| status.owner.release == 0);
+        let there = there.count();
+        self.sandboxes_max.map(|most| most.saturating_sub(there))
+    }
+
+    fn admit_sandbox(&self) -> Result<(), NodesError> {
+        let message = "the host has no memory left: stop an app".to_owned();
+        match self.sandboxes_left() {
+            Some(0) => Err(NodesError::NoCapacity { message }),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A node.
@@ -170,7 +196,16 @@ impl Nodes for FakeNodes {
         let vm = start.vm;
         let key = (start.owner.app.clone(), start.owner.release);
         let mut state = self.state.lock().unwrap();
-        let act = state.acts.get(&key).copied().unwrap_or(Act::Ready(10));
+        let given = state.acts.get(&key).copied();
+        let act = given.or_else(|| match key.1 {
+            0 => state.sandbox_acts.pop_front(),
+            _ => None,
+        });
+        let act = act.unwrap_or(Act::Ready(10));
+        if key.1 == 0 {
+            state.admit_sandbox()?;
+            state.snapshots.open(&start)?;
+        }
         let message = "the host has no memory left: stop an app".to_owned();
         match act {
             Act::NoRoom => return Err(NodesError::NoCapacity { message }),
@@ -202,6 +237,24 @@ impl Nodes for FakeNodes {
         self.publisher.lock().unwrap().publish(status);
         tokio::spawn(self.clone().live(vm, act));
         Ok(())
+    }
+
+    async fn start_many(&self, starts: Vec<StartVm>, room: Room) -> Vec<Result<(), NodesError>> {
+        let message = "the host has no memory left: stop an app".to_owned();
+        let left = self.state.lock().unwrap().sandboxes_left();
+        if room == Room::ForAll && left.is_some_and(|left| left < starts.len()) {
+            let refused = |_start| {
+                Err(NodesError::NoCapacity {
+                    message: message.clone(),
+                })
+            };
+            return starts.into_iter().map(refused).collect();
+        }
+        let mut answers = Vec::new();
+        for start in starts {
+            answers.push(self.start(start).await);
+        }
+        answers
     }
 
     async fn stop(&self, vm: VmId, mode: StopMode) -> Result<(), NodesError> {
@@ -362,6 +415,45 @@ impl Nodes for FakeNodes {
         Ok(vec![info(b"old", ImageKind::Root)])
     }
 
+    async fn checkpoint(&self, take: TakeSnapshot) -> Result<TakenSnapshot, NodesError> {
+        let mut state = self.state.lock().unwrap();
+        let status = state.vms.get(&take.vm);
+        let status = status.cloned().ok_or(NodesError::NoVm { vm: take.vm })?;
+        let of_vm = |start: &&StartVm| start.vm == take.vm;
+        let start = state.starts.iter().find(of_vm).cloned();
+        state.snapshots.take(&take, &start.unwrap(), status.owner)
+    }
+
+    async fn snapshots(&self, account: String) -> Result<Vec<SnapshotInfo>, NodesError> {
+        Ok(self.state.lock().unwrap().snapshots.of(&account))
+    }
+
+    async fn snapshot(&self, account: String, id: SnapshotId) -> Result<SnapshotInfo, NodesError> {
+        self.state.lock().unwrap().snapshots.info(&account, id)
+    }
+
+    async fn remove_snapshot(&self, removal: Removal) -> Result<Vec<SnapshotId>, NodesError> {
+        self.state.lock().unwrap().snapshots.remove(&removal)
+    }
+
+    async fn compact_snapshot(
+        &self,
+        account: String,
+        id: SnapshotId,
+        keys: SnapshotKeys,
+    ) -> Result<SnapshotInfo, NodesError> {
+        let mut state = self.state.lock().unwrap();
+        state.snapshots.compact(&account, id, &keys)
+    }
+
+    async fn collect_snapshots(
+        &self,
+        keep: BTreeSet<SnapshotId>,
+        mode: CollectMode,
+    ) -> Result<Vec<SnapshotInfo>, NodesError> {
+        Ok(self.state.lock().unwrap().snapshots.collect(&keep, mode))
+    }
+
     async fn forget_logs(&self, _account: String, app: String) -> Result<(), NodesError> {
         let mut state = self.state.lock().unwrap();
         if state.logs_stay {
@@ -513,7 +605,7 @@ impl Door for FakeDoor {
     }
 }
 
-/// A store whose commits can be refused, or held up while they remove an app.
+/// A store whose commits can be refused, or held up while they remove an app or a sandbox.
 #[derive(Debug)]
 pub(crate) struct MoodyStore {
     pub(crate) store: MemoryStore,
@@ -550,8 +642,8 @@ impl Store for MoodyStore {
     }
 
     async fn commit(&self, transaction: Transaction) -> Result<u64, CommitError> {
-        let removes =
-            |write: &Write| matches!(write, Write::Delete { key } if key.starts_with(APPS));
+        let is_held = |key: &str| key.starts_with(APPS) || key.starts_with(SANDBOXES);
+        let removes = |write: &Write| matches!(write, Write::Delete { key } if is_held(key));
         if transaction.writes.iter().any(removes) {
             let mut held = self.holds_removals.subscribe();
             drop(held.wait_for(|held| !*held).await);
