@@ -23,7 +23,9 @@ async fn a_secret_is_in_the_app_and_nowhere_else() -> Result<()> {
     }
     let platform = Platform::start().await?;
     // A grant, so that the VM has a proxy whose process is searched too.
-    let manifest = "[idle]\nafter = \"10m\"\n[egress]\nallow = [\"10.20.0.5:5432\"]\n\
+    // A small disk, since a checkpoint of it is searched.
+    let manifest = "[idle]\nafter = \"10m\"\n[resources]\ndisk = \"64MiB\"\n\
+                    [egress]\nallow = [\"10.20.0.5:5432\"]\n\
                     [secrets]\nnames = [\"API_KEY\"]\nfiles = [\"SECOND\"]\n";
     let folder = AppFolder::python("keeper", &format!("{PRINTS_IT}{SELF_PORTRAIT}"), manifest)?;
     let refused = platform.run(&["deploy", &folder.argument()])?;
@@ -53,10 +55,32 @@ async fn a_secret_is_in_the_app_and_nowhere_else() -> Result<()> {
     let logs = platform.cli(&["logs", "keeper"])?;
     ensure!(logs.contains("the key is ***"), "{logs}");
 
+    its_checkpoint_holds_it_encrypted(&platform)?;
     let found = sightings(&platform)?;
     ensure!(found.is_empty(), "the secret is in {found:?}");
     the_search_finds_what_is_planted(&platform)?;
     platform.end()
+}
+
+/// It is taken only when that is asked for; what is forked from it holds the secret too.
+fn its_checkpoint_holds_it_encrypted(platform: &Platform) -> Result<()> {
+    let refused = platform.run(&["checkpoint", "keeper", "--tag", "safe"])?;
+    refused.ensure_refused("--allow-secrets")?;
+    let allowed = ["checkpoint", "keeper", "--tag", "safe", "--allow-secrets"];
+    let taken = platform.json(&allowed)?;
+    ensure!(taken["snapshot"]["encrypted"] == true, "{taken}");
+    let forks = platform.json(&["fork", "safe"])?;
+    let sandbox = forks[0]["id"].as_str().context("an id")?;
+    let inside = [
+        "sandbox",
+        "exec",
+        sandbox,
+        "--",
+        "cat",
+        "/run/secrets/SECOND",
+    ];
+    ensure!(platform.cli(&inside)? == SECOND);
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

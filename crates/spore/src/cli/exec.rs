@@ -1,4 +1,4 @@
-//! `spore exec` and `spore shell`: a program beside an app.
+//! `spore exec`, `spore sandbox exec` and `spore shell`: a program beside an app, or in a sandbox.
 //!
 //! ```text
 //!   standard input ─thread─▶ ┐                       ┌─▶ standard output, standard error
@@ -8,6 +8,7 @@
 //!
 //! Writer and reader are apart: a program that neither reads nor is read cannot hold both up.
 
+use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use clap::Args;
 use rustix::termios::{self, OptionalActions, Termios};
 use spore_api::client::{ExecError, ExecEvent, ExecInput, ExecOutput};
 use spore_api::exec::{ExecExit, ExecStart, WindowSize};
-use spore_api::name::AppName;
+use spore_api::name::{AppName, SandboxId};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -33,6 +34,13 @@ const SHELL: &str = "if command -v bash >/dev/null 2>&1; then exec bash; else ex
 pub(super) struct Exec {
     /// The app's name
     app: AppName,
+    #[command(flatten)]
+    program: Program,
+}
+
+/// What to run, and how.
+#[derive(Debug, Args)]
+pub(super) struct Program {
     /// Program and arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
@@ -63,8 +71,33 @@ pub(super) struct Shell {
     user: Option<String>,
 }
 
+/// Where a program runs.
+#[derive(Clone, Debug)]
+pub(super) enum Target {
+    /// Beside an app.
+    App(AppName),
+    /// In a sandbox.
+    Sandbox(SandboxId),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::App(app) => app.fmt(f),
+            Self::Sandbox(sandbox) => sandbox.fmt(f),
+        }
+    }
+}
+
 impl Exec {
     pub(super) async fn run(self, context: &Context) -> Result<u8> {
+        self.program.run(context, &Target::App(self.app)).await
+    }
+}
+
+impl Program {
+    /// Runs it; answers its exit code.
+    pub(super) async fn run(self, context: &Context, target: &Target) -> Result<u8> {
         let mut start = ExecStart {
             argv: self.command,
             environment: Vec::new(),
@@ -90,8 +123,8 @@ impl Exec {
         }
         let wants_terminal =
             !self.no_tty && io::stdin().is_terminal() && io::stdout().is_terminal();
-        let what = format!("cannot run {} in {}", start.argv.join(" "), self.app);
-        session(context, &self.app, start, wants_terminal, what).await
+        let what = format!("cannot run {} in {target}", start.argv.join(" "));
+        session(context, target, start, wants_terminal, what).await
     }
 }
 
@@ -106,14 +139,15 @@ impl Shell {
             timeout_ms: None,
         };
         let wants_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
-        let what = format!("cannot open a shell in {}", self.which.app);
-        session(context, &self.which.app, start, wants_terminal, what).await
+        let target = Target::App(self.which.app);
+        let what = format!("cannot open a shell in {target}");
+        session(context, &target, start, wants_terminal, what).await
     }
 }
 
 async fn session(
     context: &Context,
-    app: &AppName,
+    target: &Target,
     mut start: ExecStart,
     wants_terminal: bool,
     what: String,
@@ -127,7 +161,11 @@ async fn session(
         }
     }
     let what = || what.clone();
-    let (input, output) = context.client.exec(app, &start).await.with_context(what)?;
+    let session = match target {
+        Target::App(app) => context.client.exec(app, &start).await,
+        Target::Sandbox(sandbox) => context.client.exec_in_sandbox(sandbox, &start).await,
+    };
+    let (input, output) = session.with_context(what)?;
     let signals = Signals::listen().context("cannot listen for signals")?;
     let typed = stdin::read().context("cannot read standard input")?;
     // Restored when it is dropped, on every way out of here.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
-use spore_api::image::{self, GcRequest, ImageFrom};
+use spore_api::image::{self, GcReport, GcRequest, ImageFrom};
 use spore_api::name::ImageName;
 use spore_api::page::Page;
 
@@ -163,20 +163,29 @@ impl Gc {
             })
             .await;
         let report = report.context("cannot collect unused images")?;
-        let output = &context.output;
-        if output.format() == Format::Json {
-            output.json(&report)?;
-            return Ok(0);
-        }
-        for id in &report.removed {
-            output.line(short(id))?;
-        }
-        let verb = if report.dry_run {
-            "would free"
-        } else {
-            "freed"
-        };
-        output.note(&format!("{verb} {}", bytes_text(report.bytes)));
-        Ok(0)
+        collected(context, &report, short)
     }
+}
+
+/// Tells what a collection removed; `shown` is how an id looks.
+pub(super) fn collected(
+    context: &Context,
+    report: &GcReport,
+    shown: impl Fn(&str) -> &str,
+) -> Result<u8> {
+    let output = &context.output;
+    if output.format() == Format::Json {
+        output.json(report)?;
+        return Ok(0);
+    }
+    for id in &report.removed {
+        output.line(shown(id))?;
+    }
+    let verb = if report.dry_run {
+        "would free"
+    } else {
+        "freed"
+    };
+    output.note(&format!("{verb} {}", bytes_text(report.bytes)));
+    Ok(0)
 }

@@ -5,11 +5,13 @@
 //! variant of [`Verb`] and an arm of [`dispatch`]; a verb of the daemon itself needs no context and
 //! is run before one is made, as `completions` is.
 
+mod checkpoint;
 mod completions;
 mod cp;
 mod deploy;
 mod exec;
 mod failure;
+mod fork;
 mod image;
 mod logs;
 mod open;
@@ -19,7 +21,9 @@ mod power;
 mod ps;
 mod rm;
 mod rollback;
+mod sandbox;
 mod secret;
+mod snapshot;
 mod status;
 mod stdin;
 mod steps;
@@ -92,6 +96,10 @@ enum Verb {
     Rm(rm::Rm),
     Secret(secret::Secret),
     Image(image::Image),
+    Checkpoint(checkpoint::Checkpoint),
+    Fork(fork::Fork),
+    Sandbox(sandbox::Sandbox),
+    Snapshot(snapshot::Snapshot),
     Completions(completions::Completions),
     Server(platform::Server),
     #[command(hide = true)]
@@ -247,6 +255,10 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<u8> {
         Verb::Rm(verb) => verb.run(context).await,
         Verb::Secret(verb) => verb.run(context).await,
         Verb::Image(verb) => verb.run(context).await,
+        Verb::Checkpoint(verb) => verb.run(context).await,
+        Verb::Fork(verb) => verb.run(context).await,
+        Verb::Sandbox(verb) => verb.run(context).await,
+        Verb::Snapshot(verb) => verb.run(context).await,
         Verb::Up(_)
         | Verb::Down(_)
         | Verb::Server(_)

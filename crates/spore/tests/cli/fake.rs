@@ -101,6 +101,7 @@ impl Drop for Fake {
 fn router(memory: Memory) -> Router {
     Router::new()
         .route("/api/v1/apps/{app}/exec", get(exec))
+        .route("/api/v1/sandboxes/{sandbox}/exec", get(exec))
         .fallback(answer)
         .with_state(memory)
 }
@@ -160,6 +161,68 @@ const LOGS: &str = concat!(
     "\n",
 );
 
+/// The id of the one sandbox.
+pub(crate) const SANDBOX: &str = "abcdefghijklmnopqrstuvwx27";
+pub(crate) const SNAPSHOT: &str = r#"{"id":"snapsnapsnapsnapsnapsnapaa","account":"me",
+  "tags":["warm"],"kind":"checkpoint","taken_of":"notes",
+  "resources":{"cpus":1,"memory_mib":256,"disk_mib":1024},
+  "parent":"parentparentparentparentpa","depth":1,"children":[],"sandboxes":2,
+  "bytes":3145728,"encrypted":false,"created_at":"2026-01-02T03:04:05Z"}"#;
+const DAMAGED: &str = r#"{"id":"brokenbrokenbrokenbrokenaa","account":"me","tags":[],"depth":0,
+  "children":[],"sandboxes":0,"bytes":4096,"encrypted":false,
+  "damage":"memory chunk 17 is damaged"}"#;
+const OPEN: &str = r#"{"id":"abcdefghijklmnopqrstuvwx27","account":"me","state":"open",
+  "from":"warm","snapshot":"snapsnapsnapsnapsnapsnapaa","vm":"vmvmvmvmvmvmvmvmvmvmvmvmaa",
+  "created_at":"2026-01-02T03:04:05Z"}"#;
+const ENDED: &str = r#"{"id":"zbcdefghijklmnopqrstuvwx27","account":"me","state":"ended",
+  "from":"notes","snapshot":"snapsnapsnapsnapsnapsnapaa","ended":"the VM died\u001b[2J",
+  "created_at":"2026-01-02T03:04:05Z"}"#;
+
+/// Everything about snapshots and sandboxes.
+fn answer_sandboxes(method: &Method, parts: &[&str], body: &[u8]) -> Response {
+    let list = |items: &[&str]| json(200, &format!(r#"{{"items":[{}]}}"#, items.join(",")));
+    match (method.as_str(), parts) {
+        ("GET", ["snapshots"]) => list(&[SNAPSHOT, DAMAGED]),
+        ("GET" | "POST", ["snapshots", "warm"] | ["snapshots", "warm", "compact"]) => {
+            json(200, SNAPSHOT)
+        }
+        ("DELETE", ["snapshots", "warm"]) => json(
+            200,
+            r#"{"removed":["childchildchildchildchildx","snapsnapsnapsnapsnapsnapaa"]}"#,
+        ),
+        ("POST", ["snapshots", "gc"]) => json(
+            200,
+            r#"{"removed":["brokenbrokenbrokenbrokenaa"],"bytes":4096,"dry_run":true}"#,
+        ),
+        ("POST", ["apps", "sleepy", "checkpoint"]) => refuse(
+            ErrorCode::Conflict,
+            "sleepy holds secrets: say `--allow-secrets`",
+        ),
+        ("POST", ["apps" | "sandboxes", _, "checkpoint"]) => json(
+            200,
+            &format!(r#"{{"snapshot":{SNAPSHOT},"pause_ms":2.5,"frozen_ms":9.04}}"#),
+        ),
+        ("POST", ["forks"]) => {
+            let asked: serde_json::Value = serde_json::from_slice(body).unwrap();
+            let mut error = ApiError::new(ErrorCode::NoCapacity, "the host has no memory left");
+            error.request_id = "r1".to_owned();
+            let error = serde_json::to_string(&error).unwrap();
+            let forks: Vec<String> = (2..asked["count"].as_u64().unwrap() + 2)
+                .map(|n| match asked["from"] == "full" && n > 2 {
+                    true => format!(r#"{{"id":"{n}bcdefghijklmnopqrstuvwx27","error":{error}}}"#),
+                    false => format!(r#"{{"id":"{SANDBOX}"}}"#),
+                })
+                .collect();
+            json(200, &format!("[{}]", forks.join(",")))
+        }
+        ("GET", ["sandboxes"]) => list(&[OPEN, ENDED]),
+        ("GET" | "POST", ["sandboxes", SANDBOX, ..]) => json(200, OPEN),
+        ("DELETE", ["sandboxes", SANDBOX]) => StatusCode::NO_CONTENT.into_response(),
+        (_, ["sandboxes", id]) => refuse(ErrorCode::NotFound, &format!("there is no sandbox {id}")),
+        _ => refuse(ErrorCode::NotFound, "there is no such route"),
+    }
+}
+
 fn operation(kind: &str, state: &str, rest: &str) -> String {
     format!(
         r#"{{"id":"{kind}-{state}","kind":"{kind}","target":"notes","state":"{state}","steps":[
@@ -183,7 +246,7 @@ async fn answer(
     memory.asked.lock().unwrap().push(Asked {
         line: line.clone(),
         headers,
-        body,
+        body: body.clone(),
     });
     let path = uri.path().strip_prefix("/api/v1/").unwrap_or_default();
     let parts: Vec<&str> = path.split('/').collect();
@@ -211,6 +274,9 @@ async fn answer(
         ("DELETE", ["images", _]) => StatusCode::NO_CONTENT.into_response(),
         ("GET", ["operations", _]) => {
             json(200, &operation("deploy", "succeeded", r#","result":"2""#))
+        }
+        (_, ["snapshots" | "sandboxes" | "forks", ..] | ["apps", _, "checkpoint"]) => {
+            answer_sandboxes(&method, &parts, &body)
         }
         (_, ["apps", app, rest @ ..]) => answer_app(&method, app, rest),
         _ => refuse(ErrorCode::NotFound, "there is no such route"),

@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use spore_api::release::CreateRelease;
 use tempfile::{TempDir, tempdir};
 
-use crate::fake::{Fake, NOTES, TOKEN};
+use crate::fake::{Fake, NOTES, SANDBOX, SNAPSHOT, TOKEN};
 
 /// What a run printed and how it ended.
 struct Ran {
@@ -119,7 +119,7 @@ fn without_time(line: &str) -> String {
 
 #[test]
 fn help_is_as_it_was() {
-    let verbs: [&[&str]; 26] = [
+    let verbs: [&[&str]; 39] = [
         &["--help"],
         &["-h"],
         &["deploy", "--help"],
@@ -145,6 +145,19 @@ fn help_is_as_it_was() {
         &["image", "build", "--help"],
         &["image", "rm", "--help"],
         &["image", "gc", "--help"],
+        &["checkpoint", "--help"],
+        &["fork", "--help"],
+        &["sandbox", "--help"],
+        &["sandbox", "ls", "--help"],
+        &["sandbox", "exec", "--help"],
+        &["sandbox", "rollback", "--help"],
+        &["sandbox", "rm", "--help"],
+        &["snapshot", "--help"],
+        &["snapshot", "ls", "--help"],
+        &["snapshot", "info", "--help"],
+        &["snapshot", "rm", "--help"],
+        &["snapshot", "compact", "--help"],
+        &["snapshot", "gc", "--help"],
         &["completions", "--help"],
     ];
     for args in verbs {
@@ -207,6 +220,41 @@ fn output_for_people_is_as_it_was() {
 }
 
 #[test]
+fn output_about_sandboxes_is_as_it_was() {
+    let fake = Fake::start();
+    for (name, args) in [
+        ("checkpoint", &["checkpoint", "notes", "--tag", "warm"][..]),
+        (
+            "checkpoint-secrets",
+            &["checkpoint", "sleepy", "--tag", "warm"],
+        ),
+        ("fork", &["fork", "warm", "-n", "2"]),
+        ("fork-some", &["fork", "full", "-n", "3"]),
+        ("sandbox-ls", &["sandbox", "ls"]),
+        ("sandbox-rollback", &["sandbox", "rollback", SANDBOX]),
+        (
+            "sandbox-rollback-to",
+            &["sandbox", "rollback", SANDBOX, "--to", "warm"],
+        ),
+        ("sandbox-rm", &["sandbox", "rm", SANDBOX, SANDBOX]),
+        (
+            "sandbox-not-found",
+            &["sandbox", "rm", "bbbbbbbbbbbbbbbbbbbbbbbbbb"],
+        ),
+        ("snapshot-ls", &["snapshot", "ls"]),
+        ("snapshot-info", &["snapshot", "info", "warm"]),
+        ("snapshot-rm", &["snapshot", "rm", "warm", "--cascade"]),
+        ("snapshot-compact", &["snapshot", "compact", "warm"]),
+        ("snapshot-gc", &["snapshot", "gc", "--dry-run"]),
+        ("usage-tag", &["checkpoint", "notes", "--tag", "No Tag"]),
+        ("usage-sandbox", &["sandbox", "rm", "notes"]),
+        ("usage-forks", &["fork", "notes", "-n", "0"]),
+    ] {
+        golden(name, &run(&fake, args));
+    }
+}
+
+#[test]
 fn with_json_a_wrong_command_line_is_json_too() {
     for (args, words) in [
         (&["--json", "depoly"][..], "deploy"),
@@ -230,6 +278,30 @@ fn with_json_a_wrong_command_line_is_json_too() {
         .unwrap()
         .into();
     assert!(ran.stderr.starts_with("error: "), "{}", ran.stderr);
+}
+
+#[test]
+fn a_fork_that_is_not_whole_tells_each_and_fails() {
+    let fake = Fake::start();
+    let ran = run(&fake, &["fork", "full", "-n", "3", "--json"]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(1), ""));
+    let forks: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    let codes: Vec<_> = forks.as_array().unwrap().iter().collect();
+    assert_eq!(codes.len(), 3);
+    assert!(codes[0].get("error").is_none());
+    assert_eq!(codes[2]["error"]["code"], "no_capacity");
+}
+
+#[test]
+fn a_program_runs_in_a_sandbox() {
+    let fake = Fake::start();
+    let exec = ["sandbox", "exec", SANDBOX, "-e", "A=1", "--", "exit", "7"];
+    let ran = run(&fake, &exec);
+    assert_eq!(ran.code, Some(7), "{}", ran.stderr);
+    assert_eq!(
+        fake.started().environment,
+        [("A".to_owned(), "1".to_owned())]
+    );
 }
 
 #[test]
@@ -286,6 +358,28 @@ fn json_has_the_shapes_of_the_interface() {
     assert_eq!(
         (&rolled["operation"]["kind"], &rolled["app"]),
         (&"rollback".into(), &notes)
+    );
+    let (open, snapshot): (serde_json::Value, serde_json::Value) = (
+        json(&["sandbox", "rollback", SANDBOX]),
+        serde_json::from_str(SNAPSHOT).unwrap(),
+    );
+    assert_eq!(json(&["sandbox", "ls"])["items"][0], open);
+    assert_eq!(json(&["sandbox", "rm", SANDBOX])["target"], SANDBOX);
+    assert_eq!(json(&["snapshot", "ls"])["items"][0], snapshot);
+    for verb in ["info", "compact"] {
+        assert_eq!(json(&["snapshot", verb, "warm"]), snapshot, "{verb}");
+    }
+    let removed = json(&["snapshot", "rm", "warm"]);
+    assert_eq!(removed["removed"].as_array().unwrap().len(), 2);
+    assert_eq!(json(&["snapshot", "gc"])["bytes"], 4096);
+    for of in ["notes", SANDBOX] {
+        let taken = json(&["checkpoint", of, "--tag", "warm"]);
+        assert_eq!(taken["pause_ms"], 2.5);
+        assert_eq!(taken["snapshot"], snapshot);
+    }
+    assert_eq!(
+        json(&["fork", "warm", "-n", "1"]),
+        serde_json::json!([{"id": SANDBOX}])
     );
     let folder = app(&manifest("notes"));
     let deployed = json(&["deploy", folder.path().to_str().unwrap()]);
