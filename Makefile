@@ -38,6 +38,7 @@ lint:
 bench:
 	@$(CARGO) build --quiet --release --package spore
 	@$(CARGO) run --quiet --release --package spore-bench -- cold-wake
+	@$(CARGO) run --quiet --release --package spore-bench -- fork-wake
 	@$(CARGO) run --quiet --release --package spore-bench -- memory
 	@$(CARGO) bench --package spore-gateway --bench route
 	@bench/gateway.sh

@@ -1,9 +1,11 @@
-//! `cargo run -p spore-bench -- cold-wake | memory`: end-to-end figures on a platform of its own.
+//! `cargo run -p spore-bench -- cold-wake | fork-wake | memory`: end-to-end figures on platforms of
+//! its own.
 //!
 //! Prints a table for people and one line of JSON behind it, and fails when a figure is worse than
 //! its floor. The floors are generous, since times scatter with what else the machine does; what
 //! needs a peer in the same run is in `bench/gateway.sh`.
 
+mod fork;
 mod memory;
 mod wake;
 
@@ -35,9 +37,13 @@ fn main() -> Result<()> {
     let report = match arguments.as_slice() {
         ["cold-wake"] => runtime.block_on(wake::run(10))?,
         ["cold-wake", rounds] => runtime.block_on(wake::run(rounds.parse()?))?,
+        ["fork-wake"] => runtime.block_on(fork::run(10))?,
+        ["fork-wake", rounds] => runtime.block_on(fork::run(rounds.parse()?))?,
         ["memory"] => runtime.block_on(memory::run(1_000))?,
         ["memory", apps] => runtime.block_on(memory::run(apps.parse()?))?,
-        _other => bail!("usage: spore-bench cold-wake [ROUNDS] | memory [APPS]"),
+        _other => {
+            bail!("usage: spore-bench cold-wake [ROUNDS] | fork-wake [ROUNDS] | memory [APPS]")
+        }
     };
     let Report {
         json,
@@ -47,7 +53,7 @@ fn main() -> Result<()> {
     writeln!(std::io::stdout(), "{json}")?;
     ensure!(
         figure <= worst,
-        "the floor is missed: {figure:.0}, and at most {worst:.0} is allowed"
+        "the floor is missed: {figure:.2}, and at most {worst:.2} is allowed"
     );
     Ok(())
 }

@@ -72,7 +72,7 @@ pub(crate) async fn run(rounds: usize) -> Result<Report> {
 }
 
 /// How long the head of an answer takes, and the `Server-Timing` in it.
-async fn timed(platform: &Platform) -> Result<(f64, Option<String>)> {
+pub(crate) async fn timed(platform: &Platform) -> Result<(f64, Option<String>)> {
     let request = Request::builder()
         .uri("/")
         .header(HOST, "hello.localhost")

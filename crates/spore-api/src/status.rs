@@ -28,8 +28,22 @@ pub struct Status {
     pub memory_mib_total: u64,
     /// Of it, given.
     pub memory_mib_used: u64,
+    /// What wakes begin from instead of a boot.
+    #[serde(default)]
+    pub templates: Templates,
     /// How long the daemon runs, in milliseconds.
     pub uptime_ms: u64,
     /// What an operator should know.
     pub warnings: Vec<String>,
+}
+
+/// The templates of the host, and what they were good for since the daemon began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Templates {
+    /// Templates that a start may begin from.
+    pub ready: u32,
+    /// Starts that began from one.
+    pub hits: u64,
+    /// Starts that could have, and were booted.
+    pub misses: u64,
 }

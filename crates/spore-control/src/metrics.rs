@@ -11,7 +11,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use spore_wire::gateway::{Counts, Phase};
+use spore_wire::gateway::Counts;
+use spore_wire::node::{TemplateMiss, VmStatus};
 
 type Label = [(&'static str, String); 1];
 
@@ -25,11 +26,24 @@ const PHASES: [&str; 8] = [
     "queue", "prepare", "boot", "fork", "agent", "thaw", "app", "total",
 ];
 
+fn begun_from(status: &VmStatus) -> &'static str {
+    match status.missed {
+        Some(TemplateMiss::None) => "boot_no_template",
+        Some(TemplateMiss::Building) => "boot_template_building",
+        Some(TemplateMiss::Failed) => "boot_template_failed",
+        Some(TemplateMiss::NoRoom) => "boot_template_no_room",
+        Some(TemplateMiss::Unsupported) => "boot_unsupported",
+        None if status.source.is_boot() => "boot",
+        None => "template",
+    }
+}
+
 /// All metrics.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
     wake_seconds: Family<Label, Histogram, fn() -> Histogram>,
+    starts: Family<Label, Counter>,
     requests: Family<Label, Counter>,
     waits: Family<Label, Counter>,
     apps: Family<Label, Gauge>,
@@ -43,6 +57,7 @@ impl Default for Metrics {
         let mut metrics = Self {
             registry: Registry::default(),
             wake_seconds: Family::new_with_constructor(histogram),
+            starts: Family::default(),
             requests: Family::default(),
             waits: Family::default(),
             apps: Family::default(),
@@ -59,6 +74,12 @@ impl Metrics {
         let registry = &mut self.registry;
         let wake = self.wake_seconds.clone();
         registry.register("spore_wake_seconds", "Time to start a VM, by phase", wake);
+        let starts = self.starts.clone();
+        registry.register(
+            "spore_starts",
+            "VMs that became ready, by what they began from: a template, or a boot and why",
+            starts,
+        );
         let requests = self.requests.clone();
         registry.register(
             "spore_requests",
@@ -87,9 +108,11 @@ impl Metrics {
     }
 
     /// A VM became ready.
-    pub(crate) fn woken(&self, phases: &[Phase]) {
+    pub(crate) fn woken(&self, status: &VmStatus) {
+        let from = [("from", begun_from(status).to_owned())];
+        self.starts.get_or_create(&from).inc();
         let mut total_us = 0;
-        for phase in phases {
+        for phase in &status.phases {
             total_us += phase.us;
             let known = PHASES.iter().find(|name| **name == phase.name);
             self.observe(known.copied().unwrap_or("other"), phase.us);

@@ -42,6 +42,8 @@ pub struct Config {
     pub kill_points: Arc<dyn KillPoints>,
     /// What VMs may begin from.
     pub snapshots: SnapshotConfig,
+    /// Whether starts that may begin from a template do, and templates are built for them.
+    pub templates: bool,
 }
 
 impl Config {
@@ -71,6 +73,7 @@ impl Config {
                 quota_bytes: 32 << 30,
                 points: Arc::new(NoStorePoints),
             },
+            templates: true,
         }
     }
 }

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use spore_wire::gateway::Phase;
 use spore_wire::id::VmId;
-use spore_wire::node::StartVm;
+use spore_wire::node::{StartVm, TemplateMiss};
 use thiserror::Error;
 
 use crate::hypervisor::{Identity, Machine, Prepared};
@@ -57,6 +57,9 @@ pub struct Record {
     pub identity: Option<Identity>,
     /// What took how long so far.
     pub phases: Vec<Phase>,
+    /// Why it did not begin from a template, if it could have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missed: Option<TemplateMiss>,
 }
 
 /// Whether a VM was started with secrets.
@@ -95,6 +98,7 @@ impl Record {
             prepared: None,
             identity: None,
             phases: Vec::new(),
+            missed: None,
         }
     }
 }
@@ -304,7 +308,7 @@ mod tests {
 
     use spore_wire::guest::Readiness;
     use spore_wire::id::{ImageId, SnapshotId, VmId};
-    use spore_wire::node::{Owner, Process, Resources, Source, StartVm};
+    use spore_wire::node::{Owner, Process, Purpose, Resources, Source, StartVm};
     use spore_wire::secret::SecretBytes;
 
     use super::{JOURNAL_GENERATION, Journal, Record, RecordError, SecretsKept};
@@ -345,6 +349,7 @@ mod tests {
             }),
             egress: Vec::new(),
             source: Source::Boot,
+            purpose: Purpose::Serve,
             keys: vec![(
                 SnapshotId::from_bytes([9; 16]),
                 SecretBytes::new(b"canary-in-key".to_vec()),

@@ -22,5 +22,6 @@ pub mod snapshot;
 pub mod snapshots;
 mod sys;
 pub mod take;
+mod template;
 mod tool;
 pub mod vm;

@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use spore_wire::guest::{AgentStatus, Exec, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    NodeStatus, Source, StartVm, StopMode, VmFailure, VmFailureKind, VmPhase, VmStatus,
+    NodeStatus, Source, StartVm, StopMode, TemplateMiss, VmFailure, VmFailureKind, VmPhase,
+    VmStatus,
 };
 use thiserror::Error;
 use tokio::net::TcpStream;
@@ -21,12 +22,13 @@ use tokio::sync::Semaphore;
 use crate::capacity::{Ask, Capacity, CapacityLimits, Egress, NoRoom};
 use crate::config::{Config, Images};
 use crate::hypervisor::{Hypervisor, Machine, ReleaseError, Swept, VmStats};
-use crate::journal::{Journal, JournalError, Record, RecordError};
+use crate::journal::{Journal, JournalError, Record};
 use crate::log::{Follow, LogError, LogLine, LogStore, is_name};
 use crate::snapshot::StoreError;
 use crate::snapshot::key::{Keys, SnapshotKey};
 use crate::snapshot::memory::{NoImageRoom, Pin};
 use crate::snapshots::{Snapshots, SnapshotsError};
+use crate::template::{Resolved, Templates};
 use crate::vm::actor::{self, Access, ActorHandle, Adopted, Given, Host, Secrets, VmRequest};
 use crate::vm::board::{Board, Watch};
 use crate::vm::guest::{ExecStream, FileReader, FileWriter, GuestError, chain};
@@ -41,6 +43,7 @@ const SESSION_WAIT: Duration = Duration::from_secs(20);
 pub struct Node {
     host: Arc<Host>,
     images: Arc<dyn Images>,
+    templates: Arc<Templates>,
 }
 
 /// How often what could not be removed at the start is tried again.
@@ -215,9 +218,8 @@ fn keys_of(start: &StartVm) -> Result<Keys, StartError> {
     keys.collect()
 }
 
-/// Removes a VM whose journal tells nothing, or says that it is to be quarantined.
-async fn discard(host: &Host, vm: VmId, error: &RecordError, adoption: &mut Adoption) {
-    let reason = format!("its journal cannot be used: {}", chain(error));
+/// Removes a VM that nobody can take up, or says that it is to be quarantined.
+async fn discard(host: &Host, vm: VmId, reason: String, adoption: &mut Adoption) {
     tracing::warn!(%vm, %reason, "a VM of an earlier daemon is removed");
     match remove(host, vm).await {
         Ok(()) => adoption.released.push((vm, reason)),
@@ -285,8 +287,15 @@ impl Node {
         let mut usable = Vec::new();
         for (vm, record) in records {
             match record {
-                Ok(record) => usable.push(record),
-                Err(error) => discard(&host, vm, &error, &mut adoption).await,
+                Ok(record) if record.start.purpose.is_serve() => usable.push(record),
+                Ok(_builder) => {
+                    let reason = "the template that it was for is not made".to_owned();
+                    discard(&host, vm, reason, &mut adoption).await;
+                }
+                Err(error) => {
+                    let reason = format!("its journal cannot be used: {}", chain(&error));
+                    discard(&host, vm, reason, &mut adoption).await;
+                }
             }
         }
         // The broom goes before the first new start could be taken for rubbish.
@@ -308,8 +317,14 @@ impl Node {
             let removing = remove_in_the_end(Arc::clone(&host), *vm);
             host.tasks.spawn(removing);
         }
-        let node = Self { host, images };
+        let (templates, wanted) = Templates::new();
+        let node = Self {
+            host,
+            images,
+            templates: Arc::new(templates),
+        };
         node.adopt(usable, &mut adoption).await;
+        node.serve_templates(wanted).await?;
         drop(unless_given_up.disarm());
         Ok((node, adoption))
     }
@@ -407,7 +422,11 @@ impl Node {
         Ok(pins)
     }
 
-    fn start_in(&self, capacity: &mut Capacity, start: StartVm) -> Result<VmStatus, StartError> {
+    fn start_in(
+        &self,
+        capacity: &mut Capacity,
+        mut start: StartVm,
+    ) -> Result<VmStatus, StartError> {
         let vm = start.vm;
         for name in [&start.owner.account, &start.owner.app] {
             if !is_name(name) {
@@ -438,9 +457,12 @@ impl Node {
             egress: start.egress.clone(),
         };
         let keys = keys_of(&start)?;
-        let pin = self.pin(&start)?;
-        self.admit(capacity, &start)?;
-        let record = Record::new(self.host.hypervisor.caps().name, &start, machine);
+        let resolved = self.resolve(&mut start, &machine);
+        let admitted = self.give_room(capacity, &mut start, &resolved);
+        self.templates.begun(&resolved, &start, admitted.is_ok());
+        let (pin, missed) = admitted?;
+        let mut record = Record::new(self.host.hypervisor.caps().name, &start, machine);
+        record.missed = missed;
         let begin = match start.source {
             Source::Boot => Begin::Boot,
             _ => Begin::Fork,
@@ -455,6 +477,29 @@ impl Node {
             .board
             .get(vm)
             .ok_or_else(|| unreachable!("a VM is on the board from its start on"))
+    }
+
+    /// Gives `start` its share of the host, and what it begins from room. A template that finds
+    /// none costs its VM a boot and nothing else.
+    fn give_room(
+        &self,
+        capacity: &mut Capacity,
+        start: &mut StartVm,
+        resolved: &Resolved,
+    ) -> Result<(Option<Pin>, Option<TemplateMiss>), StartError> {
+        let admitted = self.pin(start).and_then(|pin| {
+            self.admit(capacity, start)?;
+            Ok(pin)
+        });
+        match admitted {
+            Ok(pin) => Ok((pin, resolved.missed)),
+            Err(_no_room) if resolved.is_hit() => {
+                start.source = Source::Boot;
+                self.admit(capacity, start)?;
+                Ok((None, Some(TemplateMiss::NoRoom)))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Room for what `start` begins from, before anything is made.
@@ -582,6 +627,7 @@ impl Node {
             memory_mib_total: capacity.memory_mib_total(),
             memory_mib_used: capacity.memory_mib_used(),
             vms: u32::try_from(capacity.vms()).unwrap_or(u32::MAX),
+            templates: self.templates.status(),
         }
     }
 
@@ -684,6 +730,14 @@ impl Node {
     /// [`LogError`].
     pub fn log_remove(&self, account: &str, app: &str) -> Result<(), LogError> {
         self.host.logs.remove(account, app)
+    }
+
+    pub(crate) const fn templates(&self) -> &Arc<Templates> {
+        &self.templates
+    }
+
+    pub(crate) const fn host(&self) -> &Arc<Host> {
+        &self.host
     }
 
     pub(crate) fn hypervisor(&self) -> &dyn Hypervisor {

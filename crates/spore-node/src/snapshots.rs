@@ -253,6 +253,17 @@ impl Snapshots {
         blocking(move || store.list(&account)).await
     }
 
+    /// The templates of all accounts.
+    pub(crate) async fn templates(&self) -> Result<Vec<SnapshotInfo>, SnapshotsError> {
+        let store = self.store.clone();
+        let mut all = blocking(move || store.all()).await?;
+        all.retain(|info| {
+            let kind = info.meta.as_ref().map(|meta| meta.kind);
+            kind == Some(SnapshotKind::Template)
+        });
+        Ok(all)
+    }
+
     /// One snapshot of `account`.
     ///
     /// # Errors

@@ -167,6 +167,7 @@ impl Node {
             record: Arc::clone(&access.record),
             shape: self.hypervisor().shape(&access.record.machine),
             agent_generation,
+            guest: self.hypervisor().caps().guest.clone(),
             estimate_bytes: estimate.min(access.record.start.resources.memory_bytes()),
             quota_bytes: self.snapshots().quota_bytes(),
         };
@@ -181,6 +182,7 @@ struct Facts {
     record: Arc<Record>,
     shape: Shape,
     agent_generation: u32,
+    guest: String,
     estimate_bytes: u64,
     quota_bytes: u64,
 }
@@ -209,6 +211,7 @@ impl Facts {
             kind: take.kind,
             shape: self.shape,
             agent_generation: self.agent_generation,
+            guest: self.guest,
             image: start.image,
             folder: start.folder,
             resources: start.resources,

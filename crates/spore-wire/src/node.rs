@@ -58,6 +58,9 @@ pub struct StartVm {
     /// The keys of the snapshots that it begins from, of those that are encrypted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<(SnapshotId, SecretBytes)>,
+    /// What for.
+    #[serde(default, skip_serializing_if = "Purpose::is_serve")]
+    pub purpose: Purpose,
     /// The request that it is started for, if one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<TraceId>,
@@ -65,14 +68,64 @@ pub struct StartVm {
 
 /// Where a VM's memory begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "from", content = "id", rename_all = "snake_case")]
+#[serde(tag = "from", content = "of", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Source {
     /// With the guest's kernel.
     #[default]
     Boot,
+    /// Where the node's own template of this image and these resources stands, if it has one; else
+    /// with the guest's kernel, and a template is built behind. The node decides, and its status
+    /// tells which.
+    Template(TemplateOf),
     /// Where the VM stood that this snapshot was taken of: one of the owner's account, or public.
     Snapshot(SnapshotId),
+}
+
+/// Who may begin from a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateOf {
+    /// The owner's account: the image is its own.
+    Account,
+    /// Every account: the image is the platform's.
+    Everybody,
+}
+
+/// Why a VM that could have begun from a template was booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateMiss {
+    /// There was none; one is built behind.
+    None,
+    /// It is being built.
+    Building,
+    /// It could not be built, or did not work; it is built again after a pause.
+    Failed,
+    /// Its memory has no room beside what runs.
+    NoRoom,
+    /// The driver takes no snapshots on this host.
+    Unsupported,
+}
+
+/// What a VM is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Purpose {
+    /// Somebody wants it.
+    #[default]
+    Serve,
+    /// The node made it for itself, to take a template of. Only the node starts and ends it, and
+    /// nobody else is told of it.
+    Template,
+}
+
+impl Purpose {
+    /// Whether somebody wants it.
+    #[must_use]
+    pub const fn is_serve(&self) -> bool {
+        matches!(self, Self::Serve)
+    }
 }
 
 impl Source {
@@ -186,6 +239,15 @@ pub struct VmStatus {
     pub boundary: Boundary,
     /// `qemu`, `kvm` or `sim`.
     pub hypervisor: String,
+    /// Where its memory began: with a boot, or in a snapshot.
+    #[serde(default, skip_serializing_if = "Source::is_boot")]
+    pub source: Source,
+    /// Why it did not begin from a template, if it could have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missed: Option<TemplateMiss>,
+    /// What for.
+    #[serde(default, skip_serializing_if = "Purpose::is_serve")]
+    pub purpose: Purpose,
     /// The guest's boot id, once the agent said it.
     pub boot_id: Option<String>,
     /// When the keep-awake lease ends, in milliseconds from now; 0 is no lease.
@@ -260,6 +322,20 @@ pub struct NodeStatus {
     pub memory_mib_used: u64,
     /// VMs that are not over.
     pub vms: u32,
+    /// Its templates.
+    #[serde(default)]
+    pub templates: TemplateStatus,
+}
+
+/// The templates of a node, and what they were good for since it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateStatus {
+    /// Templates that a start may begin from.
+    pub ready: u32,
+    /// Starts that began from one.
+    pub hits: u64,
+    /// Starts that could have, and were booted.
+    pub misses: u64,
 }
 
 /// What a root image is made from.

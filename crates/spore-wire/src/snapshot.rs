@@ -73,6 +73,9 @@ pub struct SnapshotMeta {
     pub shape: Shape,
     /// The generation of the agent inside, which stays old for ever.
     pub agent_generation: u32,
+    /// A digest of the kernel and the first file system that its guest was booted with.
+    #[serde(default)]
+    pub guest: String,
     /// The root file system, which must be kept as long.
     pub image: ImageId,
     /// The app's folder, if it was mounted.

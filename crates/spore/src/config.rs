@@ -103,6 +103,11 @@ pub(crate) struct ServerConfig {
     pub(crate) resolvers: Vec<SocketAddr>,
     /// Memory that stays with the host, in MiB.
     pub(crate) memory_reserve_mib: u32,
+    /// Whether wakes begin from templates.
+    pub(crate) templates: bool,
+    /// Memory for what VMs are forked from, in MiB. `None` is a quarter of the host's, and at most
+    /// 2 GiB.
+    pub(crate) snapshot_memory_mib: Option<u32>,
     /// The most that images of one account may take, in MiB.
     pub(crate) image_quota_mib: u64,
     /// The guest kernel, an ELF file.
@@ -284,6 +289,8 @@ impl Default for ServerConfig {
             gateway_uid: 199_999,
             resolvers: Vec::new(),
             memory_reserve_mib: 512,
+            templates: true,
+            snapshot_memory_mib: None,
             image_quota_mib: 64 * 1024,
             kernel: "/usr/local/lib/spore/guest/vmlinux".into(),
             initramfs: "/usr/local/lib/spore/guest/initramfs.cpio".into(),
@@ -295,7 +302,7 @@ impl Default for ServerConfig {
     }
 }
 
-const SERVER_KEYS: [&str; 20] = [
+const SERVER_KEYS: [&str; 22] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
@@ -308,6 +315,8 @@ const SERVER_KEYS: [&str; 20] = [
     "gateway_uid",
     "resolvers",
     "memory_reserve",
+    "templates",
+    "snapshot_memory",
     "image_quota",
     "kernel",
     "initramfs",
@@ -376,6 +385,12 @@ impl ServerConfig {
         }
         if let Some(entry) = table.get("memory_reserve") {
             config.memory_reserve_mib = entry.mib(0..=1024 * 1024)?;
+        }
+        if let Some(entry) = table.get("templates") {
+            config.templates = entry.flag()?;
+        }
+        if let Some(entry) = table.get("snapshot_memory") {
+            config.snapshot_memory_mib = Some(entry.mib(0..=1024 * 1024)?);
         }
         if let Some(entry) = table.get("image_quota") {
             config.image_quota_mib = entry.mib(1..=1024 * 1024 * 1024)?.into();
@@ -545,6 +560,8 @@ mod tests {
             gateway_uid = 299999
             resolvers = ["127.0.0.53:53", "[::1]:5353"]
             memory_reserve = "1GiB"
+            templates = false
+            snapshot_memory = "3GiB"
             image_quota = "2GiB"
             kernel = "/k"
             initramfs = "/i"
@@ -571,6 +588,8 @@ mod tests {
                 "[::1]:5353".parse().unwrap(),
             ],
             memory_reserve_mib: 1024,
+            templates: false,
+            snapshot_memory_mib: Some(3072),
             image_quota_mib: 2048,
             kernel: "/k".into(),
             initramfs: "/i".into(),
@@ -594,6 +613,10 @@ mod tests {
             ),
             ("zebra = 1", "Known here: data_dir, runtime_dir"),
             ("data_dir = \"x\"", "begins with /"),
+            (
+                "templates = \"no\"",
+                "`templates = \"no\"` is a text, but must be true or false",
+            ),
             (
                 "data_dir = 3",
                 "`data_dir = 3` is a whole number, but must be a text in quotes",

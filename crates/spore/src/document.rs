@@ -247,6 +247,12 @@ impl<'d> Entry<'d> {
         text.ok_or_else(|| self.wrong("a text in quotes".to_owned()))
     }
 
+    /// Yes or no.
+    pub(crate) fn flag(&self) -> Result<bool, DocumentError> {
+        let flag = self.value.get_ref().as_bool();
+        flag.ok_or_else(|| self.wrong("true or false, without quotes".to_owned()))
+    }
+
     /// A list of strings, each with its own place.
     pub(crate) fn texts(&self) -> Result<Vec<(&'d str, Self)>, DocumentError> {
         let wrong = || {

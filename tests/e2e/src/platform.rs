@@ -91,6 +91,8 @@ pub struct Site {
     pub disk: Disk,
     /// Lines that are added to the daemon's configuration.
     pub config: String,
+    /// Whether its wakes begin from templates. Without, all VMs are those of the story's apps.
+    pub templates: bool,
     /// The network that its daemon, gateway and proxies live in; `None` is the host's.
     pub network: Option<Arc<Namespace>>,
 }
@@ -614,7 +616,8 @@ impl Platform {
              gateway = \"{gateway}\"\napi = \"{api}\"\nuid_first = {uid}\nuid_count = {count}\n\
              gateway_uid = {gateway_uid}\n\
              cgroup_parent = \"{cgroup}\"\n\
-             log = \"info,spore_gateway=debug,spore_control=debug,spore_node=debug\"\n{more}",
+             log = \"info,spore_gateway=debug,spore_control=debug,spore_node=debug\"\n\
+             templates = {templates}\n{more}",
             home = home.display(),
             deps = deps().display(),
             gateway = self.slot.gateway(),
@@ -624,6 +627,7 @@ impl Platform {
             gateway_uid = self.slot.first_uid(),
             cgroup = self.slot.cgroup(),
             more = site.config,
+            templates = site.templates,
         );
         std::fs::write(home.join("etc/spore.toml"), config)?;
         Ok(())

@@ -6,7 +6,7 @@ use axum::Json as Answer;
 use axum::extract::State;
 use http::header::CONTENT_TYPE;
 use spore_api::error::ErrorCode;
-use spore_api::status::Status;
+use spore_api::status::{Status, Templates};
 use spore_wire::node::Boundary;
 
 use super::apps::state_of;
@@ -39,6 +39,11 @@ pub(super) async fn status(
         vms: u64::from(node.vms),
         memory_mib_total: node.memory_mib_total,
         memory_mib_used: node.memory_mib_used,
+        templates: Templates {
+            ready: node.templates.ready,
+            hits: node.templates.hits,
+            misses: node.templates.misses,
+        },
         uptime_ms: api.converge.now().0,
         warnings: inner.config.warnings.clone(),
     }))

@@ -12,7 +12,7 @@ use spore_wire::id::VmId;
 use spore_wire::node::{StopMode, VmStatus};
 use tracing::{Instrument as _, Span};
 
-use super::life::{Admission, Effect, Event, Failure, Intent, Target};
+use super::life::{Admission, Begin, Effect, Event, Failure, Intent, Target};
 use super::{AppRef, Converge, Looking, Signal};
 use crate::clock::next_vm;
 use crate::nodes::NodesError;
@@ -126,7 +126,7 @@ impl Converge {
     async fn perform(&self, app: &AppRef, effect: Effect) {
         tracing::debug!(%app, ?effect, "effect");
         match effect {
-            Effect::Start { vm, release } => self.spawn_start(app, vm, release),
+            Effect::Start { vm, release, begin } => self.spawn_start(app, vm, release, begin),
             Effect::Remind { vm, release } => self.spawn_remind(app, vm, release),
             Effect::Stop { vm, mode } => self.spawn_stop(app, vm, mode),
             Effect::Close { vm, force } => {
@@ -155,6 +155,7 @@ impl Converge {
                 release,
                 vm,
             } => self.promote(app, &operation, release, vm).await,
+            Effect::Live { operation } => self.tell_live(app, &operation).await,
             Effect::DeployFailed {
                 operation,
                 release,
@@ -187,14 +188,14 @@ impl Converge {
         }
     }
 
-    fn spawn_start(&self, app: &AppRef, vm: VmId, release: u64) {
+    fn spawn_start(&self, app: &AppRef, vm: VmId, release: u64, begin: Begin) {
         let (converge, app) = (self.clone(), app.clone());
         let (trace, span) = match self.slots().get_mut(&app) {
             Some(slot) => slot.trace.begin(&app, vm, release),
             None => (None, Span::none()),
         };
         let start = async move {
-            let event = match converge.start(&app, vm, release, trace).await {
+            let event = match converge.start(&app, vm, (release, begin), trace).await {
                 Ok(()) => Event::Accepted(vm),
                 Err(failure) => {
                     tracing::warn!(message = failure.message, "a start was refused");

@@ -349,7 +349,7 @@ impl Converge {
                 .promotion(app, operation, release)
                 .await
                 .map_err(store_failed)?;
-            let Some((transaction, ended)) = promotion else {
+            let Some(transaction) = promotion else {
                 return Err(Failure::new(
                     ErrorCode::Conflict,
                     "the app was removed meanwhile",
@@ -357,13 +357,9 @@ impl Converge {
             };
             match self.inner.store.commit(transaction).await {
                 Ok(_) => {
-                    // The gateway learns of the release before anybody learns of the end.
                     if let Err(error) = self.refresh(app).await {
                         tracing::warn!(%app, %error, "the route is told later");
                     }
-                    self.inner
-                        .operations
-                        .end(&app.account, operation, Some(ended));
                     return Ok(());
                 }
                 Err(CommitError::Conflict { .. }) => {}
@@ -376,12 +372,26 @@ impl Converge {
         ))
     }
 
+    /// Tells who waits for a deploy how it ended, as it is written down. The gateway was told of
+    /// the route and the VM before: whoever hears of the end and asks the app meets the new one.
+    pub(super) async fn tell_live(&self, app: &AppRef, operation: &str) {
+        let key = operation_key(&app.account, operation);
+        let ended = match load::<OperationRecord>(&*self.inner.store, &key).await {
+            Ok(stored) => stored.map(|stored| stored.record),
+            Err(error) => {
+                tracing::warn!(%app, error = chain(&error), "who waits for a deploy asks again");
+                None
+            }
+        };
+        self.inner.operations.end(&app.account, operation, ended);
+    }
+
     async fn promotion(
         &self,
         app: &AppRef,
         operation: &str,
         number: u64,
-    ) -> Result<Option<(Transaction, OperationRecord)>, StoreError> {
+    ) -> Result<Option<Transaction>, StoreError> {
         let (account, name) = (&app.account, &app.app);
         let Some(Versioned {
             version,
@@ -424,7 +434,7 @@ impl Converge {
         let transaction = transaction
             .put(&at, encode(&record))
             .put(key, encode(&ended));
-        Ok(Some((transaction, ended)))
+        Ok(Some(transaction))
     }
 
     /// Writes down that a release did not become healthy.

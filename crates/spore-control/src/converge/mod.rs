@@ -390,7 +390,7 @@ impl Converge {
             (operation, was_ready, vm.is_some())
         };
         if known && status.phase == VmPhase::Ready && !was_ready {
-            self.inner.metrics.woken(&status.phases);
+            self.inner.metrics.woken(status);
         }
         if known && status.phase == VmPhase::Failed {
             self.inner.metrics.failed("vm_failed");

@@ -7,14 +7,15 @@ use spore_wire::cause::chain;
 use spore_wire::frame::MESSAGE_BYTES_MAX;
 use spore_wire::guest::Readiness;
 use spore_wire::id::{TraceId, VmId};
-use spore_wire::node::{Owner, Process, Resources, Source, StartVm, StopMode};
+use spore_wire::node::{Owner, Process, Purpose, Resources, Source, StartVm, StopMode, TemplateOf};
 use spore_wire::secret::SecretBytes;
 
-use super::life::Failure;
+use super::life::{Begin, Failure};
 use super::{AppRef, Converge};
 use crate::nodes::NodesError;
 use crate::secrets::{Place, SecretsError};
 use crate::store::StoreError;
+use crate::store::record::image::{ImageOrigin, ImageRecord, image_key};
 use crate::store::record::load;
 use crate::store::record::release::ReleaseRecord;
 use crate::store::record::secret::{SecretRecord, secret_key};
@@ -54,12 +55,15 @@ impl Converge {
         &self,
         app: &AppRef,
         vm: VmId,
-        release: u64,
+        (release, begin): (u64, Begin),
         trace: Option<TraceId>,
     ) -> Result<(), Failure> {
         let start = self.start_vm(app, vm, release).await;
         let mut start = start.map_err(|error| unasked(&error))?;
         start.trace = trace;
+        if begin == Begin::Cold {
+            start.source = Source::Boot;
+        }
         let Err(error) = self.inner.nodes.start(start).await else {
             return Ok(());
         };
@@ -102,6 +106,7 @@ impl Converge {
         let mut process = self.process(&release);
         process.secret_environment = secret_environment;
         process.secret_files = secret_files;
+        let template = self.template_of(app, &release).await?;
         let rules = release.rules;
         Ok(StartVm {
             vm,
@@ -119,9 +124,29 @@ impl Converge {
             },
             process: Some(process),
             egress: rules.egress,
-            source: Source::Boot,
+            source: Source::Template(template),
             keys: Vec::new(),
+            purpose: Purpose::Serve,
             trace: None,
+        })
+    }
+
+    /// Every account may share what was made of the platform's image: there is nothing of anybody
+    /// in it.
+    async fn template_of(
+        &self,
+        app: &AppRef,
+        release: &ReleaseRecord,
+    ) -> Result<TemplateOf, StoreError> {
+        let key = image_key(&app.account, &release.rules.image_name);
+        let named = load::<ImageRecord>(&*self.inner.store, &key).await?;
+        let is_base = named.is_some_and(|named| {
+            named.record.origin == ImageOrigin::Base && named.record.id == release.image
+        });
+        Ok(if is_base {
+            TemplateOf::Everybody
+        } else {
+            TemplateOf::Account
         })
     }
 

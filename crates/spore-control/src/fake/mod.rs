@@ -15,8 +15,8 @@ use spore_wire::gateway::{Activity, AppKey, FromGateway, Phase, ToGateway, WakeF
 use spore_wire::guest::{AppStatus, Exec, Exit, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    Boundary, ImageInfo, ImageKind, ImageRecipe, NodeStatus, StartVm, StopMode, VmFailure,
-    VmFailureKind, VmPhase, VmStatus,
+    Boundary, ImageInfo, ImageKind, ImageRecipe, NodeStatus, Purpose, Source, StartVm, StopMode,
+    TemplateStatus, VmFailure, VmFailureKind, VmPhase, VmStatus,
 };
 use spore_wire::snapshot::SnapshotInfo;
 use tokio::io::AsyncReadExt as _;
@@ -225,6 +225,9 @@ impl Nodes for FakeNodes {
             phases: Vec::new(),
             boundary: Boundary::None,
             hypervisor: "sim".to_owned(),
+            source: Source::Boot,
+            missed: None,
+            purpose: Purpose::Serve,
             boot_id: None,
             awake_for_ms: 0,
         };
@@ -475,6 +478,7 @@ impl Nodes for FakeNodes {
             memory_mib_total: 1024,
             memory_mib_used: 0,
             vms: u32::try_from(self.running().len()).unwrap(),
+            templates: TemplateStatus::default(),
         })
     }
 }

@@ -102,6 +102,7 @@ impl Shelf {
             kind: SnapshotKind::Checkpoint,
             shape: shape(),
             agent_generation: 2,
+            guest: String::new(),
             image: start.image,
             folder: start.folder,
             resources: start.resources,

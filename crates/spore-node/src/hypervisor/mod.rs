@@ -200,6 +200,8 @@ pub struct Caps {
     pub proxy_mib: u32,
     /// The guest kernel's release.
     pub kernel: String,
+    /// A digest of that kernel and the first file system, which holds the agent.
+    pub guest: String,
     /// Whether its VMs can be captured, and forked from captures. Where not, everything boots.
     pub snapshots: bool,
 }

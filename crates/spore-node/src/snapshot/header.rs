@@ -367,6 +367,7 @@ pub(super) mod tests {
             kind: SnapshotKind::Template,
             shape: shape(),
             agent_generation: 1,
+            guest: "guest".to_owned(),
             image: ImageId::from_hash([3; 32]),
             folder: None,
             resources: Resources {

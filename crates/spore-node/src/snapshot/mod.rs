@@ -510,6 +510,18 @@ impl SnapshotStore {
         own.map(|listed| self.describe(listed, &lineage)).collect()
     }
 
+    /// The snapshots of all accounts.
+    ///
+    /// # Errors
+    /// [`StoreError::File`].
+    pub(crate) fn all(&self) -> Result<Vec<SnapshotInfo>, StoreError> {
+        let _alone = self.filing();
+        let catalogue = self.catalogue()?;
+        let lineage = lineage_of(&catalogue);
+        let all = catalogue.iter();
+        all.map(|listed| self.describe(listed, &lineage)).collect()
+    }
+
     /// One snapshot of `account`.
     ///
     /// # Errors

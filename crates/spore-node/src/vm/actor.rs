@@ -191,6 +191,9 @@ pub(super) fn status_of(host: &Host, record: &Record) -> VmStatus {
         phases: record.phases.clone(),
         boundary: host.hypervisor.caps().boundary,
         hypervisor: host.hypervisor.caps().name.to_owned(),
+        source: record.start.source,
+        missed: record.missed,
+        purpose: record.start.purpose,
         boot_id: None,
         awake_for_ms: 0,
     }

@@ -127,7 +127,7 @@ impl Board {
 mod tests {
     use spore_wire::guest::AppStatus;
     use spore_wire::id::VmId;
-    use spore_wire::node::{Boundary, NodeEvent, Owner, VmPhase, VmStatus};
+    use spore_wire::node::{Boundary, NodeEvent, Owner, Purpose, Source, VmPhase, VmStatus};
 
     use super::{Board, OVER_KEPT_MAX};
 
@@ -145,6 +145,9 @@ mod tests {
             phases: Vec::new(),
             boundary: Boundary::None,
             hypervisor: "sim".to_owned(),
+            source: Source::Boot,
+            missed: None,
+            purpose: Purpose::Serve,
             boot_id: None,
             awake_for_ms: 0,
         }

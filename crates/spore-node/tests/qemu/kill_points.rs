@@ -21,7 +21,7 @@ use spore_node::journal::Journal;
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::Readiness;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
-use spore_wire::node::{Owner, Process, Resources, Source, StartVm, VmPhase};
+use spore_wire::node::{Owner, Process, Purpose, Resources, Source, StartVm, VmPhase};
 
 use crate::guest::Then;
 use crate::host::{HANG, TestHost, base_image, new_id};
@@ -304,6 +304,7 @@ pub(crate) fn counter(vm: VmId) -> StartVm {
         egress: Vec::new(),
         source: Source::Boot,
         keys: Vec::new(),
+        purpose: Purpose::Serve,
         trace: None,
     }
 }

@@ -22,7 +22,7 @@ use spore_node::vm::state::VmEffect;
 use spore_wire::guest::{Exec, Exit, Readiness, Reply, Request, StartApp, ThawStep, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    NodeEvent, Owner, Process, Source, StartVm, StopMode, VmFailureKind, VmPhase, VmStatus,
+    NodeEvent, Owner, Process, Purpose, Source, StartVm, StopMode, VmFailureKind, VmPhase, VmStatus,
 };
 use spore_wire::snapshot::SnapshotKind;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -428,6 +428,7 @@ fn start(machine: &Machine, command: &[&str]) -> StartVm {
         egress: Vec::new(),
         source: Source::Snapshot(SOURCE),
         keys: Vec::new(),
+        purpose: Purpose::Serve,
         trace: None,
     }
 }

@@ -22,7 +22,9 @@ use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::generation::GENERATION;
 use spore_wire::guest::{Exec, Readiness};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
-use spore_wire::node::{NodeEvent, Owner, Process, Resources, Source, StartVm, VmPhase, VmStatus};
+use spore_wire::node::{
+    NodeEvent, Owner, Process, Purpose, Resources, Source, StartVm, VmPhase, VmStatus,
+};
 use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::{SnapshotKind, SnapshotMeta};
 use tokio::sync::Notify;
@@ -67,6 +69,7 @@ fn file_snapshot(host: &SimHost, folder: &Path, clock: Arc<dyn Clock>) {
             kind: SnapshotKind::Template,
             shape: host.hypervisor().shape(&machine),
             agent_generation: GENERATION,
+            guest: String::new(),
             image,
             folder,
             resources,
@@ -236,6 +239,7 @@ pub(crate) fn start(vm: VmId, app: &str) -> StartVm {
         egress: Vec::new(),
         source: Source::Boot,
         keys: Vec::new(),
+        purpose: Purpose::Serve,
         trace: None,
     }
 }

@@ -8,6 +8,7 @@ mod bench;
 mod forks;
 mod life;
 mod takes;
+mod templates;
 
 use core::time::Duration;
 use std::sync::Arc;

@@ -46,6 +46,10 @@ async fn platform(context: &Context) -> Result<u8> {
         "{} of {} MiB given",
         status.memory_mib_used, status.memory_mib_total
     );
+    let templates = format!(
+        "{} ready; {} starts began from one, {} were booted",
+        status.templates.ready, status.templates.hits, status.templates.misses
+    );
     output.facts(&[
         ("version", Cell::new(&status.version)),
         (
@@ -61,6 +65,7 @@ async fn platform(context: &Context) -> Result<u8> {
         ("apps", Cell::new(status.apps.to_string())),
         ("vms", Cell::new(status.vms.to_string())),
         ("memory", Cell::new(memory)),
+        ("templates", Cell::new(templates)),
         (
             "up",
             Cell::new(time_text(Duration::from_millis(status.uptime_ms))),

@@ -85,7 +85,7 @@ impl Nodes for Host {
 
     async fn list(&self) -> Result<Vec<VmStatus>, NodesError> {
         let mut all = self.node.list();
-        all.retain(|status| !status.phase.is_over());
+        all.retain(|status| !status.phase.is_over() && status.purpose.is_serve());
         Ok(all)
     }
 
@@ -95,7 +95,10 @@ impl Nodes for Host {
         tokio::spawn(async move {
             loop {
                 let NodeEvent::Vm(status) = watch.next().await;
-                publisher.publish(status);
+                // The node's own VMs are nobody else's to stop.
+                if status.purpose.is_serve() {
+                    publisher.publish(status);
+                }
             }
         });
         feed
@@ -249,9 +252,11 @@ impl Nodes for Host {
 
     async fn collect_snapshots(
         &self,
-        keep: BTreeSet<SnapshotId>,
+        mut keep: BTreeSet<SnapshotId>,
         mode: CollectMode,
     ) -> Result<Vec<SnapshotInfo>, NodesError> {
+        // Control does not know of them.
+        keep.extend(self.node.template_ids());
         let collected = self.node.snapshots().gc(keep, gc_mode(mode)).await;
         collected.map_err(snapshots::error)
     }

@@ -132,6 +132,10 @@ async fn open_node(config: &ServerConfig, qemu: Qemu, files: Arc<dyn Images>) ->
         host_memory_mib()?,
     );
     node_config.limits.agent = config.boot_timeout;
+    node_config.templates = config.templates;
+    if let Some(mib) = config.snapshot_memory_mib {
+        node_config.snapshots.memory_mib = mib.into();
+    }
     node_config.capacity.memory_reserve_mib = u64::from(config.memory_reserve_mib);
     let (node, adoption) = Node::open(node_config, Arc::new(qemu.clone()), files)
         .await

@@ -6,10 +6,10 @@
 use spore_api::error::ErrorCode;
 use spore_wire::gateway::Activity;
 use spore_wire::id::VmId;
-use spore_wire::node::{FAREWELL_MAX, StopMode, VmPhase, VmStatus};
+use spore_wire::node::{FAREWELL_MAX, StopMode, VmFailureKind, VmPhase, VmStatus};
 
 use super::{
-    Breaker, Deploy, Effect, Failure, Life, Moment, Origin, Stage, Target, Vm, failure_of,
+    Begin, Breaker, Deploy, Effect, Failure, Life, Moment, Origin, Stage, Target, Vm, failure_of,
 };
 use crate::config::Timing;
 
@@ -53,6 +53,21 @@ pub enum Event {
     Promoted(VmId),
     /// It could not be written down.
     NotPromoted(VmId, Failure),
+}
+
+/// Whether a VM ended because of what it began from, before its app was ready.
+fn broke_on_its_template(status: &VmStatus) -> bool {
+    let kind = status.failure.as_ref().map(|failure| failure.kind);
+    let before_the_app = matches!(
+        kind,
+        Some(
+            VmFailureKind::Boot
+                | VmFailureKind::Thaw
+                | VmFailureKind::Snapshot
+                | VmFailureKind::Died
+        )
+    );
+    !status.source.is_boot() && before_the_app
 }
 
 impl Life {
@@ -117,6 +132,9 @@ impl Life {
     fn on_status(&mut self, status: VmStatus, now: Moment, timing: &Timing) {
         let vm = status.vm;
         if status.phase.is_over() {
+            if broke_on_its_template(&status) && self.begins_again(vm) {
+                return;
+            }
             let failed = status.phase == VmPhase::Failed || status.failure.is_some();
             let failure = failed.then(|| failure_of(&status));
             self.over(vm, failure, now, timing);
@@ -149,6 +167,25 @@ impl Life {
         } else if ends {
             self.ends_unasked(vm, now);
         }
+    }
+
+    /// A VM that did not come up from its template tells nothing of the app: another is booted
+    /// in its place, and who waits goes on waiting. A booted one has no template to break on, so
+    /// this happens once in a row.
+    fn begins_again(&mut self, vm: VmId) -> bool {
+        let stage = self.vms.get(&vm).map(|life| (life.stage, life.origin));
+        match stage {
+            Some((Stage::Starting, Origin::Ours)) => {}
+            Some((Stage::Trying, Origin::Ours)) => {
+                if let Some(deploy) = &mut self.deploy {
+                    deploy.vm = None;
+                }
+            }
+            _ => return false,
+        }
+        self.vms.remove(&vm);
+        self.next = Begin::Cold;
+        true
     }
 
     /// A VM is ended by its node, which waits to hear that no request comes any more: the gateway
@@ -334,7 +371,7 @@ impl Life {
     }
 
     fn on_promoted(&mut self, vm: VmId, now: Moment, timing: &Timing) {
-        self.deploy = None;
+        let deploy = self.deploy.take();
         self.rest = false;
         // A fresh VM is what a sleep or restart under way would have led to.
         self.sleep = false;
@@ -346,6 +383,9 @@ impl Life {
             .is_some_and(|life| life.stage == Stage::Healthy && life.phase == VmPhase::Ready)
         {
             self.serve(vm, now);
+        }
+        if let Some(Deploy { operation, .. }) = deploy {
+            self.say(Effect::Live { operation });
         }
         if let Some(old) = old.filter(|old| *old != vm) {
             // From Closing too: what was asked without force is asked with it.

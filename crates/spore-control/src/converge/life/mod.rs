@@ -96,6 +96,16 @@ pub struct Target {
     pub ready_ms: u64,
 }
 
+/// How a VM is to begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Begin {
+    /// From a template if there is one.
+    #[default]
+    Warm,
+    /// With a boot, because the start before this one broke on its template.
+    Cold,
+}
+
 /// What is to be done, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
@@ -105,6 +115,8 @@ pub enum Effect {
         vm: VmId,
         /// What it runs.
         release: u64,
+        /// How.
+        begin: Begin,
     },
     /// Tell the node again what only control knows of a VM that it adopted: the secrets.
     Remind {
@@ -152,6 +164,11 @@ pub enum Effect {
         release: u64,
         /// The VM that showed it healthy.
         vm: VmId,
+    },
+    /// Tell who waits for a deploy that its release is live: the gateway was told before.
+    Live {
+        /// The operation that tried it.
+        operation: String,
     },
     /// Write down that a release did not become healthy.
     DeployFailed {
@@ -206,6 +223,8 @@ pub struct Life {
     pub(super) deploy: Option<Deploy>,
     /// Calls of the API that use its VM.
     pub(super) holds: u32,
+    /// How the next VM begins.
+    pub(super) next: Begin,
     /// The crash-loop breaker.
     pub(super) breaker: Breaker,
     /// Why the last start failed.

@@ -326,7 +326,8 @@ impl Life {
             status: None,
         };
         self.vms.insert(vm, life);
-        self.say(Effect::Start { vm, release });
+        let begin = core::mem::take(&mut self.next);
+        self.say(Effect::Start { vm, release, begin });
     }
 
     fn at(&self, wanted: impl Fn(Stage) -> bool) -> Vec<VmId> {

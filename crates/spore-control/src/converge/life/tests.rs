@@ -1,18 +1,21 @@
 //! Every interleaving that chance finds: a model of node and gateway around one life.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::{Just, Strategy, prop_assert, prop_assert_eq, prop_oneof, proptest};
 use proptest::test_runner::TestCaseError;
 use spore_api::error::ErrorCode;
 use spore_wire::gateway::{Activity, AppKey};
 use spore_wire::guest::AppStatus;
-use spore_wire::id::VmId;
+use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::node::{
-    Boundary, FAREWELL_MAX, Owner, StopMode, VmFailure, VmFailureKind, VmPhase, VmStatus,
+    Boundary, FAREWELL_MAX, Owner, Purpose, Source, StopMode, VmFailure, VmFailureKind, VmPhase,
+    VmStatus,
 };
 
-use super::{Admission, Effect, Event, Failure, Intent, Life, Moment, Stage, Standing, Target};
+use super::{
+    Admission, Begin, Effect, Event, Failure, Intent, Life, Moment, Stage, Standing, Target,
+};
 use crate::config::Timing;
 
 /// What chance may do.
@@ -33,6 +36,8 @@ enum Act {
     End(u8),
     /// A VM of the node dies.
     Die(u8),
+    /// A VM of the node breaks on the template that it began from.
+    Break(u8),
     /// A VM of the node vanishes and a list shows it.
     Vanish(u8),
     /// The gateway answers what it was asked last.
@@ -59,6 +64,7 @@ fn act() -> impl Strategy<Value = Act> {
         8 => proptest::prelude::any::<u8>().prop_map(Act::Move),
         1 => proptest::prelude::any::<u8>().prop_map(Act::End),
         1 => proptest::prelude::any::<u8>().prop_map(Act::Die),
+        2 => proptest::prelude::any::<u8>().prop_map(Act::Break),
         1 => proptest::prelude::any::<u8>().prop_map(Act::Vanish),
         4 => Just(Act::Answer),
         2 => Just(Act::Busy),
@@ -77,6 +83,8 @@ struct World {
     next_vm: u8,
     releases: u64,
     node: BTreeMap<VmId, (u64, VmPhase)>,
+    /// VMs that may have begun from a template.
+    warm: BTreeSet<VmId>,
     asked: Option<(VmId, bool)>,
     in_flight: bool,
     /// Wakes that were asked for and not answered.
@@ -98,6 +106,7 @@ impl World {
             next_vm: 0,
             releases: 1,
             node: BTreeMap::new(),
+            warm: BTreeSet::new(),
             asked: None,
             in_flight: false,
             waiting: 0,
@@ -134,6 +143,9 @@ impl World {
             phases: Vec::new(),
             boundary: Boundary::None,
             hypervisor: "sim".to_owned(),
+            source: Source::Boot,
+            missed: None,
+            purpose: Purpose::Serve,
             boot_id: None,
             awake_for_ms: 0,
         }
@@ -146,6 +158,21 @@ impl World {
         } else if let Some(at) = self.node.get_mut(&vm) {
             at.1 = phase;
         }
+        self.on(Event::Vm(status));
+    }
+
+    /// What a booted VM cannot do, and one whose app is ready does not do.
+    fn break_on_template(&mut self, vm: VmId) {
+        let (_release, phase) = self.node[&vm];
+        if !self.warm.contains(&vm) || phase >= VmPhase::Ready {
+            return;
+        }
+        let mut status = self.status(vm, VmPhase::Failed);
+        status.source = Source::Snapshot(SnapshotId::from_bytes([1; 16]));
+        if let Some(failure) = &mut status.failure {
+            failure.kind = VmFailureKind::Snapshot;
+        }
+        self.node.remove(&vm);
         self.on(Event::Vm(status));
     }
 
@@ -195,6 +222,11 @@ impl World {
             Act::Die(n) => {
                 if let Some(vm) = self.vm(n) {
                     self.tell(vm, VmPhase::Failed);
+                }
+            }
+            Act::Break(n) => {
+                if let Some(vm) = self.vm(n) {
+                    self.break_on_template(vm);
                 }
             }
             Act::Vanish(n) => {
@@ -300,24 +332,30 @@ impl World {
         Err(TestCaseError::fail("it never settles"))
     }
 
+    fn start(&mut self, vm: VmId, release: u64, begin: Begin) -> Result<(), TestCaseError> {
+        if begin == Begin::Warm {
+            self.warm.insert(vm);
+        }
+        let old = self.node.insert(vm, (release, VmPhase::Preparing));
+        prop_assert!(old.is_none(), "an id was used twice");
+        let allowed = if self.life.deploying().is_some() {
+            2
+        } else {
+            1
+        };
+        let stopping = self.draining_old();
+        prop_assert!(
+            self.node.len() <= allowed + stopping,
+            "{} VMs at once, {allowed} allowed",
+            self.node.len()
+        );
+        self.on(Event::Accepted(vm));
+        Ok(())
+    }
+
     fn perform(&mut self, effect: Effect) -> Result<(), TestCaseError> {
         match effect {
-            Effect::Start { vm, release } => {
-                let old = self.node.insert(vm, (release, VmPhase::Preparing));
-                prop_assert!(old.is_none(), "an id was used twice");
-                let allowed = if self.life.deploying().is_some() {
-                    2
-                } else {
-                    1
-                };
-                let stopping = self.draining_old();
-                prop_assert!(
-                    self.node.len() <= allowed + stopping,
-                    "{} VMs at once, {allowed} allowed",
-                    self.node.len()
-                );
-                self.on(Event::Accepted(vm));
-            }
+            Effect::Start { vm, release, begin } => self.start(vm, release, begin)?,
             Effect::Remind { vm, .. } => {
                 prop_assert!(self.node.contains_key(&vm), "a reminder to nobody");
             }
@@ -365,6 +403,12 @@ impl World {
                     let failure = Failure::new(ErrorCode::NotFound, "removed");
                     self.on(Event::NotPromoted(vm, failure));
                 }
+            }
+            Effect::Live { .. } => {
+                prop_assert!(
+                    self.life.deploying().is_none(),
+                    "it is live and still tried"
+                );
             }
             Effect::DeployFailed { .. } => {}
         }
@@ -671,4 +715,75 @@ fn a_list_that_was_on_its_way_does_not_turn_a_vm_back() {
     let old = world.status(vm, VmPhase::Booting);
     world.on(Event::Vm(old));
     assert_eq!(world.life.vms[&vm].phase, VmPhase::Ready);
+}
+
+#[test]
+fn a_template_that_breaks_delays_a_wake_and_never_fails_it() {
+    let mut world = World::new(true);
+    world.act(Act::Wake);
+    world.settle().unwrap();
+    let forked = *world.node.keys().next().unwrap();
+    assert!(world.warm.contains(&forked));
+    world.advance(0);
+    world.act(Act::Break(0));
+    let effects = step(&mut world);
+    let [Effect::Start { vm, begin, .. }] = effects[..] else {
+        panic!("{effects:?}");
+    };
+    assert_ne!(vm, forked);
+    assert_eq!(begin, Begin::Cold);
+    assert_eq!((world.waiting, world.life.breaker.failures), (1, 0));
+}
+
+#[test]
+fn a_template_that_breaks_does_not_fail_a_deploy() {
+    let mut world = World::new(true);
+    world.act(Act::Deploy);
+    world.settle().unwrap();
+    world.act(Act::Break(0));
+    let effects = step(&mut world);
+    assert!(
+        matches!(
+            effects[..],
+            [Effect::Start {
+                release: 2,
+                begin: Begin::Cold,
+                ..
+            }]
+        ),
+        "{effects:?}"
+    );
+}
+
+#[test]
+fn a_deploy_ends_for_who_waits_once_the_gateway_knows_its_vm() {
+    let mut world = World::new(true);
+    run(
+        &mut world,
+        &[Act::Wake, Act::Move(0), Act::Move(0), Act::Move(0)],
+    );
+    let old = world.life.awake().unwrap();
+    world.act(Act::Deploy);
+    world.settle().unwrap();
+    let new = *world.node.keys().find(|vm| **vm != old).unwrap();
+    for phase in [VmPhase::Booting, VmPhase::Thawing, VmPhase::Ready] {
+        world.tell(new, phase);
+    }
+    let [Effect::Promote { vm, .. }] = step(&mut world)[..] else {
+        panic!("it is not promoted");
+    };
+    assert_eq!(vm, new);
+    world.on(Event::Promoted(new));
+    let told = step(&mut world);
+    assert!(
+        matches!(
+            told[..],
+            [
+                Effect::Awake { .. },
+                Effect::Live { .. },
+                Effect::Close { force: true, .. }
+            ]
+        ),
+        "{told:?}"
+    );
 }

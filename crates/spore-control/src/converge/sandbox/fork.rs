@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use spore_api::limits::{FORKS_AT_ONCE_MAX, FORKS_MAX, SANDBOXES_PER_ACCOUNT_MAX};
 use spore_api::name::{AccountName, SandboxId};
 use spore_wire::id::VmId;
-use spore_wire::node::{Source, StartVm};
+use spore_wire::node::{Purpose, Source, StartVm};
 use spore_wire::snapshot::{SnapshotKind, SnapshotMeta};
 use tokio::sync::{oneshot, watch};
 
@@ -80,6 +80,7 @@ impl ForkPlan {
             egress: Vec::new(),
             source: Source::Snapshot(self.base.id),
             keys: self.keys.clone(),
+            purpose: Purpose::Serve,
             trace: None,
         }
     }

@@ -168,18 +168,28 @@ struct Shared {
     tsc_khz: u64,
 }
 
+/// What was found out about QEMU and the guest's files.
+#[derive(Debug, Default)]
+struct Found {
+    version: String,
+    snapshots: bool,
+    guest: String,
+}
+
 impl Qemu {
     /// Looks at the host, measures its time stamp counter and starts filling the pool.
     ///
     /// # Errors
     /// [`QemuError`].
     pub async fn open(config: QemuConfig) -> Result<Self, QemuError> {
+        let mut guest = blake3::Hasher::new();
         for path in [&config.kernel, &config.initramfs] {
             let failed = |source| QemuError::Guest {
                 path: path.clone(),
                 source,
             };
-            drop(File::open(path).map_err(failed)?);
+            let file = File::open(path).map_err(failed)?;
+            guest.update_reader(file).map_err(failed)?;
         }
         let program = config.qemu.clone();
         let told = blocking(move || Ok((version(&program)?, can_capture(&program)?)))
@@ -189,7 +199,12 @@ impl Qemu {
             let program = config.qemu.clone();
             QemuError::Program { program, source }
         })?;
-        if !told.1 {
+        let found = Found {
+            version: told.0,
+            snapshots: told.1,
+            guest: guest.finalize().to_hex().to_string(),
+        };
+        if !found.snapshots {
             tracing::warn!(
                 "this QEMU has no `{SAVE}`: VMs are booted each time, and no snapshots are taken"
             );
@@ -197,7 +212,7 @@ impl Qemu {
         let tsc_khz = blocking(tsc::measure_khz)
             .await
             .map_err(QemuError::Worker)?;
-        Self::with(config, told, tsc_khz)
+        Self::with(config, found, tsc_khz)
     }
 
     /// The driver for stopping and removing VMs only, on a host where QEMU or the guest's files may
@@ -206,23 +221,24 @@ impl Qemu {
     /// # Errors
     /// [`QemuError::Room`].
     pub fn open_to_stop(config: QemuConfig) -> Result<Self, QemuError> {
-        Self::with(config, ("unknown".to_owned(), false), 0)
+        let found = Found {
+            version: "unknown".to_owned(),
+            ..Found::default()
+        };
+        Self::with(config, found, 0)
     }
 
-    fn with(
-        config: QemuConfig,
-        (version, snapshots): (String, bool),
-        tsc_khz: u64,
-    ) -> Result<Self, QemuError> {
+    fn with(config: QemuConfig, found: Found, tsc_khz: u64) -> Result<Self, QemuError> {
         let rooms = Arc::new(Rooms::open(config.room.clone())?);
         let caps = Caps {
             name: "qemu",
-            version,
+            version: found.version,
             boundary: Boundary::None,
             overhead_mib: OVERHEAD_MIB,
             proxy_mib: PROXY_MIB,
             kernel: config.kernel_release.clone(),
-            snapshots,
+            guest: found.guest,
+            snapshots: found.snapshots,
         };
         Ok(Self {
             shared: Arc::new(Shared {

@@ -217,6 +217,7 @@ impl SimHost {
                 overhead_mib: 32,
                 proxy_mib: 8,
                 kernel: lock(&self.world.held).kernel.clone(),
+                guest: "simulated".to_owned(),
                 snapshots: true,
             },
         }

@@ -1,0 +1,353 @@
+//! Which templates there are, which are wanted, and how good they are: no files, no VMs.
+//!
+//! Asked at every start that may fork, so it answers from memory. What it knows of the disk it was
+//! told when the node opened and by its builder; a template that is not there any more shows at
+//! its next fork and is forgotten then.
+//!
+//! ```text
+//!   (unknown) ──miss──▶ Wanted ──built──▶ Ready ──forks fail──▶ Resting
+//!                         │ ▲                                      │
+//!                         │ └────────────miss, rested──────────────┘
+//!                         └──────────could not be built──▶ Resting
+//! ```
+
+use core::time::Duration;
+use std::collections::BTreeMap;
+
+use spore_wire::id::{ImageId, SnapshotId};
+use spore_wire::node::{Resources, TemplateMiss};
+use spore_wire::snapshot::Shape;
+use tokio::time::Instant;
+
+/// Templates kept; behind that the one goes that was not used for longest.
+pub(crate) const TEMPLATES_MAX: usize = 32;
+
+/// Forks of a template that may fail in a row, before it is made anew.
+const FORK_FAILURES_MAX: u32 = 2;
+
+/// The first pause after a build that failed; it doubles.
+const REST_LEAST: Duration = Duration::from_secs(30);
+
+/// The longest one.
+const REST_MOST: Duration = Duration::from_secs(3600);
+
+/// Everything that two VMs have alike when one can begin from the other's template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Key([u8; 32]);
+
+impl Key {
+    /// The key of what is made of this, for VMs of this account.
+    pub(crate) fn of(account: &str, image: ImageId, resources: Resources, host: &Host) -> Self {
+        let Host { shape, guest } = host;
+        let parts = [
+            account.to_owned(),
+            image.to_string(),
+            resources.cpus.to_string(),
+            resources.memory_mib.to_string(),
+            resources.disk_mib.to_string(),
+            shape.driver.clone(),
+            shape.version.clone(),
+            shape.cpu.clone(),
+            shape.kernel.clone(),
+            shape.devices.clone(),
+            guest.clone(),
+        ];
+        let mut hasher = blake3::Hasher::new();
+        for part in parts {
+            // Lengths keep two lists of parts from being one text.
+            hasher.update(&u64::try_from(part.len()).unwrap_or(u64::MAX).to_le_bytes());
+            hasher.update(part.as_bytes());
+        }
+        Self(*hasher.finalize().as_bytes())
+    }
+}
+
+/// What a template has of the host that it was made on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Host {
+    /// What a snapshot of it asks of a host. The rate of its clock is compared at the fork.
+    pub(crate) shape: Shape,
+    /// A digest of the guest's kernel and first file system: one that was built before an update
+    /// is stale.
+    pub(crate) guest: String,
+}
+
+/// What a start gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// Fork this.
+    Hit(SnapshotId),
+    /// Boot, and have a template built: it was not wanted before.
+    MissFirst(TemplateMiss),
+    /// Boot; whatever can be done is on its way.
+    Miss(TemplateMiss),
+}
+
+/// All of it.
+#[derive(Debug, Default)]
+pub(crate) struct Index {
+    entries: BTreeMap<Key, Entry>,
+    uses: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    standing: Standing,
+    used: u64,
+    builds_failed: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    Wanted,
+    Ready { id: SnapshotId, forks_failed: u32 },
+    Resting { until: Instant },
+}
+
+impl Index {
+    /// What a start of this kind begins from.
+    pub(crate) fn ask(&mut self, key: Key, now: Instant) -> Answer {
+        self.uses += 1;
+        let entry = self.entries.entry(key);
+        let fresh = matches!(entry, std::collections::btree_map::Entry::Vacant(_));
+        let entry = entry.or_insert(Entry {
+            standing: Standing::Wanted,
+            used: 0,
+            builds_failed: 0,
+        });
+        entry.used = self.uses;
+        if fresh {
+            return Answer::MissFirst(TemplateMiss::None);
+        }
+        match entry.standing {
+            Standing::Ready { id, .. } => Answer::Hit(id),
+            Standing::Wanted => Answer::Miss(TemplateMiss::Building),
+            Standing::Resting { until } if until > now => Answer::Miss(TemplateMiss::Failed),
+            Standing::Resting { .. } => {
+                entry.standing = Standing::Wanted;
+                Answer::MissFirst(TemplateMiss::Failed)
+            }
+        }
+    }
+
+    /// A template is there; answers those that are too many now.
+    #[must_use]
+    pub(crate) fn built(&mut self, key: Key, id: SnapshotId) -> Vec<SnapshotId> {
+        self.uses += 1;
+        let ready = Standing::Ready {
+            id,
+            forks_failed: 0,
+        };
+        let before = self.entries.insert(
+            key,
+            Entry {
+                standing: ready,
+                used: self.uses,
+                builds_failed: 0,
+            },
+        );
+        let mut gone = Vec::new();
+        if let Some(Standing::Ready { id: old, .. }) = before.map(|entry| entry.standing)
+            && old != id
+        {
+            gone.push(old);
+        }
+        gone.extend(self.crowd_out());
+        gone
+    }
+
+    fn crowd_out(&mut self) -> Vec<SnapshotId> {
+        let mut ready: Vec<(u64, Key, SnapshotId)> = self.ready().collect();
+        ready.sort_unstable_by_key(|(used, _key, _id)| *used);
+        let surplus = ready.len().saturating_sub(TEMPLATES_MAX);
+        let gone = ready.into_iter().take(surplus);
+        gone.map(|(_used, key, id)| {
+            self.entries.remove(&key);
+            id
+        })
+        .collect()
+    }
+
+    fn ready(&self) -> impl Iterator<Item = (u64, Key, SnapshotId)> + '_ {
+        let entries = self.entries.iter();
+        entries.filter_map(|(key, entry)| match entry.standing {
+            Standing::Ready { id, .. } => Some((entry.used, *key, id)),
+            Standing::Wanted | Standing::Resting { .. } => None,
+        })
+    }
+
+    /// A template could not be built; the next try is some time away.
+    pub(crate) fn build_failed(&mut self, key: Key, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(&key) {
+            rest(entry, now);
+        }
+    }
+
+    /// Nobody builds it: whoever asks next has it built.
+    pub(crate) fn build_dropped(&mut self, key: Key) {
+        self.entries.remove(&key);
+    }
+
+    /// A VM from this template works.
+    pub(crate) fn fork_worked(&mut self, worked: SnapshotId) {
+        for entry in self.entries.values_mut() {
+            if let Standing::Ready { id, forks_failed } = &mut entry.standing
+                && *id == worked
+            {
+                *forks_failed = 0;
+            }
+        }
+    }
+
+    /// A VM could not be begun from this template; answers whether the template is given up.
+    pub(crate) fn fork_failed(&mut self, failed: SnapshotId, now: Instant) -> bool {
+        for entry in self.entries.values_mut() {
+            if let Standing::Ready { id, forks_failed } = &mut entry.standing
+                && *id == failed
+            {
+                *forks_failed += 1;
+                if *forks_failed >= FORK_FAILURES_MAX {
+                    rest(entry, now);
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// Every template that a start may be given.
+    pub(crate) fn ids(&self) -> Vec<SnapshotId> {
+        self.ready().map(|(_used, _key, id)| id).collect()
+    }
+}
+
+fn rest(entry: &mut Entry, now: Instant) {
+    let doubled = REST_LEAST.saturating_mul(1 << entry.builds_failed.min(16));
+    entry.builds_failed = entry.builds_failed.saturating_add(1);
+    let until = now + doubled.min(REST_MOST);
+    entry.standing = Standing::Resting { until };
+}
+
+#[cfg(test)]
+mod tests {
+    use core::time::Duration;
+
+    use spore_wire::id::{ImageId, SnapshotId};
+    use spore_wire::node::{Resources, TemplateMiss};
+    use spore_wire::snapshot::Shape;
+    use tokio::time::Instant;
+
+    use super::{Answer, Host, Index, Key, TEMPLATES_MAX};
+
+    const SMALL: Resources = Resources {
+        cpus: 1,
+        memory_mib: 128,
+        disk_mib: 64,
+    };
+
+    fn host() -> Host {
+        Host {
+            shape: Shape {
+                driver: "sim".to_owned(),
+                version: "1".to_owned(),
+                cpu: "model".to_owned(),
+                tsc_khz: 1000,
+                kernel: "6.1".to_owned(),
+                devices: "d".to_owned(),
+            },
+            guest: "g".to_owned(),
+        }
+    }
+
+    fn key(memory_mib: u32) -> Key {
+        let resources = Resources {
+            memory_mib,
+            ..SMALL
+        };
+        Key::of("me", ImageId::from_hash([1; 32]), resources, &host())
+    }
+
+    fn id(number: u8) -> SnapshotId {
+        SnapshotId::from_bytes([number; 16])
+    }
+
+    #[test]
+    fn each_part_makes_another_key() {
+        let image = ImageId::from_hash([1; 32]);
+        let mut updated = host();
+        updated.guest = "h".to_owned();
+        let mut moved = host();
+        moved.shape.version = "2".to_owned();
+        let two = Resources { cpus: 2, ..SMALL };
+        let all = [
+            key(128),
+            key(256),
+            Key::of("public", image, SMALL, &host()),
+            Key::of("me", ImageId::from_hash([2; 32]), SMALL, &host()),
+            Key::of("me", image, two, &host()),
+            Key::of("me", image, SMALL, &updated),
+            Key::of("me", image, SMALL, &moved),
+        ];
+        for (at, one) in all.iter().enumerate() {
+            assert!(!all[at + 1..].contains(one), "{at}");
+        }
+        // Two rates of one clock that was measured twice are one host.
+        let mut measured = host();
+        measured.shape.tsc_khz = 1001;
+        assert_eq!(key(128), Key::of("me", image, SMALL, &measured));
+    }
+
+    #[test]
+    fn a_template_is_asked_for_once_and_then_given() {
+        let (mut index, now) = (Index::default(), Instant::now());
+        let first = index.ask(key(1), now);
+        assert_eq!(first, Answer::MissFirst(TemplateMiss::None));
+        assert_eq!(index.ask(key(1), now), Answer::Miss(TemplateMiss::Building));
+        assert!(index.built(key(1), id(1)).is_empty());
+        assert_eq!(index.ask(key(1), now), Answer::Hit(id(1)));
+        // A second one in its place frees the first.
+        assert_eq!(index.built(key(1), id(2)), [id(1)]);
+        assert_eq!(index.ids(), [id(2)]);
+    }
+
+    #[test]
+    fn one_that_fails_is_made_anew_after_a_longer_and_longer_rest() {
+        let (mut index, mut now) = (Index::default(), Instant::now());
+        let _first = index.ask(key(1), now);
+        let mut rests = Vec::new();
+        for _build in 0..4 {
+            index.build_failed(key(1), now);
+            let begun = now;
+            while index.ask(key(1), now) == Answer::Miss(TemplateMiss::Failed) {
+                now += Duration::from_secs(1);
+            }
+            rests.push((now - begun).as_secs());
+        }
+        assert_eq!(rests, [30, 60, 120, 240]);
+    }
+
+    #[test]
+    fn forks_that_fail_in_a_row_end_a_template_and_one_that_works_counts_anew() {
+        let (mut index, now) = (Index::default(), Instant::now());
+        let _first = index.ask(key(1), now);
+        let _gone = index.built(key(1), id(1));
+        assert!(!index.fork_failed(id(1), now));
+        index.fork_worked(id(1));
+        assert!(!index.fork_failed(id(1), now));
+        assert!(!index.fork_failed(id(9), now), "another's");
+        assert!(index.fork_failed(id(1), now));
+        assert_eq!(index.ask(key(1), now), Answer::Miss(TemplateMiss::Failed));
+    }
+
+    #[test]
+    fn the_least_used_one_goes_when_there_are_too_many() {
+        let (mut index, now) = (Index::default(), Instant::now());
+        let count = u8::try_from(TEMPLATES_MAX).unwrap();
+        for number in 0..count {
+            assert!(index.built(key(number.into()), id(number)).is_empty());
+        }
+        assert_eq!(index.ask(key(0), now), Answer::Hit(id(0)));
+        assert_eq!(index.built(key(1000), id(count)), [id(1)]);
+        assert_eq!(index.ids().len(), TEMPLATES_MAX);
+    }
+}

@@ -1,0 +1,302 @@
+//! Templates: VMs that were booted once, so that others need not be.
+//!
+//! Asked by the node at each start that may begin from one. A template is a snapshot of a VM that
+//! was booted for it, with an image and nothing else: no folder, no secret, no account's process.
+//! It is a cache: made behind the first start that missed it, checked at each fork, and made anew
+//! when the host, the guest or the image changed. Never makes a start wait, and never fails one.
+
+mod build;
+mod index;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use spore_wire::cause::chain;
+use spore_wire::id::{ImageId, SnapshotId, VmId};
+use spore_wire::node::{
+    NodeEvent, Owner, Resources, Source, StartVm, TemplateMiss, TemplateOf, TemplateStatus,
+    VmFailureKind, VmPhase, VmStatus,
+};
+use spore_wire::snapshot::{PUBLIC_ACCOUNT, SnapshotInfo, SnapshotKind};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use self::build::build_all;
+use self::index::{Answer, Host, Index, Key};
+use crate::hypervisor::Machine;
+use crate::node::Node;
+use crate::snapshot::Cascade;
+use crate::snapshots::SnapshotsError;
+use crate::vm::board::Watch;
+
+/// Templates that may wait to be built; who misses one more asks again at its next start.
+const QUEUE_MAX: usize = 16;
+
+/// What a builder's VM is called where an app's name stands; its release is 0, which no app has.
+const BUILDER: &str = "template";
+
+/// What the templates there are mean for a start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Resolved {
+    hit: Option<SnapshotId>,
+    /// Why it is booted although it could have begun from a template.
+    pub(crate) missed: Option<TemplateMiss>,
+    /// What is to be built because of it.
+    wanted: Option<(Key, Plan)>,
+}
+
+impl Resolved {
+    /// Whether it begins from a template.
+    pub(crate) const fn is_hit(&self) -> bool {
+        self.hit.is_some()
+    }
+
+    const fn missed(why: TemplateMiss, wanted: Option<(Key, Plan)>) -> Self {
+        Self {
+            hit: None,
+            missed: Some(why),
+            wanted,
+        }
+    }
+}
+
+/// What a template is made of, and for whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Plan {
+    of: TemplateOf,
+    image: ImageId,
+    resources: Resources,
+}
+
+/// A template to build.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    key: Key,
+    account: String,
+    plan: Plan,
+    /// Whose start missed it: it goes first.
+    behind: VmId,
+}
+
+/// The templates of one node.
+#[derive(Debug)]
+pub(crate) struct Templates {
+    index: Mutex<Index>,
+    queue: mpsc::Sender<Wanted>,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+impl Templates {
+    /// None yet. What is to be built comes out of the queue.
+    pub(crate) fn new() -> (Self, mpsc::Receiver<Wanted>) {
+        let (queue, wanted) = mpsc::channel(QUEUE_MAX);
+        let templates = Self {
+            index: Mutex::default(),
+            queue,
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        };
+        (templates, wanted)
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        // Every critical section leaves its value whole, so a poisoned one is still usable.
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in a snapshot that is on the disk; answers those that are of no use.
+    pub(crate) fn found(
+        &self,
+        info: &SnapshotInfo,
+        host: impl Fn(Resources) -> Host,
+    ) -> Vec<SnapshotId> {
+        let Some(meta) = info.meta.as_ref() else {
+            // Whoever it was of: that is not this cache's to remove.
+            return Vec::new();
+        };
+        let is_own = |of: &Owner| of.app == BUILDER && of.release == 0;
+        if meta.kind != SnapshotKind::Template || !meta.taken_of.as_ref().is_some_and(is_own) {
+            return Vec::new();
+        }
+        let now = host(meta.resources);
+        let then = Host {
+            shape: meta.shape.clone(),
+            guest: meta.guest.clone(),
+        };
+        let key = |host: &Host| Key::of(&meta.account, meta.image, meta.resources, host);
+        if info.damage.is_some() || key(&then) != key(&now) {
+            return vec![info.id];
+        }
+        self.index().built(key(&now), info.id)
+    }
+
+    /// What a VM begins from that may begin from a template.
+    fn resolve(&self, start: &StartVm, of: TemplateOf, host: &Host) -> Resolved {
+        let account = account_of(of, &start.owner.account);
+        let key = Key::of(account, start.image, start.resources, host);
+        let plan = Plan {
+            of,
+            image: start.image,
+            resources: start.resources,
+        };
+        match self.index().ask(key, Instant::now()) {
+            Answer::Hit(id) => Resolved {
+                hit: Some(id),
+                ..Resolved::default()
+            },
+            Answer::MissFirst(why) => Resolved::missed(why, Some((key, plan))),
+            Answer::Miss(why) => Resolved::missed(why, None),
+        }
+    }
+
+    /// The start that this was for is on its way, or was refused. What it wanted is built behind
+    /// it; if it was refused, behind whoever asks next.
+    pub(crate) fn begun(&self, resolved: &Resolved, start: &StartVm, taken: bool) {
+        if taken && resolved.missed.is_some() {
+            self.misses.fetch_add(1, Ordering::Relaxed);
+        } else if taken && resolved.is_hit() {
+            let count = match start.source {
+                Source::Boot => &self.misses,
+                _ => &self.hits,
+            };
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        let Some((key, plan)) = resolved.wanted else {
+            return;
+        };
+        let wanted = Wanted {
+            key,
+            account: account_of(plan.of, &start.owner.account).to_owned(),
+            plan,
+            behind: start.vm,
+        };
+        if !taken || self.queue.try_send(wanted).is_err() {
+            self.index().build_dropped(key);
+        }
+    }
+
+    /// What is known of them, for status and metrics.
+    pub(crate) fn status(&self) -> TemplateStatus {
+        TemplateStatus {
+            ready: u32::try_from(self.index().ids().len()).unwrap_or(u32::MAX),
+            hits: self.hits.load(Ordering::Relaxed),
+            misses: self.misses.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Listens how forks fare, and gives up a template that does not work.
+    pub(crate) async fn watch(&self, mut forks: Watch) {
+        loop {
+            let NodeEvent::Vm(status) = forks.next().await;
+            self.fared(&status);
+        }
+    }
+
+    fn fared(&self, status: &VmStatus) {
+        let Source::Snapshot(id) = status.source else {
+            return;
+        };
+        if status.phase == VmPhase::Ready {
+            self.index().fork_worked(id);
+            return;
+        }
+        let kind = status.failure.as_ref().map(|failure| failure.kind);
+        let broke = matches!(
+            kind,
+            Some(VmFailureKind::Snapshot | VmFailureKind::Thaw | VmFailureKind::Boot)
+        );
+        if broke && self.index().fork_failed(id, Instant::now()) {
+            tracing::warn!(%id, "a template is given up: no VM came up from it");
+        }
+    }
+}
+
+impl Node {
+    /// The templates that starts begin from: nobody else knows that they are needed.
+    #[must_use]
+    pub fn template_ids(&self) -> Vec<SnapshotId> {
+        self.templates().index().ids()
+    }
+
+    /// Takes in the templates that are on the disk, removes those that are of no use any more, and
+    /// begins to build what starts miss.
+    pub(crate) async fn serve_templates(
+        &self,
+        wanted: mpsc::Receiver<Wanted>,
+    ) -> Result<(), SnapshotsError> {
+        if !self.forks() {
+            return Ok(());
+        }
+        for info in self.snapshots().templates().await? {
+            let useless = self
+                .templates()
+                .found(&info, |resources| self.host_of(resources));
+            for id in useless {
+                self.forget_template(&info.account, id).await;
+            }
+        }
+        let tasks = &self.host().tasks;
+        let (templates, forks) = (Arc::clone(self.templates()), self.watch());
+        tasks.spawn(async move { templates.watch(forks).await });
+        tasks.spawn(build_all(self.clone(), wanted));
+        Ok(())
+    }
+
+    /// Whether VMs begin from templates here at all.
+    fn forks(&self) -> bool {
+        self.hypervisor().caps().snapshots && self.host().config.templates
+    }
+
+    /// Puts what a start begins from in the place of its wish to begin from a template.
+    pub(crate) fn resolve(&self, start: &mut StartVm, machine: &Machine) -> Resolved {
+        let Source::Template(of) = start.source else {
+            return Resolved::default();
+        };
+        let resolved = if self.forks() {
+            let host = self.host_of(machine.resources);
+            self.templates().resolve(start, of, &host)
+        } else {
+            Resolved::missed(TemplateMiss::Unsupported, None)
+        };
+        start.source = resolved.hit.map_or(Source::Boot, Source::Snapshot);
+        resolved
+    }
+
+    /// What a template for VMs of this size has of this host. Their files do not matter.
+    fn host_of(&self, resources: Resources) -> Host {
+        let machine = Machine {
+            resources,
+            image: PathBuf::new(),
+            folder: None,
+            egress: Vec::new(),
+        };
+        Host {
+            shape: self.hypervisor().shape(&machine),
+            guest: self.hypervisor().caps().guest.clone(),
+        }
+    }
+
+    /// Removes a template. One that a VM began from goes with the next opening of the node.
+    async fn forget_template(&self, account: &str, id: SnapshotId) {
+        let (cascade, in_use) = (Cascade::Refuse, BTreeSet::new());
+        let removed = self.snapshots().remove(account, id, cascade, in_use).await;
+        match removed {
+            Ok(_removed) => tracing::info!(%id, account, "a template is removed"),
+            Err(error) => {
+                tracing::info!(%id, account, error = %chain(&error), "a template stays for now");
+            }
+        }
+    }
+}
+
+/// Whose a template is.
+fn account_of(of: TemplateOf, owner: &str) -> &str {
+    match of {
+        TemplateOf::Account => owner,
+        TemplateOf::Everybody => PUBLIC_ACCOUNT,
+    }
+}
