@@ -4,7 +4,8 @@
 //! `spore-guest keep-awake 10m` and `spore-guest ready`. One line of JSON each way.
 //!
 //! Whoever asks is a tenant: a connection may hold little memory for a short time, and nothing it
-//! says can do more than keep its own VM awake or hurry its own readiness check.
+//! says can do more than keep its own VM awake, hurry its own readiness check or, of a fork, have
+//! the host wait a second for it. Only one that wants to hear of forks stays, in [`crate::hook`].
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -15,6 +16,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::hook::{HOOKS_MAX, Hooks};
 use crate::interest::Interest;
 
 /// Where a tenant finds the socket.
@@ -38,6 +40,8 @@ pub enum Wish {
     },
     /// That the app counts as ready as soon as its port accepts, whatever its health path says.
     Ready,
+    /// That the connection stays, and says when this VM has become a fork; see [`crate::hook`].
+    AfterFork,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -47,11 +51,19 @@ struct Answer {
     error: String,
 }
 
+impl Answer {
+    fn refused(error: impl Into<String>) -> Self {
+        let error = error.into();
+        Self { ok: false, error }
+    }
+}
+
 /// The listening side.
 #[derive(Debug)]
 pub struct Face {
     listener: UnixListener,
     connections: Vec<Connection>,
+    hooks: Hooks,
 }
 
 #[derive(Debug)]
@@ -73,6 +85,7 @@ impl Face {
         Ok(Self {
             listener,
             connections: Vec::new(),
+            hooks: Hooks::default(),
         })
     }
 
@@ -85,6 +98,12 @@ impl Face {
             interest.read(&connection.socket);
             interest.at(connection.deadline_ms);
         }
+        self.hooks.interest(interest);
+    }
+
+    /// Those that want to hear of forks.
+    pub const fn hooks(&mut self) -> &mut Hooks {
+        &mut self.hooks
     }
 
     /// Goes on as far as it can and gives what was asked; each wish is answered with `ok`.
@@ -101,47 +120,66 @@ impl Face {
             }
         }
         let mut wishes = Vec::new();
-        self.connections
-            .retain_mut(|connection| connection.pump(now_ms, &mut wishes));
+        for mut connection in std::mem::take(&mut self.connections) {
+            match connection.pump(now_ms, self.hooks.has_room()) {
+                Next::Wait => self.connections.push(connection),
+                Next::Over => {}
+                Next::Wish(wish) => wishes.push(wish),
+                Next::Hook => self.hooks.add(connection.socket),
+            }
+        }
+        self.hooks.pump();
         wishes
     }
 }
 
+/// What becomes of a connection.
+enum Next {
+    Wait,
+    Over,
+    Wish(Wish),
+    Hook,
+}
+
 impl Connection {
-    /// False when it is over.
-    fn pump(&mut self, now_ms: u64, wishes: &mut Vec<Wish>) -> bool {
+    fn pump(&mut self, now_ms: u64, may_hook: bool) -> Next {
+        let unless_late = |waits: bool| match waits && now_ms < self.deadline_ms {
+            true => Next::Wait,
+            false => Next::Over,
+        };
         let mut buffer = [0; LINE_BYTES_MAX];
         match rustix::io::read(&self.socket, &mut buffer) {
-            Ok(0) => return false,
+            Ok(0) => return Next::Over,
             Ok(bytes) => self.line.extend_from_slice(&buffer[..bytes]),
-            Err(Errno::AGAIN | Errno::INTR) => return now_ms < self.deadline_ms,
-            Err(_) => return false,
+            Err(Errno::AGAIN | Errno::INTR) => return unless_late(true),
+            Err(_) => return Next::Over,
         }
         let Some(end) = self.line.iter().position(|byte| *byte == b'\n') else {
-            return self.line.len() < LINE_BYTES_MAX && now_ms < self.deadline_ms;
+            return unless_late(self.line.len() < LINE_BYTES_MAX);
         };
-        let answer = match serde_json::from_slice(&self.line[..end]) {
-            Ok(Wish::KeepAwake { for_ms }) if for_ms > KEEP_AWAKE_MS_MAX => Answer {
-                ok: false,
-                error: "at most 24h can be asked for at once".to_owned(),
-            },
-            Ok(wish) => {
-                wishes.push(wish);
-                Answer {
-                    ok: true,
-                    error: String::new(),
-                }
+        let asked = match serde_json::from_slice(&self.line[..end]) {
+            Ok(Wish::KeepAwake { for_ms }) if for_ms > KEEP_AWAKE_MS_MAX => {
+                Err("at most 24h can be asked for at once".to_owned())
             }
-            Err(error) => Answer {
-                ok: false,
-                error: format!("not a question of this agent: {error}"),
-            },
+            Ok(Wish::AfterFork) if !may_hook => {
+                Err(format!("{HOOKS_MAX} processes wait for forks already"))
+            }
+            Ok(Wish::AfterFork) => Ok(Next::Hook),
+            Ok(wish) => Ok(Next::Wish(wish)),
+            Err(error) => Err(format!("not a question of this agent: {error}")),
+        };
+        let (answer, next) = match asked {
+            Ok(next) => {
+                let (ok, error) = (true, String::new());
+                (Answer { ok, error }, next)
+            }
+            Err(error) => (Answer::refused(error), Next::Over),
         };
         let mut text = serde_json::to_vec(&answer).unwrap_or_default();
         text.push(b'\n');
         // Fits the socket's buffer; one who does not read it has lost only an answer.
         let _unheard = rustix::io::write(&self.socket, &text);
-        false
+        next
     }
 }
 

@@ -33,7 +33,7 @@ use crate::net::NetError;
 use crate::reap::Reaper;
 use crate::thaw::Real;
 use crate::view::{FACE_FOLDER, View, ViewError};
-use crate::{clock, console, disk, net, procfs};
+use crate::{clock, console, disk, hook, net, procfs};
 
 /// How long devices may take to appear after their modules are loaded.
 const DEVICES_MS_MAX: u64 = 10_000;
@@ -134,6 +134,12 @@ fn mount_own_root() -> Result<(), InitError> {
     let face = format!("{root}{FACE_FOLDER}");
     for path in [&bin, &face, &format!("{face}/bin")] {
         folder(path)?;
+    }
+    let lib = format!("{face}/lib");
+    folder(&lib)?;
+    for (name, text) in hook::FILES {
+        let path = format!("{lib}/{name}");
+        fs::write(&path, text).map_err(step(format!("write {path}")))?;
     }
     let flags = flags | MountFlags::NOEXEC;
     for (name, kind, flags) in [

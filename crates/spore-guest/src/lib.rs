@@ -9,6 +9,7 @@
 //! | [`launch`], [`cgroup`], [`memory`], [`reap`] | processes: begin, bounds and end |
 //! | [`thaw`], [`folder`], [`sockets`] | what a fork must renew |
 //! | [`forward`], [`face`] | the other lives of the same binary: relay, and the tenant's command |
+//! | [`hook`] | the tenant's processes that want to hear of forks |
 //! | [`clock`], [`console`], [`procfs`], [`sys`] | the kernel's edges |
 //!
 //! Nothing of a tenant runs in this process, and nothing of it is believed: every buffer that a
@@ -26,6 +27,7 @@ pub mod file;
 pub mod folder;
 pub mod forward;
 pub mod guest;
+pub mod hook;
 pub mod init;
 pub mod interest;
 pub mod launch;

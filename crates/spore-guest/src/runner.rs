@@ -139,6 +139,13 @@ impl Runner {
         self.log = LogRing::default();
     }
 
+    /// Adds a line of the agent's own to what the app printed.
+    pub fn say(&mut self, text: &str) {
+        let line = text.to_owned().into();
+        self.log
+            .push(clock::realtime_us(), OutputKind::Stderr, line);
+    }
+
     /// Environment (without secrets) and folder for those who run beside it.
     #[must_use]
     pub fn surroundings(&self) -> Option<(&Environment, &str)> {

@@ -183,6 +183,7 @@ pub enum Request {
     Freeze,
     /// Lets the tenant's processes run: of a source that goes on, or after a thaw that held them.
     /// Legal when frozen, by the VM of that name alone: a fork of it has to be thawed instead.
+    /// Answered by `Done`, or by [`Reply::Resumed`] where processes had asked to hear of a fork.
     Unfreeze {
         /// As in [`Thaw::incarnation`].
         incarnation: String,
@@ -388,6 +389,8 @@ pub enum Reply {
     Status(AgentStatus),
     /// The VM is thawed.
     Thawed(Thawed),
+    /// The tenant's processes run, and those that had asked for it know that they are a fork's.
+    Resumed(Resumed),
     /// An exec or rehearsal ended.
     Exit(Exit),
     /// A file was sent whole.
@@ -406,6 +409,15 @@ pub struct Thawed {
     pub done: Vec<(ThawStep, u64)>,
     /// The guest's clock at the end, in nanoseconds since the Unix epoch.
     pub realtime_ns: u64,
+}
+
+/// What became of the processes that had asked to hear of a fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// How many said that they have done what a fork has to do.
+    pub done: u32,
+    /// How many had not within a second.
+    pub late: u32,
 }
 
 /// How a process ended.

@@ -202,6 +202,10 @@ mod tests {
                 ),
             ),
             (
+                "reply resumed",
+                reply(json!({"of": "resumed", "done": 2, "late": 1})),
+            ),
+            (
                 "reply thawed",
                 reply(json!({"of": "thawed", "realtime_ns": 1, "done": [["entropy", 12]]})),
             ),

@@ -13,11 +13,14 @@
 //!                     └────Thaw(another name), hold──────────────────────┘
 //! ```
 
-use spore_wire::guest::{AgentError, AgentErrorCode, Reply, Request, Thaw, ThawStep, Thawed};
+use spore_wire::guest::{
+    AgentError, AgentErrorCode, Reply, Request, Resumed, Thaw, ThawStep, Thawed,
+};
 
 use super::{Agent, Begun, Job, Machine, Stream};
 use crate::clock;
 use crate::guest::refused;
+use crate::hook::HOOKS_MS_MAX;
 
 /// How long the tenant's processes may take to stand still.
 pub const FREEZE_MS_MAX: u64 = 2_000;
@@ -190,6 +193,48 @@ impl<M: Machine> Agent<M> {
                 self.fail(number, error);
             }
         }
+    }
+
+    /// Lets the tenant's processes run. Those of a fork that asked for it hear of it first thing.
+    pub(super) fn unfreeze(&mut self, name: String, now_ms: u64) -> Result<Begun, AgentError> {
+        let running = self.guest.groups.unfreeze();
+        running.map_err(|error| refused("let the tenant's processes run", &error))?;
+        let is_new = matches!(self.life, Life::Held(_));
+        let told = match &mut self.face {
+            Some(face) if is_new => face.hooks().tell(&name),
+            _ => 0,
+        };
+        self.life = Life::Running(Some(name));
+        if told == 0 {
+            return Ok(Begun::Reply(Reply::Done));
+        }
+        let until_ms = now_ms + HOOKS_MS_MAX;
+        Ok(Begun::Job(Job::Hooks { until_ms }))
+    }
+
+    /// Answers once every process that was told of a fork has said that it is done, or is late.
+    pub(super) fn await_hooks(&mut self, now_ms: u64) {
+        let mut streams = self.streams.iter();
+        let found = streams.find_map(|(&number, stream)| match stream.job {
+            Job::Hooks { until_ms } => Some((number, until_ms)),
+            _ => None,
+        });
+        let (Some((number, until_ms)), Some(face)) = (found, &mut self.face) else {
+            return;
+        };
+        let (busy, done) = (face.hooks().busy(), face.hooks().done());
+        if busy > 0 && now_ms < until_ms {
+            return;
+        }
+        let late = u32::try_from(busy).unwrap_or(u32::MAX);
+        if late > 0 {
+            self.app.say(&format!(
+                "spore: {late} of {} processes did not say within {HOOKS_MS_MAX} ms that they know \
+                 of the fork",
+                late + done
+            ));
+        }
+        self.reply(number, Reply::Resumed(Resumed { done, late }));
     }
 
     /// Gives a freeze up.

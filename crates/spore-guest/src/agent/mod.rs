@@ -159,6 +159,7 @@ impl<M: Machine> Agent<M> {
         if !self.life.is_still() {
             self.app.pump(&mut self.guest, now_ms);
             self.hear_wishes(now_ms);
+            self.await_hooks(now_ms);
         }
         self.watch_memory(&ready, now_ms);
         self.tell_news();
@@ -198,6 +199,7 @@ impl<M: Machine> Agent<M> {
                     interest.at(now_ms);
                 }
                 Job::Freeze => interest.at(now_ms + STILLNESS_STEP_MS),
+                Job::Hooks { until_ms } => interest.at(*until_ms),
                 Job::Read(_) | Job::Logs { .. } | Job::Write(_) | Job::StopApp => {}
             }
         }
@@ -353,12 +355,7 @@ impl<M: Machine> Agent<M> {
             Request::Status => Ok(Begun::Reply(Reply::Status(self.status(now_ms)))),
             Request::Thaw(thaw) => self.thaw(thaw).map(Begun::Reply),
             Request::Freeze => self.freeze(now_ms),
-            Request::Unfreeze { incarnation } => {
-                let running = self.guest.groups.unfreeze();
-                running.map_err(|error| refused("let the tenant's processes run", &error))?;
-                self.life = Life::Running(Some(incarnation));
-                Ok(Begun::Reply(Reply::Done))
-            }
+            Request::Unfreeze { incarnation } => self.unfreeze(incarnation, now_ms),
             Request::StartApp(start) => {
                 self.app.start(&mut self.guest, start, now_ms)?;
                 Ok(Begun::Reply(Reply::Done))
@@ -437,6 +434,7 @@ impl<M: Machine> Agent<M> {
                     self.add_news(Event::KeepAwake { for_ms });
                 }
                 Wish::Ready => self.app.declare_ready(now_ms),
+                Wish::AfterFork => {}
             }
         }
     }

@@ -23,9 +23,15 @@ pub(super) enum Job {
     Exec(Box<Exec>),
     Read(FileReader),
     Write(FileWriter),
-    Logs { cursor: u64 },
+    Logs {
+        cursor: u64,
+    },
     StopApp,
     Freeze,
+    /// Waits for the processes that were told of a fork.
+    Hooks {
+        until_ms: u64,
+    },
 }
 
 impl<M: Machine> Agent<M> {
@@ -53,7 +59,7 @@ impl<M: Machine> Agent<M> {
                     self.go_on(name);
                 }
             }
-            Job::Read(_) | Job::Write(_) | Job::Logs { .. } | Job::StopApp => {}
+            Job::Read(_) | Job::Write(_) | Job::Logs { .. } | Job::StopApp | Job::Hooks { .. } => {}
         }
     }
 
@@ -116,7 +122,7 @@ impl<M: Machine> Agent<M> {
                 }
                 Err(error) => self.fail(number, error),
             },
-            Job::Read(_) | Job::Logs { .. } | Job::StopApp | Job::Freeze => {}
+            Job::Read(_) | Job::Logs { .. } | Job::StopApp | Job::Freeze | Job::Hooks { .. } => {}
         }
     }
 
@@ -203,6 +209,6 @@ fn pump(
             }
             None
         }
-        Job::Write(_) | Job::StopApp | Job::Freeze => None,
+        Job::Write(_) | Job::StopApp | Job::Freeze | Job::Hooks { .. } => None,
     }
 }

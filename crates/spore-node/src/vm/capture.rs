@@ -219,7 +219,7 @@ async fn unfreeze(
             }
         }
         match link.unfreeze(vm.to_string(), limit).await {
-            Ok(()) => return VmEvent::Unfrozen.into(),
+            Ok(_late) => return VmEvent::Unfrozen.into(),
             Err(error) => {
                 last = chain(&error);
                 stillness = Stillness::Unknown;

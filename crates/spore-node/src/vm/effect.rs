@@ -379,7 +379,11 @@ async fn renew(
         thaw = fresh(host, record, generation)?;
         thaw.steps = vec![ThawStep::Clock];
     }
-    Ok(link.unfreeze(record.start.vm.to_string(), limit).await?)
+    let late = link.unfreeze(record.start.vm.to_string(), limit).await?;
+    if late > 0 {
+        tracing::warn!(vm = %record.start.vm, late, "processes of a fork may not know it");
+    }
+    Ok(())
 }
 
 fn realtime_ns(host: &Host) -> u64 {

@@ -12,6 +12,7 @@ mod folder;
 mod fork;
 mod guest;
 mod host;
+mod individuals;
 mod kill_points;
 mod life;
 mod network;

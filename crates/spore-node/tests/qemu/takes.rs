@@ -31,13 +31,13 @@ impl Images for OneImage {
 }
 
 /// A node on a host, with nothing in memory but what it was opened with.
-struct Daemon {
-    node: Node,
+pub(crate) struct Daemon {
+    pub(crate) node: Node,
     qemu: Qemu,
 }
 
 impl Daemon {
-    async fn open(host: &TestHost, image: &Path, points: Arc<dyn StorePoints>) -> Self {
+    pub(crate) async fn open(host: &TestHost, image: &Path, points: Arc<dyn StorePoints>) -> Self {
         let qemu = host.driver().await;
         let [node, logs, snapshots] =
             ["node", "logs", "snapshots"].map(|name| host.runtime("..").join(name));
@@ -49,7 +49,7 @@ impl Daemon {
         Self { node, qemu }
     }
 
-    async fn close(self) {
+    pub(crate) async fn close(self) {
         self.node.detach().await;
         self.qemu.close().unwrap();
     }
@@ -67,7 +67,7 @@ impl Daemon {
         timeout(HANG, settled).await.unwrap()
     }
 
-    async fn ready(&self, start: StartVm) -> VmStatus {
+    pub(crate) async fn ready(&self, start: StartVm) -> VmStatus {
         let vm = start.vm;
         self.node.start(start).unwrap();
         let status = self.settled(vm, VmPhase::Ready).await;
@@ -75,7 +75,7 @@ impl Daemon {
         status
     }
 
-    async fn take(&self, vm: VmId, id: SnapshotId) -> Result<Taken, TakeError> {
+    pub(crate) async fn take(&self, vm: VmId, id: SnapshotId) -> Result<Taken, TakeError> {
         let taking = Take {
             id,
             kind: SnapshotKind::Checkpoint,
@@ -96,14 +96,20 @@ impl Daemon {
         taken
     }
 
-    /// What its app says: what it drew at its start, how often it was asked, how often started.
-    async fn ask(&self, vm: VmId) -> (String, u64, u64) {
+    /// What its app says to whoever connects.
+    pub(crate) async fn hear(&self, vm: VmId) -> String {
         let mut said = String::new();
         let asked = async {
             let mut app = self.node.connect(vm).await.unwrap();
             app.read_to_string(&mut said).await.unwrap();
         };
         timeout(HANG, asked).await.unwrap();
+        said
+    }
+
+    /// What its app says: what it drew at its start, how often it was asked, how often started.
+    async fn ask(&self, vm: VmId) -> (String, u64, u64) {
+        let said = self.hear(vm).await;
         let words: Vec<&str> = said.split_whitespace().collect();
         let [token, count, starts] = words[..] else {
             unreachable!("the app said {said:?}");
@@ -112,7 +118,7 @@ impl Daemon {
         (token.to_owned(), number(count), number(starts))
     }
 
-    async fn stop(&self, vm: VmId) {
+    pub(crate) async fn stop(&self, vm: VmId) {
         self.node.stop(vm, StopMode::Graceful).await.unwrap();
         let over = self.settled(vm, VmPhase::Stopped).await;
         assert_eq!(over.phase, VmPhase::Stopped, "{over:#?}");
@@ -126,11 +132,11 @@ fn from(snapshot: SnapshotId) -> StartVm {
     }
 }
 
-fn new_snapshot() -> SnapshotId {
+pub(crate) fn new_snapshot() -> SnapshotId {
     SnapshotId::random().unwrap()
 }
 
-fn nothing_is_left(host: &TestHost) {
+pub(crate) fn nothing_is_left(host: &TestHost) {
     assert_eq!(host.left(), Vec::<String>::new());
     let staging = host.runtime("../snapshots/.staging");
     assert_eq!(fs::read_dir(staging).unwrap().count(), 0);

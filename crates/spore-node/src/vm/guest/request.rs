@@ -73,10 +73,16 @@ impl AgentLink {
         self.do_it(Request::Freeze, limit).await
     }
 
-    /// Lets the tenant's processes run, of the VM of this name.
-    pub(crate) async fn unfreeze(&self, name: String, limit: Duration) -> Result<(), GuestError> {
+    /// Lets the tenant's processes run, of the VM of this name. Gives how many of them had not said
+    /// in time that they know of the fork.
+    pub(crate) async fn unfreeze(&self, name: String, limit: Duration) -> Result<u32, GuestError> {
         let incarnation = name;
-        self.do_it(Request::Unfreeze { incarnation }, limit).await
+        let request = Request::Unfreeze { incarnation };
+        match within(limit, self.ask(request, limit)).await? {
+            Reply::Done => Ok(0),
+            Reply::Resumed(resumed) => Ok(resumed.late),
+            _ => Err(GuestError::Protocol("neither `done` nor who was late")),
+        }
     }
 
     pub(crate) async fn start_app(
