@@ -39,6 +39,7 @@ bench:
 	@$(CARGO) build --quiet --release --package spore
 	@$(CARGO) run --quiet --release --package spore-bench -- cold-wake
 	@$(CARGO) run --quiet --release --package spore-bench -- fork-wake
+	@$(CARGO) run --quiet --release --package spore-bench -- engine
 	@$(CARGO) run --quiet --release --package spore-bench -- memory
 	@$(CARGO) bench --package spore-gateway --bench route
 	@bench/gateway.sh

@@ -10,7 +10,7 @@ use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
 use spore_e2e::platform::Site;
 use tokio::time::Instant;
 
-use crate::{Report, median, wake};
+use crate::{Limit, Report, median, wake};
 
 /// The part of a cold wake of a Python app that one from a template may take: 1.6 times faster.
 const PART_MAX: f64 = 1.0 / 1.6;
@@ -71,8 +71,11 @@ pub(crate) async fn run(rounds: usize) -> Result<Report> {
             "bench": "fork-wake", "rounds": rounds, "cold_ms": cold_ms, "forked_ms": forked_ms,
             "times_faster": 1.0 / part,
         }),
-        figure: part,
-        worst: PART_MAX,
+        limits: vec![Limit::at_most(
+            "cold wake, part a fork takes",
+            part,
+            PART_MAX,
+        )],
     })
 }
 

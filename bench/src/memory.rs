@@ -14,7 +14,7 @@ use spore_e2e::Platform;
 use spore_e2e::app::SELF_PORTRAIT;
 use spore_e2e::memory::{self, Memory};
 
-use crate::Report;
+use crate::{Limit, Report};
 
 /// What the daemon may hold with a thousand apps asleep.
 const DAEMON_KIB_MAX: u32 = 100 * 1024;
@@ -53,8 +53,11 @@ pub(crate) async fn run(apps: usize) -> Result<Report> {
             "daemon": json_of(daemon), "gateway": json_of(gateway),
             "daemon_one_app": json_of(one[0]), "gateway_one_app": json_of(one[1]),
         }),
-        figure: f64::from(u32::try_from(daemon.rss_kib)?),
-        worst: f64::from(DAEMON_KIB_MAX),
+        limits: vec![Limit::at_most(
+            "daemon, resident KiB",
+            f64::from(u32::try_from(daemon.rss_kib)?),
+            f64::from(DAEMON_KIB_MAX),
+        )],
     })
 }
 

@@ -12,7 +12,7 @@ use spore_e2e::Platform;
 use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
 use tokio::time::Instant;
 
-use crate::Report;
+use crate::{Limit, Report};
 
 /// What a visitor waits for.
 const FIRST_BYTE: &str = "request to first byte";
@@ -66,8 +66,11 @@ pub(crate) async fn run(rounds: usize) -> Result<Report> {
     let figure = report[FIRST_BYTE]["median_ms"].as_f64();
     Ok(Report {
         json: json!({ "bench": "cold-wake", "rounds": rounds, "figures": report }),
-        figure: figure.context("no median")?,
-        worst: WAKE_MS_MAX,
+        limits: vec![Limit::at_most(
+            "request to first byte, ms",
+            figure.context("no median")?,
+            WAKE_MS_MAX,
+        )],
     })
 }
 

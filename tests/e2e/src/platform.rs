@@ -134,7 +134,8 @@ pub fn skipped(reason: &str) {
 }
 
 /// Where `make deps` puts the guest's kernel, initramfs and images.
-fn deps() -> PathBuf {
+#[must_use]
+pub fn deps() -> PathBuf {
     std::env::var_os("SPORE_DEPS").map_or_else(|| "/var/lib/spore-deps".into(), PathBuf::from)
 }
 
