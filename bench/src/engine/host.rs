@@ -249,8 +249,8 @@ impl Host {
 
     /// The guest pages that belong to that VM alone, in KiB.
     ///
-    /// Source: proc_pid_smaps(5); the guest's memory is the one mapping of a memory file that a fork
-    /// has, and what it wrote of it has become anonymous.
+    /// Source: proc_pid_smaps(5); the guest's memory is the one mapping of a memory file that a
+    /// fork has, and what it wrote of it has become anonymous.
     pub(super) fn private_kib(&self, vm: VmId) -> Result<u64> {
         for (pid, _pidfd) in self.qemu.rooms().cgroups().members(&vm.to_string())? {
             let pid = pid.as_raw_nonzero();
