@@ -8,15 +8,11 @@ use serde_json::json;
 use spore_e2e::Platform;
 use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
 use spore_e2e::platform::Site;
-use tokio::time::Instant;
 
 use crate::{Limit, Report, median, wake};
 
 /// The part of a cold wake of a Python app that one from a template may take: 1.6 times faster.
 const PART_MAX: f64 = 1.0 / 1.6;
-
-/// How long a template may take to be built.
-const BUILD_MAX: std::time::Duration = std::time::Duration::from_secs(300);
 
 /// Wakes one app from a template and another with a boot, so many times each.
 pub(crate) async fn run(rounds: usize) -> Result<Report> {
@@ -30,7 +26,7 @@ pub(crate) async fn run(rounds: usize) -> Result<Report> {
     for platform in [&cold, &forked] {
         platform.deploy("hello", SELF_PORTRAIT, STAYS_AWAKE)?;
     }
-    until_ready(&forked).await?;
+    spore_e2e::templates(&forked, 1).await?;
     let mut times: [Vec<f64>; 2] = [Vec::new(), Vec::new()];
     for _round in 0..rounds {
         for (platform, times) in [&cold, &forked].into_iter().zip(&mut times) {
@@ -77,16 +73,4 @@ pub(crate) async fn run(rounds: usize) -> Result<Report> {
             PART_MAX,
         )],
     })
-}
-
-async fn until_ready(platform: &Platform) -> Result<()> {
-    let since = Instant::now();
-    loop {
-        let status = platform.json(&["status"])?;
-        if status["templates"]["ready"] == 1 {
-            return Ok(());
-        }
-        ensure!(since.elapsed() < BUILD_MAX, "no template: {status}");
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-    }
 }

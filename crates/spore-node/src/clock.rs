@@ -1,4 +1,4 @@
-//! The wall clock, as an argument: the simulator owns time.
+//! The wall clock and chance, as arguments: the simulator owns both.
 //!
 //! Used where a guest is told the time of day. Everything that only measures or waits takes
 //! `tokio::time`, which a test can pause.
@@ -22,6 +22,27 @@ impl Clock for HostClock {
         let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
         let nanos = u32::try_from(now.tv_nsec).unwrap_or(0);
         Duration::new(seconds, nanos)
+    }
+}
+
+/// Gives the bits of ids that are used once.
+pub trait Chance: Debug + Send + Sync + 'static {
+    /// 128 random bits.
+    ///
+    /// # Errors
+    /// When there are none.
+    fn bits(&self) -> Result<[u8; 16], getrandom::Error>;
+}
+
+/// The kernel's random numbers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KernelChance;
+
+impl Chance for KernelChance {
+    fn bits(&self) -> Result<[u8; 16], getrandom::Error> {
+        let mut bits = [0; 16];
+        getrandom::fill(&mut bits)?;
+        Ok(bits)
     }
 }
 

@@ -12,7 +12,7 @@ use spore_wire::guest::ThawStep;
 use spore_wire::id::{ImageId, VmId};
 
 use crate::capacity::CapacityLimits;
-use crate::clock::{Clock, HostClock};
+use crate::clock::{Chance, Clock, HostClock, KernelChance};
 use crate::memory::{HostMemory, ProcMemory};
 use crate::snapshot::NoStorePoints;
 use crate::snapshots::SnapshotConfig;
@@ -38,6 +38,8 @@ pub struct Config {
     pub memory: Arc<dyn HostMemory>,
     /// The wall clock.
     pub clock: Arc<dyn Clock>,
+    /// Names what the node makes of itself.
+    pub chance: Arc<dyn Chance>,
     /// Told before and after each effect.
     pub kill_points: Arc<dyn KillPoints>,
     /// What VMs may begin from.
@@ -66,6 +68,7 @@ impl Config {
             thaw_steps: ThawStep::ALL.to_vec(),
             memory: Arc::new(ProcMemory),
             clock: Arc::new(HostClock),
+            chance: Arc::new(KernelChance),
             kill_points: Arc::new(NoKillPoints),
             snapshots: SnapshotConfig {
                 folder: snapshots,

@@ -6,11 +6,13 @@
 //! public client, and reads `/proc` as an operator would.
 
 pub mod app;
+pub mod cores;
 pub mod leftovers;
 pub mod memory;
 pub mod namespace;
 pub mod neighbour;
 pub mod platform;
+pub mod search;
 pub mod visitor;
 
 use std::future::Future;
@@ -66,4 +68,14 @@ pub fn beside(parts: Vec<(&str, Part<'_>)>) -> Result<()> {
             Ok(())
         })
     })
+}
+
+/// Waits until the node has so many templates.
+///
+/// # Errors
+/// When it has another number after minutes.
+pub async fn templates(platform: &Platform, count: u64) -> Result<()> {
+    let there = || Ok(platform.json(&["status"])?["templates"]["ready"] == count);
+    let waited = until(300, there).await;
+    waited.with_context(|| platform.log_tail())
 }

@@ -2,17 +2,19 @@
 #![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use spore_e2e::app::SELF_PORTRAIT;
+use spore_e2e::search::Words;
 use spore_e2e::{AppFolder, Platform, available};
 
 const CANARY: &str = "canary-9f3b1c77e2d84a60-never-in-clear";
 const SECOND: &str = "canary-5a0e4d19b7c64f38-nor-this-one";
+
+const CANARIES: Words<2> = Words([CANARY, SECOND]);
 
 const PRINTS_IT: &str = "import os\nprint('the key is', os.environ['API_KEY'], flush=True)\n";
 
@@ -195,8 +197,7 @@ fn the_search_finds_what_is_planted(platform: &Platform) -> Result<()> {
 
 /// Every place of the platform that has a canary: files, logs, arguments and environments.
 fn sightings(platform: &Platform) -> Result<Vec<String>> {
-    let mut found = Vec::new();
-    search(platform.home(), &mut found)?;
+    let mut found = CANARIES.files(platform.home())?;
     let pids = platform.pids()?;
     let mut names = Vec::new();
     for pid in &pids {
@@ -207,55 +208,15 @@ fn sightings(platform: &Platform) -> Result<Vec<String>> {
         pids.len() >= 3 && names.iter().any(|name| name.starts_with("qemu")),
         "only {names:?} run"
     );
-    search_processes(&pids, &mut found);
+    found.extend(CANARIES.processes(&pids));
     Ok(found)
-}
-
-fn search_processes(pids: &[i32], found: &mut Vec<String>) {
-    for pid in pids {
-        for file in ["cmdline", "environ"] {
-            let path = format!("/proc/{pid}/{file}");
-            // A process may have ended meanwhile.
-            if contains(&std::fs::read(&path).unwrap_or_default()) {
-                found.push(path);
-            }
-        }
-    }
 }
 
 fn watch_processes(platform: &Platform, done: &AtomicBool) -> Result<Vec<String>> {
     let mut found = Vec::new();
     while !done.load(Ordering::Acquire) {
-        search_processes(&platform.pids()?, &mut found);
+        found.extend(CANARIES.processes(&platform.pids()?));
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(found)
-}
-
-fn search(folder: &Path, found: &mut Vec<String>) -> Result<()> {
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            search(&entry.path(), found)?;
-        } else if kind.is_file() && contains(&std::fs::read(entry.path()).unwrap_or_default()) {
-            found.push(entry.path().display().to_string());
-        }
-    }
-    Ok(())
-}
-
-/// Compares at the canaries' first bytes only: the images are large, and nothing is optimised here.
-fn contains(bytes: &[u8]) -> bool {
-    [CANARY, SECOND].iter().any(|canary| {
-        let canary = canary.as_bytes();
-        let mut rest = bytes;
-        while let Some(at) = rest.iter().position(|byte| *byte == canary[0]) {
-            if rest[at..].starts_with(canary) {
-                return true;
-            }
-            rest = &rest[at + 1..];
-        }
-        false
-    })
 }

@@ -2,16 +2,11 @@
 #![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use spore_e2e::app::STAYS_AWAKE;
-use spore_e2e::{Platform, Site, available};
-use tokio::time::Instant;
-
-/// Beyond this a template is not being built any more.
-const HANGS: Duration = Duration::from_secs(300);
+use spore_e2e::{Platform, Site, available, templates};
 
 /// An app that tells what must be its VM's own, and what is in its folder.
 const INDIVIDUAL: &str = include_str!("../apps/individual.py");
@@ -31,7 +26,7 @@ async fn the_first_wake_boots_and_the_next_ones_fork() -> Result<()> {
     let mut seen = BTreeSet::new();
     let booted = individual(&platform, "one", &mut seen).await?;
     ensure!(booted["folder"] == folder_of(&one)?, "{booted}");
-    ready(&platform, 1).await?;
+    templates(&platform, 1).await?;
 
     // The template is of the image: the first start of another app has it already.
     let two = platform.deploy("two", INDIVIDUAL, STAYS_AWAKE)?;
@@ -59,7 +54,7 @@ async fn the_first_wake_boots_and_the_next_ones_fork() -> Result<()> {
     let before = individual(&platform, "two", &mut BTreeSet::new()).await?;
     platform.kill_daemon()?;
     platform.start_daemon().await?;
-    ready(&platform, 1).await?;
+    templates(&platform, 1).await?;
     let after = individual(&platform, "two", &mut BTreeSet::new()).await?;
     ensure!(
         after["machine_id"] == before["machine_id"],
@@ -97,19 +92,6 @@ fn begun(platform: &Platform, name: &str) -> Result<String> {
     Ok(step
         .with_context(|| format!("no beginning: {status}"))?
         .to_owned())
-}
-
-/// Waits until there are so many templates.
-async fn ready(platform: &Platform, count: u64) -> Result<()> {
-    let since = Instant::now();
-    loop {
-        let status = platform.json(&["status"])?;
-        if status["templates"]["ready"] == count {
-            return Ok(());
-        }
-        ensure!(since.elapsed() < HANGS, "{status}\n{}", platform.log_tail());
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
 }
 
 /// Names and sizes of an app's files.

@@ -67,7 +67,7 @@ impl Chance {
     }
 }
 
-/// Ids for control, from the seed.
+/// Ids for control and the node, from the seed.
 #[derive(Debug)]
 pub struct Ids {
     seed: u64,
@@ -92,6 +92,12 @@ impl spore_control::clock::Chance for Ids {
         bits[..8].copy_from_slice(&mix(self.seed ^ mix(count)).to_be_bytes());
         bits[8..].copy_from_slice(&count.to_be_bytes());
         bits
+    }
+}
+
+impl spore_node::clock::Chance for Ids {
+    fn bits(&self) -> Result<[u8; 16], getrandom::Error> {
+        Ok(spore_control::clock::Chance::bits(self))
     }
 }
 

@@ -136,6 +136,7 @@ impl Daemon {
         config.memory = Arc::new(ground.host.clone());
         config.kill_points = Arc::clone(fuse) as Arc<dyn KillPoints>;
         config.clock = Arc::clone(&ground.clock) as Arc<dyn spore_node::clock::Clock>;
+        config.chance = Arc::clone(&ground.ids) as _;
         let hypervisor = Arc::new(ground.host.hypervisor());
         let open = Node::open(config, hypervisor, Arc::new(AnyImage));
         let (node, adoption) = open.await.context("the node does not open")?;

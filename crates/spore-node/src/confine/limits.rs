@@ -6,6 +6,7 @@
 
 use std::io;
 
+use rustix::io::Errno;
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
 };
@@ -87,8 +88,8 @@ impl ProcessLimits {
     /// # Errors
     /// [`LimitError`].
     pub fn set(&self) -> Result<(), LimitError> {
+        limit_core()?;
         let rows = [
-            (Resource::Core, Some(CORE_BYTES)),
             (Resource::Memlock, Some(0)),
             (Resource::Msgqueue, Some(0)),
             (Resource::Nofile, Some(self.files)),
@@ -108,9 +109,11 @@ impl ProcessLimits {
 }
 
 /// 1, not 0: the kernel writes core files under a limit of 0 to a piped `core_pattern`, and refuses
-/// to when the limit is 1 (Linux `fs/coredump.c`). Where the limit is 0 already, not being dumpable
-/// is what stops it.
-const CORE_BYTES: u64 = 1;
+/// to when the limit is 1 (Linux `fs/coredump.c`).
+const CORE: Rlimit = Rlimit {
+    current: Some(1),
+    maximum: Some(1),
+};
 
 /// A limit that could not be set.
 #[derive(Debug, Error)]
@@ -128,11 +131,23 @@ pub struct LimitError {
 /// # Errors
 /// [`LimitError`].
 pub fn no_core_file() -> Result<(), LimitError> {
-    lower(Resource::Core, CORE_BYTES)?;
+    limit_core()?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|errno| LimitError {
         what: "who may read its memory".to_owned(),
         source: errno.into(),
     })
+}
+
+/// Where the limit is 0 for good, 1 is more, which takes a privilege. Without that, not being
+/// dumpable is what stops a core file.
+fn limit_core() -> Result<(), LimitError> {
+    match setrlimit(Resource::Core, CORE) {
+        Err(Errno::PERM) => lower(Resource::Core, 1),
+        other => other.map_err(|errno| LimitError {
+            what: "core files".to_owned(),
+            source: errno.into(),
+        }),
+    }
 }
 
 fn lower(resource: Resource, most: u64) -> Result<(), LimitError> {

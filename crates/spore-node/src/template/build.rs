@@ -100,15 +100,9 @@ async fn settled(node: &Node, vm: VmId) -> VmPhase {
 }
 
 async fn build(node: &Node, wanted: &Wanted) -> Result<SnapshotId, BuildError> {
-    let mut bits = [0; 32];
-    getrandom::fill(&mut bits).map_err(BuildError::Random)?;
-    let mut halves = [[0; 16]; 2];
-    halves[0].copy_from_slice(&bits[..16]);
-    halves[1].copy_from_slice(&bits[16..]);
-    let (vm, id) = (
-        VmId::from_bytes(halves[0]),
-        SnapshotId::from_bytes(halves[1]),
-    );
+    let chance = &node.host().config.chance;
+    let bits = || chance.bits().map_err(BuildError::Random);
+    let (vm, id) = (VmId::from_bytes(bits()?), SnapshotId::from_bytes(bits()?));
     node.start(start_of(wanted, vm))?;
     let built = boot_and_take(node, vm, id).await;
     if built.is_err() {
