@@ -77,8 +77,8 @@ pub struct SnapshotResources {
 pub struct TakeCheckpoint {
     /// The name that it gets; it must be free.
     pub tag: TagName,
-    /// Whether a VM that holds secrets may be taken. Its memory is encrypted on the disk then; what
-    /// it wrote to its own scratch disk is not.
+    /// Whether a VM that holds secrets may be taken. Its memory and its scratch disk are encrypted
+    /// on the host's disk then.
     #[serde(default)]
     pub allow_secrets: bool,
 }

@@ -50,8 +50,8 @@ use crate::sys::{self, Forked};
 /// The most bytes of the launcher's message.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 
-/// The most descriptors that a VMM is given.
-const FDS_MAX: usize = 32;
+/// The most descriptors that a VMM is given: two for each of the most layers of a disk, and others.
+const FDS_MAX: usize = 64;
 
 /// How long the daemon waits for a launcher; one takes some milliseconds.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(20);

@@ -23,7 +23,7 @@ use thiserror::Error;
 use tokio::task;
 
 use crate::clock::Clock;
-use crate::hypervisor::fork::ForkFrom;
+use crate::hypervisor::fork::{ForkFrom, Scratch, ScratchLayer};
 use crate::image::store::GcMode;
 use crate::journal::{Journal, JournalError, SecretsKept};
 use crate::snapshot::header::{Header, Mismatch};
@@ -32,8 +32,8 @@ use crate::snapshot::memory::{CacheError, MemoryCache};
 use crate::snapshot::opened::Opened;
 use crate::snapshot::{Cascade, Removal, Settings, SnapshotStore, StoreError, StorePoints};
 
-/// The driver's word for a whole scratch disk in one file.
-pub const RAW_DISK: &str = "raw";
+/// The drivers' word for a layer of a scratch disk.
+pub const LAYER_FORMAT: &str = "qcow2";
 
 /// How old a snapshot is before it is collected: of a younger one, whoever made it may not have
 /// said yet what for.
@@ -424,12 +424,18 @@ fn check(header: &Header, wanted: &Wanted) -> Result<(), SourceError> {
 }
 
 /// The scratch disk as the snapshot has it, where it has one.
-fn scratch(opened: &Opened, keys: &Keys) -> Result<Option<File>, SourceError> {
-    let id = opened.header().meta.id;
-    let mut layers = opened.disks(keys).map_err(unusable)?;
-    match (layers.pop(), layers.is_empty()) {
-        (None, _) => Ok(None),
-        (Some(layer), true) if layer.part.format == RAW_DISK => Ok(Some(layer.file)),
-        (Some(_other), _) => Err(SourceError::Disk(id)),
+fn scratch(opened: &Opened, keys: &Keys) -> Result<Option<Scratch>, SourceError> {
+    let meta = &opened.header().meta;
+    let mut layers = Vec::new();
+    for layer in opened.disks(keys).map_err(unusable)? {
+        if layer.part.format != LAYER_FORMAT {
+            return Err(SourceError::Disk(meta.id));
+        }
+        layers.push(ScratchLayer {
+            file: Arc::new(layer.file),
+            key: layer.key,
+        });
     }
+    let mib = meta.resources.disk_mib;
+    Ok((!layers.is_empty()).then_some(Scratch { mib, layers }))
 }

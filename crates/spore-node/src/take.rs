@@ -5,8 +5,10 @@
 //! itself comes after it runs again.
 
 use core::time::Duration;
+use std::fs::File;
 use std::sync::Arc;
 
+use spore_wire::cause::chain;
 use spore_wire::generation::{GENERATION, GENERATION_FORKS};
 use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::node::{Source, VmPhase};
@@ -17,7 +19,8 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 use tokio::task;
 
-use crate::hypervisor::fork::{Afterwards, Capture};
+use crate::disk::overlay::DiskKey;
+use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, CapturedScratch};
 use crate::hypervisor::memory_image::{CapturedMemory, MemoryImage};
 use crate::journal::{Record, SecretsKept};
 use crate::node::{Node, VmError};
@@ -26,7 +29,7 @@ use crate::snapshot::key::SnapshotKey;
 use crate::snapshot::pages::PAGE_BYTES;
 use crate::snapshot::staging::{FrozenLayer, Order, Staged};
 use crate::snapshot::{SnapshotStore, StoreError};
-use crate::snapshots::{RAW_DISK, Snapshots};
+use crate::snapshots::{LAYER_FORMAT, Snapshots};
 use crate::vm::actor::{Access, Taking, VmRequest};
 use crate::vm::capture::Captured;
 
@@ -97,6 +100,9 @@ pub enum TakeError {
         /// What happened.
         reason: String,
     },
+    /// The kernel gives no random bytes.
+    #[error("the kernel gives no random bytes for a key")]
+    Random(#[source] getrandom::Error),
     /// The VM ended meanwhile.
     #[error("the VM {0} ended before its snapshot was taken")]
     Ended(VmId),
@@ -138,14 +144,22 @@ impl Node {
                 return Err(TakeError::Unsupported { vm, reason });
             }
         };
+        let key = match &take.key {
+            Some(_) => Some(DiskKey::random().map_err(TakeError::Random)?),
+            None => None,
+        };
         let staged = self.stage(&access, take).await?;
+        let turn = access.vm.prepare_capture(key).await;
+        let turn = turn.map_err(|error| failed(vm, &error))?;
         let (answer, answered) = oneshot::channel();
         let taking = Taking::new(vm, afterwards, answer);
         let actor = self.actor(vm).ok_or(TakeError::Ended(vm))?;
         let sent = actor.requests.send(VmRequest::Capture(taking)).await;
         sent.map_err(|_ended| TakeError::Ended(vm))?;
         let captured = answered.await.map_err(|_ended| TakeError::Ended(vm))??;
-        seal(self.snapshots().clone(), staged, captured).await
+        let sealed = seal(self.snapshots().clone(), vm, staged, captured).await;
+        drop(turn);
+        sealed
     }
 
     /// Everything that can be refused before the VM stands still.
@@ -236,6 +250,7 @@ impl Facts {
 /// Files what was captured.
 async fn seal(
     snapshots: Snapshots,
+    vm: VmId,
     staged: Staged,
     captured: Captured,
 ) -> Result<Taken, TakeError> {
@@ -245,8 +260,17 @@ async fn seal(
         pause,
     } = captured;
     let store = snapshots.store().clone();
+    let Capture {
+        memory,
+        state,
+        scratch,
+    } = capture;
+    let scratch = match scratch {
+        Some(copy) => Some(copy.finished().await.map_err(|error| failed(vm, &error))?),
+        None => None,
+    };
     let sealing = task::spawn_blocking(move || {
-        let whole = fill(staged, capture);
+        let whole = fill(staged, memory, &state, scratch);
         whole.and_then(|(header, image)| {
             let info = store.info(&header.meta.account, header.meta.id)?;
             Ok((info, image))
@@ -266,9 +290,11 @@ async fn seal(
 /// Blocks. The whole memory is given back where there is one: forks may begin at once.
 fn fill(
     mut staged: Staged,
-    capture: Capture,
+    memory: CapturedMemory,
+    state: &File,
+    scratch: Option<CapturedScratch>,
 ) -> Result<(Header, Option<Arc<MemoryImage>>), StoreError> {
-    let image = match capture.memory {
+    let image = match memory {
         CapturedMemory::Whole(image) => {
             staged.image(&image)?;
             Some(image)
@@ -282,14 +308,28 @@ fn fill(
             None
         }
     };
-    staged.state(&capture.state)?;
-    if let Some(scratch) = &capture.scratch {
+    staged.state(state)?;
+    if let Some(scratch) = scratch {
         let layer = FrozenLayer {
-            file: scratch,
-            format: RAW_DISK,
-            key: None,
+            file: &scratch.layer.file,
+            format: LAYER_FORMAT,
+            key: scratch.layer.key.as_ref(),
         };
-        staged.disk(&layer, DiskBacking::Empty)?;
+        let backing = match scratch.below {
+            Below::Nothing => DiskBacking::Empty,
+            Below::Source => DiskBacking::Parent,
+        };
+        staged.disk(&layer, backing)?;
     }
     Ok((staged.seal()?, image))
+}
+
+fn failed(vm: VmId, error: &CaptureError) -> TakeError {
+    match error {
+        CaptureError::Busy => TakeError::Busy(vm),
+        other => TakeError::Failed {
+            vm,
+            reason: chain(other),
+        },
+    }
 }

@@ -1,15 +1,15 @@
-//! Scratch disks: sparse raw files with an empty ext4, made by the host before any guest saw them.
+//! Scratch disks: what a VM writes over an empty ext4 that it shares with others, or over the disk
+//! that it was forked with.
 //!
-//! Used by `hypervisor/room.rs`. One empty file per size is made by `mkfs.ext4` (as an unprivileged
-//! user, on a file that no guest ever wrote) and copied, holes and all, for each VM; a few of them
-//! are kept. Never opens, checks or resizes a file that a guest could have written: those are only
-//! unlinked.
+//! Used by `hypervisor/room.rs` and the `qemu` driver. One empty file per size is made by
+//! `mkfs.ext4` (as an unprivileged user, on a file that no guest ever wrote); a few of them are
+//! kept, and who has one open keeps it. What VMs write goes to files without a name, which are gone
+//! with their VMM. Never reads, checks or resizes a file that a guest could have written.
 
 pub mod overlay;
 
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,9 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags, SeekFrom, copy_file_range, ioctl_ficlone, open, seek, statvfs};
 use rustix::io::Errno;
 use spore_wire::id::VmId;
+use zeroize::Zeroizing;
 
+use self::overlay::DiskKey;
 use crate::hypervisor::PrepareError;
 use crate::tool::{self, ToolError};
 
@@ -57,20 +59,28 @@ impl Disks {
         Ok(this)
     }
 
-    fn path(&self, vm: VmId) -> PathBuf {
-        self.folder.join(format!("{vm}.raw"))
+    fn draft(&self, vm: VmId) -> PathBuf {
+        self.folder.join(format!("{vm}.draft"))
     }
 
     fn empty(&self, mib: u32) -> PathBuf {
         self.folder.join(format!("empty-{RECIPE}-{mib}.ext4"))
     }
 
-    /// Makes the scratch disk of `vm`. Blocks.
+    /// Whether there is room for what `vm` may write, over an empty disk, which is there then.
+    /// Blocks.
     ///
     /// # Errors
     /// [`PrepareError::DiskFull`] when the data disk has no room for all of it.
-    pub fn make(&self, vm: VmId, mib: u32) -> Result<(), PrepareError> {
-        self.try_make(vm, mib).map_err(|source| {
+    pub fn prepare(&self, vm: VmId, mib: u32) -> Result<(), PrepareError> {
+        let room = || -> io::Result<()> {
+            let room = statvfs(&self.folder)?;
+            if room.f_bavail.saturating_mul(room.f_frsize) < u64::from(mib) * MIB {
+                return Err(Errno::NOSPC.into());
+            }
+            self.open_empty(vm, mib).map(drop)
+        };
+        room().map_err(|source| {
             if source.raw_os_error() == Some(Errno::NOSPC.raw_os_error()) {
                 PrepareError::DiskFull { mib }
             } else {
@@ -82,15 +92,15 @@ impl Disks {
         })
     }
 
-    fn try_make(&self, vm: VmId, mib: u32) -> io::Result<()> {
-        let room = statvfs(&self.folder)?;
-        if room.f_bavail.saturating_mul(room.f_frsize) < u64::from(mib) * MIB {
-            return Err(Errno::NOSPC.into());
-        }
+    /// The empty disk of `mib` MiB, to read; made for `vm` if it is not there. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel or `mkfs.ext4` says.
+    pub fn open_empty(&self, vm: VmId, mib: u32) -> io::Result<File> {
         let empty = self.empty(mib);
         loop {
             match File::open(&empty) {
-                Ok(empty) => return copy_sparse(&empty, &self.path(vm)),
+                Ok(empty) => return Ok(empty),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
@@ -128,7 +138,7 @@ impl Disks {
 
     /// Two VMs may make the same one at once: each has a name of its own until it is whole.
     fn make_empty(&self, vm: VmId, empty: &Path, mib: u32) -> io::Result<()> {
-        let draft = self.folder.join(format!("{vm}.draft"));
+        let draft = self.draft(vm);
         let file = File::options()
             .read(true)
             .write(true)
@@ -164,68 +174,36 @@ impl Disks {
         fs::rename(&draft, empty)
     }
 
-    /// Makes the scratch disk of `vm` anew, as `from` is. Blocks.
+    /// The file of an empty disk of `mib` MiB with nothing below it, locked with `key` if there is
+    /// one. It has no name: it is gone with its last holder. Blocks.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn remake(&self, vm: VmId, from: &File) -> io::Result<()> {
-        self.remove(vm)?;
-        copy_sparse(from, &self.path(vm))
-    }
-
-    /// A copy that has no name: it is gone with its last holder. Blocks.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn copy_nameless(&self, from: &File) -> io::Result<File> {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let copy = File::from(open(&self.folder, flags, Mode::from_raw_mode(0o600))?);
-        copy_into(from, &copy)?;
-        Ok(copy)
-    }
-
-    /// Opens the scratch disk of `vm` for its VMM.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn open_scratch(&self, vm: VmId) -> io::Result<OwnedFd> {
-        Ok(File::options()
-            .read(true)
-            .write(true)
-            .open(self.path(vm))?
-            .into())
-    }
-
-    /// The scratch disk of `vm` that was unlinked, opened again through the process that has it. It
-    /// is known by the name that it had, which nobody but this daemon could give a file.
-    ///
-    /// # Errors
-    /// What the kernel says; `NotFound` when the process has it not.
-    pub fn open_held(&self, vm: VmId, pid: u32) -> io::Result<File> {
-        let folder = self.folder.canonicalize()?;
-        let name = format!("{}/{vm}.raw (deleted)", folder.display());
-        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-            let path = entry?.path();
-            // It closes others while it is looked at.
-            if fs::read_link(&path).is_ok_and(|target| target.as_os_str() == &*name) {
-                return File::open(path);
+    pub fn new_layer(&self, mib: u32, key: Option<&DiskKey>) -> io::Result<File> {
+        let size = u64::from(mib) * MIB;
+        let layout = match key {
+            Some(key) => {
+                let mut seed = Zeroizing::new([0; 32]);
+                getrandom::fill(&mut *seed).map_err(io::Error::other)?;
+                overlay::overlay(size, key, &seed)
             }
-        }
-        Err(io::ErrorKind::NotFound.into())
+            None => overlay::clear(size),
+        };
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = File::from(open(&self.folder, flags, Mode::from_raw_mode(0o600))?);
+        layout.map_err(io::Error::other)?.write_to(&file)?;
+        Ok(file)
     }
 
-    /// Unlinks what bears the id of `vm`; whoever has it open keeps it until they end.
+    /// Unlinks what bears the id of `vm`.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn remove(&self, vm: VmId) -> io::Result<()> {
-        for path in [self.path(vm), self.folder.join(format!("{vm}.draft"))] {
-            remove_if_there(&path)?;
-        }
-        Ok(())
+        remove_if_there(&self.draft(vm))
     }
 
-    /// The VMs that have a disk here.
+    /// The VMs for which something was being made.
     ///
     /// # Errors
     /// When the folder cannot be read.
@@ -317,38 +295,55 @@ fn copy_bytes(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
     use spore_wire::id::VmId;
 
+    use super::overlay::DiskKey;
     use super::{Disks, EMPTY_MAX, RECIPE};
     use crate::hypervisor::PrepareError;
 
     #[test]
-    fn a_scratch_disk_is_an_empty_ext4_and_sparse_and_private() {
+    fn an_empty_disk_is_an_ext4_and_sparse_and_shared() {
         if !rustix::process::geteuid().is_root() {
             println!("SKIPPED: mkfs.ext4 is run as another user, which needs root");
             return;
         }
         let folder = tempfile::tempdir().unwrap();
         let disks = Disks::open(folder.path().join("scratch"), 290_000).unwrap();
-        let vms: Vec<VmId> = (1..3).map(|n| VmId::from_bytes([n; 16])).collect();
-        for vm in &vms {
-            disks.make(*vm, 512).unwrap();
-            let path = disks.path(*vm);
-            let meta = std::fs::metadata(&path).unwrap();
+        let vms = [1, 2].map(|n| VmId::from_bytes([n; 16]));
+        for vm in vms {
+            disks.prepare(vm, 512).unwrap();
+            let empty = disks.open_empty(vm, 512).unwrap();
+            let meta = empty.metadata().unwrap();
             assert_eq!(meta.len(), 512 << 20);
             assert!(meta.blocks() * 512 < 16 << 20, "{} blocks", meta.blocks());
             assert_eq!((meta.uid(), meta.mode() & 0o777), (0, 0o600));
-            let bytes = std::fs::read(&path).unwrap();
-            assert_eq!(bytes[0x438..0x43a], [0x53, 0xef]);
+            let mut magic = [0; 2];
+            empty.read_exact_at(&mut magic, 0x438).unwrap();
+            assert_eq!(magic, [0x53, 0xef]);
+            assert!(empty.write_at(b"x", 0).is_err());
         }
-        assert_eq!(disks.list().unwrap(), vms);
-        for vm in vms {
-            disks.remove(vm).unwrap();
-            disks.remove(vm).unwrap();
-        }
+        let all = std::fs::read_dir(folder.path().join("scratch")).unwrap();
+        assert_eq!(all.count(), 1, "both have the same");
         assert_eq!(disks.list().unwrap(), []);
+    }
+
+    #[test]
+    fn a_layer_has_no_name_and_another_seed_each_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let disks = Disks::open(folder.path().to_owned(), 290_000).unwrap();
+        let key = DiskKey::from_bytes([7; 32]);
+        let read = |key: Option<&DiskKey>| {
+            let file = disks.new_layer(64, key).unwrap();
+            let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            bytes
+        };
+        let locked = [read(Some(&key)), read(Some(&key))];
+        assert!(locked[0] != locked[1] && locked[0].starts_with(b"QFI\xfb"));
+        assert_eq!(read(None).len(), 4 * 64 * 1024);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]
@@ -363,7 +358,7 @@ mod tests {
             }
         }
         let vm = VmId::from_bytes([1; 16]);
-        std::fs::write(scratch.join(format!("{vm}.raw")), b"").unwrap();
+        std::fs::write(scratch.join(format!("{vm}.draft")), b"").unwrap();
         let disks = Disks::open(scratch.clone(), 290_000).unwrap();
         let files = || {
             let entries = std::fs::read_dir(&scratch).unwrap();
@@ -393,7 +388,9 @@ mod tests {
     fn a_disk_larger_than_the_free_space_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let disks = Disks::open(folder.path().join("scratch"), 290_000).unwrap();
-        let refused = disks.make(VmId::from_bytes([9; 16]), u32::MAX).unwrap_err();
+        let refused = disks
+            .prepare(VmId::from_bytes([9; 16]), u32::MAX)
+            .unwrap_err();
         assert!(
             matches!(refused, PrepareError::DiskFull { mib: u32::MAX }),
             "{refused}"

@@ -1,6 +1,6 @@
-//! Writes the beginning of an encrypted copy-on-write disk: qcow2 version 3 around LUKS1.
+//! Writes the beginning of a copy-on-write disk: qcow2 version 3, around LUKS1 where it has a key.
 //!
-//! Called for every fork and capture, before any guest saw the file. Pure: it makes bytes from a
+//! Called for every start and capture, before any guest saw the file. Pure: it makes bytes from a
 //! size, a key and a seed, and opens nothing. Never reads such a file: once a guest had it, only
 //! its VMM does.
 //!
@@ -12,6 +12,8 @@
 //!   header,      LUKS header and    refcount table   refcount block   L1 table (a hole)
 //!   extension    the key's stripes
 //! ```
+//!
+//! Without a key there are no clusters 1 … n, and no extension.
 
 use std::fs::File;
 use std::io;
@@ -134,35 +136,57 @@ impl Overlay {
 /// # Errors
 /// [`OverlayError::Size`].
 pub fn overlay(size: u64, key: &DiskKey, seed: &[u8; 32]) -> Result<Overlay, OverlayError> {
+    check_size(size)?;
+    let luks = Luks::new(key, seed);
+    let luks_bytes = u64::from(SLOT_SECTORS + SLOTS * SLOT_STEP_SECTORS) * SECTOR_BYTES_U64;
+    let stripes_at = u64::from(SLOT_SECTORS) * SECTOR_BYTES_U64;
+    let mut made = lay_out(size, luks_bytes);
+    let behind_the_header = [
+        (CLUSTER_BYTES, luks.header),
+        (CLUSTER_BYTES + stripes_at, luks.stripes),
+    ];
+    made.parts.splice(1..1, behind_the_header);
+    Ok(made)
+}
+
+/// The file of an empty disk of `size` bytes that anybody can read.
+///
+/// # Errors
+/// [`OverlayError::Size`].
+pub fn clear(size: u64) -> Result<Overlay, OverlayError> {
+    check_size(size)?;
+    Ok(lay_out(size, 0))
+}
+
+const fn check_size(size: u64) -> Result<(), OverlayError> {
     if size == 0 || size > OVERLAY_BYTES_MAX || !size.is_multiple_of(SECTOR_BYTES_U64) {
         return Err(OverlayError::Size(size));
     }
-    let luks = Luks::new(key, seed);
-    let luks_bytes = u64::from(SLOT_SECTORS + SLOTS * SLOT_STEP_SECTORS) * SECTOR_BYTES_U64;
-    let luks_clusters = luks_bytes.div_ceil(CLUSTER_BYTES);
-    let table = 1 + luks_clusters;
+    Ok(())
+}
+
+/// Everything but the LUKS header, which goes behind the first cluster.
+fn lay_out(size: u64, luks_bytes: u64) -> Overlay {
+    let table = 1 + luks_bytes.div_ceil(CLUSTER_BYTES);
     let (block, l1) = (table + 1, table + 2);
     let clusters = l1 + 1;
     let header = header(size, [l1, table].map(|at| at * CLUSTER_BYTES), luks_bytes);
     let counts = std::iter::repeat_n(1_u16.to_be_bytes(), usize::try_from(clusters).unwrap_or(0));
-    let stripes_at = u64::from(SLOT_SECTORS) * SECTOR_BYTES_U64;
-    Ok(Overlay {
+    Overlay {
         bytes: clusters * CLUSTER_BYTES,
         parts: vec![
             (0, header),
-            (CLUSTER_BYTES, luks.header),
-            (CLUSTER_BYTES + stripes_at, luks.stripes),
             (
                 table * CLUSTER_BYTES,
                 (block * CLUSTER_BYTES).to_be_bytes().to_vec(),
             ),
             (block * CLUSTER_BYTES, counts.flatten().collect()),
         ],
-    })
+    }
 }
 
-/// The header of qcow2 version 3 with the extension that says where the LUKS header is. It names no
-/// backing file: whoever opens the disk says what is below it.
+/// The header of qcow2 version 3, with the extension that says where the LUKS header is if there is
+/// one. It names no backing file: whoever opens the disk says what is below it.
 fn header(size: u64, [l1_at, refcounts_at]: [u64; 2], luks_bytes: u64) -> Vec<u8> {
     const VERSION: u32 = 3;
     const CRYPT_LUKS: u32 = 2;
@@ -179,7 +203,7 @@ fn header(size: u64, [l1_at, refcounts_at]: [u64; 2], luks_bytes: u64) -> Vec<u8
     put_u32(&mut bytes, 0);
     put_u32(&mut bytes, CLUSTER_BYTES.trailing_zeros());
     put_u64(&mut bytes, size);
-    put_u32(&mut bytes, CRYPT_LUKS);
+    put_u32(&mut bytes, if luks_bytes > 0 { CRYPT_LUKS } else { 0 });
     put_u32(&mut bytes, l1_entries);
     put_u64(&mut bytes, l1_at);
     put_u64(&mut bytes, refcounts_at);
@@ -191,10 +215,12 @@ fn header(size: u64, [l1_at, refcounts_at]: [u64; 2], luks_bytes: u64) -> Vec<u8
     }
     put_u32(&mut bytes, REFCOUNT_16_BITS);
     put_u32(&mut bytes, HEADER_BYTES);
-    put_u32(&mut bytes, EXTENSION_LUKS);
-    put_u32(&mut bytes, 16);
-    put_u64(&mut bytes, CLUSTER_BYTES);
-    put_u64(&mut bytes, luks_bytes);
+    if luks_bytes > 0 {
+        put_u32(&mut bytes, EXTENSION_LUKS);
+        put_u32(&mut bytes, 16);
+        put_u64(&mut bytes, CLUSTER_BYTES);
+        put_u64(&mut bytes, luks_bytes);
+    }
     // The end of the extensions.
     put_u64(&mut bytes, 0);
     bytes
@@ -317,7 +343,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{
-        CLUSTER_BYTES, DiskKey, OVERLAY_BYTES_MAX, Overlay, OverlayError, overlay, xts_encrypt,
+        CLUSTER_BYTES, DiskKey, OVERLAY_BYTES_MAX, Overlay, OverlayError, clear, overlay,
+        xts_encrypt,
     };
 
     fn key() -> DiskKey {
@@ -375,6 +402,7 @@ mod tests {
         for size in [0, 1, 511, OVERLAY_BYTES_MAX + 512, u64::MAX] {
             let refused = overlay(size, &key(), &[0; 32]).unwrap_err();
             assert_eq!(refused, OverlayError::Size(size));
+            assert_eq!(clear(size).unwrap_err(), OverlayError::Size(size));
         }
         overlay(OVERLAY_BYTES_MAX, &key(), &[0; 32]).unwrap();
         overlay(512, &key(), &[0; 32]).unwrap();
@@ -476,6 +504,27 @@ mod tests {
                 .windows(64)
                 .any(|run| run.iter().all(|byte| *byte == 0x5a))
         );
+    }
+
+    #[test]
+    fn qemu_finds_no_fault_with_a_clear_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.qcow2");
+        let made = clear(64 << 20).unwrap();
+        made.write_to(&File::create(&path).unwrap()).unwrap();
+        let path = path.to_str().unwrap();
+        for (program, args) in [
+            ("qemu-img", &["check", path][..]),
+            ("qemu-io", &["-c", "write -P 0x5a 63M 1M", path]),
+            ("qemu-io", &["-c", "read -P 0x5a 63M 1M", path]),
+            ("qemu-img", &["check", path]),
+        ] {
+            let Some(output) = tool(program, args) else {
+                return;
+            };
+            assert!(output.status.success(), "{}", said(&output));
+            assert!(!said(&output).contains("failed"), "{}", said(&output));
+        }
     }
 
     #[test]

@@ -8,9 +8,12 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
+use tokio::sync::OwnedMutexGuard;
+use tokio::task::JoinHandle;
 
 use super::BootError;
 use super::memory_image::{CapturedMemory, MemoryImage, MemoryImageError};
+use crate::disk::overlay::DiskKey;
 
 /// What becomes of a VM behind its capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,20 +32,117 @@ pub struct Capture {
     /// Its devices, in the driver's own form.
     pub state: File,
     /// Its scratch disk, where it has one.
-    pub scratch: Option<File>,
+    pub scratch: Option<ScratchCopy>,
 }
 
 impl Capture {
-    /// What forks of it begin from. Blocks.
+    /// What forks of it begin from, where it began from `source` itself.
     ///
     /// # Errors
-    /// [`MemoryImageError`].
-    pub fn into_source(self) -> Result<ForkFrom, MemoryImageError> {
+    /// [`CaptureError`].
+    pub async fn into_source(self, source: Option<&ForkFrom>) -> Result<ForkFrom, CaptureError> {
+        let scratch = match self.scratch {
+            Some(copy) => Some(Arc::new(copy.finished().await?.over(source))),
+            None => None,
+        };
+        let memory = self.memory;
+        let merged = tokio::task::spawn_blocking(move || memory.merge()).await;
+        let merged = merged.map_err(|error| CaptureError::Step {
+            what: "merging its memory",
+            source: io::Error::other(error),
+        })?;
         Ok(ForkFrom {
-            memory: self.memory.merge()?,
+            memory: merged?,
             state: Arc::new(self.state),
-            scratch: self.scratch.map(Arc::new),
+            scratch,
         })
+    }
+}
+
+/// The turn of whoever prepares a capture, until it is dropped; nobody else captures that VM.
+#[derive(Debug, Default)]
+pub struct Turn {
+    _held: Option<OwnedMutexGuard<()>>,
+}
+
+impl Turn {
+    pub(crate) const fn of(held: OwnedMutexGuard<()>) -> Self {
+        Self { _held: Some(held) }
+    }
+}
+
+/// One file of a scratch disk, in the driver's own form; clones are the same file.
+#[derive(Clone, Debug)]
+pub struct ScratchLayer {
+    /// What is in it says nothing of what is below it.
+    pub file: Arc<File>,
+    /// What opens it; `None` can be read by whoever has the file.
+    pub key: Option<DiskKey>,
+}
+
+/// A whole scratch disk.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    /// Its size, as the guest sees it.
+    pub mib: u32,
+    /// Lowest first; below that one there is nothing.
+    pub layers: Vec<ScratchLayer>,
+}
+
+/// What is below what was captured of a scratch disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below {
+    /// Nothing: it is all there is.
+    Nothing,
+    /// The disk that the VM was forked with.
+    Source,
+}
+
+/// A scratch disk as it stood.
+#[derive(Clone, Debug)]
+pub struct CapturedScratch {
+    /// Its size, as the guest sees it.
+    pub mib: u32,
+    /// What it adds to what is below.
+    pub layer: ScratchLayer,
+    /// What is below.
+    pub below: Below,
+}
+
+impl CapturedScratch {
+    fn over(self, source: Option<&ForkFrom>) -> Scratch {
+        let below = match self.below {
+            Below::Nothing => None,
+            Below::Source => source.and_then(|source| source.scratch.as_ref()),
+        };
+        let mut layers = below.map_or_else(Vec::new, |below| below.layers.clone());
+        layers.push(self.layer);
+        let mib = self.mib;
+        Scratch { mib, layers }
+    }
+}
+
+/// A scratch disk that is being copied as it stood, while its VM goes on.
+#[derive(Debug)]
+pub struct ScratchCopy {
+    task: JoinHandle<Result<CapturedScratch, CaptureError>>,
+}
+
+impl ScratchCopy {
+    /// What `task` copies; it goes on to its end whether or not that is waited for.
+    pub(crate) const fn of(task: JoinHandle<Result<CapturedScratch, CaptureError>>) -> Self {
+        Self { task }
+    }
+
+    /// Waits until it is whole.
+    ///
+    /// # Errors
+    /// [`CaptureError`], also when the VM ended before.
+    pub async fn finished(self) -> Result<CapturedScratch, CaptureError> {
+        self.task.await.map_err(|error| CaptureError::Step {
+            what: "copying its scratch disk",
+            source: io::Error::other(error),
+        })?
     }
 }
 
@@ -53,8 +153,8 @@ pub struct ForkFrom {
     pub memory: Arc<MemoryImage>,
     /// Its devices, in the driver's own form.
     pub state: Arc<File>,
-    /// Its scratch disk, which each fork gets a copy of.
-    pub scratch: Option<Arc<File>>,
+    /// Its scratch disk, over which each fork writes to a file of its own.
+    pub scratch: Option<Arc<Scratch>>,
 }
 
 /// Why a VM did not stand still, or does not go on.
@@ -74,6 +174,9 @@ pub enum CaptureError {
     /// Its guest runs.
     #[error("the guest is not paused: it is {0}")]
     NotPaused(String),
+    /// Somebody else captures it, or the copy of its disk for an earlier capture goes on.
+    #[error("another capture of the VM is under way")]
+    Busy,
     /// A step failed.
     #[error("cannot capture the VM: {what}")]
     Step {

@@ -41,7 +41,8 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-use self::fork::{Afterwards, Capture, CaptureError, ForkError, ForkFrom, PauseError};
+use self::fork::{Afterwards, Capture, CaptureError, ForkError, ForkFrom, PauseError, Turn};
+use crate::disk::overlay::DiskKey;
 use crate::egress::launch::LaunchError;
 
 /// A driver.
@@ -148,7 +149,17 @@ pub trait Vm: Send + Sync + 'static {
     /// [`PauseError`]; whether it runs is then not known.
     async fn resume(&self) -> Result<(), PauseError>;
 
-    /// Copies what makes this VM what it is, while it is paused; legal then.
+    /// Does what of a capture can be done while the guest runs, so that it stands still for less;
+    /// the capture comes while the turn is held. With a key, what is copied of its scratch disk is
+    /// encrypted with it. A capture that nobody prepared for prepares itself, and encrypts nothing.
+    ///
+    /// # Errors
+    /// [`CaptureError`]; the VM goes on.
+    async fn prepare_capture(&self, _key: Option<DiskKey>) -> Result<Turn, CaptureError> {
+        Ok(Turn::default())
+    }
+
+    /// Takes down what makes this VM what it is, while it is paused; legal then.
     ///
     /// # Errors
     /// [`CaptureError`]; the VM stays paused, unless it has ended.
@@ -396,7 +407,8 @@ pub struct VmFds {
     pub tap: OwnedFd,
     /// The guest's memory: its own, or the image that it shares with other forks.
     pub memory: OwnedFd,
-    /// The root image, the folder's image, the scratch disk, in the order of the devices.
+    /// The root image, the folder's image, and the files of the scratch disk, lowest first; behind
+    /// one that is locked, its key.
     pub disks: Vec<OwnedFd>,
     /// Of a fork, what its devices begin with.
     pub state: Option<OwnedFd>,

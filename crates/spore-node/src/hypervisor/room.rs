@@ -183,7 +183,7 @@ impl Rooms {
                 .create(&vm.to_string(), &limits)
                 .map_err(step("a cgroup"))?;
             if disk_mib > 0 {
-                this.disks.make(vm, disk_mib)?;
+                this.disks.prepare(vm, disk_mib)?;
             }
             Ok(Prepared {
                 namespace,

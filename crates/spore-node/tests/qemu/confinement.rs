@@ -27,7 +27,10 @@ fn expected(host: &TestHost) -> BTreeMap<String, usize> {
         ("/memfd:guest-memory (deleted)".to_owned(), 2),
         (file("image"), 2),
         (file("folder"), 2),
-        (format!("{} (deleted)", file("data/scratch/VM.raw")), 2),
+        // What the scratch disk is over: an empty one, or the layers of a source.
+        (file("data/scratch/empty-1-64.ext4"), 2),
+        (format!("{}/# (deleted)", file("data/scratch")), 2),
+        ("/memfd:disk-key (deleted)".to_owned(), 1),
         // Two that listen, and the monitor's connection.
         ("socket".to_owned(), 3),
         ("anon_inode:[eventfd]".to_owned(), 16),
@@ -43,6 +46,8 @@ fn open_files(proc: &Path, vm: &str) -> BTreeMap<String, usize> {
         let target = target.display().to_string().replace(vm, "VM");
         let name = if target.starts_with("socket:") {
             "socket".to_owned()
+        } else if let Some((folder, _number)) = target.split_once("/#") {
+            format!("{folder}/# (deleted)")
         } else {
             target
         };
@@ -76,7 +81,8 @@ async fn every_vm_process_has_exactly_its_fds_uid_and_filter() {
     held.pause().await.unwrap();
     let capture = held.capture(Afterwards::Ends).await.unwrap();
     driver.release(vm).await.unwrap();
-    let (fork, source) = (new_id(), capture.into_source().unwrap());
+    let source = capture.into_source(None).await.unwrap();
+    let fork = new_id();
     let prepared = driver.prepare(fork, &machine).await.unwrap();
     let identity = driver
         .fork(fork, &machine, &prepared, &source)
@@ -85,6 +91,8 @@ async fn every_vm_process_has_exactly_its_fds_uid_and_filter() {
     let held = driver.attach(fork, &prepared, &identity).await.unwrap();
     held.resume().await.unwrap();
     allowed.insert("/memfd:device-state (deleted)".to_owned(), 1);
+    let layers = allowed.keys().find(|name| name.contains("/#")).cloned();
+    allowed.insert(layers.unwrap(), 4);
     check_process(&host, fork, &prepared, &identity, &allowed);
     driver.release(fork).await.unwrap();
     assert_eq!(host.left(), Vec::<String>::new());
@@ -209,7 +217,7 @@ fn check_limits(limits: &str) {
     assert_eq!(line("Max core file size"), ["1", "1"]);
     assert_eq!(line("Max open files"), ["128", "128"]);
     assert_eq!(line("Max locked memory"), ["0", "0"]);
-    assert_eq!(line("Max file size"), ["67108864", "67108864"]);
+    assert_eq!(line("Max file size"), ["83951616", "83951616"]);
 }
 
 /// The root is one empty, read-only tmpfs.

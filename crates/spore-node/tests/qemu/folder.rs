@@ -53,7 +53,7 @@ async fn a_fork_of_a_vm_without_a_folder_shows_its_own() {
         source.agent.sh("ls -A /app; cat /sys/block/vdb/size").await,
         "8"
     );
-    let taken = capture(&mut source, Afterwards::Ends).await;
+    let taken = capture(&mut source, Afterwards::Ends, None).await;
     driver.release(source.vm).await.unwrap();
 
     for (name, fill) in [("large", 3 << 20), ("small", 5000)] {
@@ -89,7 +89,7 @@ async fn a_fork_of_a_vm_with_a_folder_keeps_that_one_or_shows_nothing_of_it() {
         .await;
     let as_left = format!("{} theirs 9000 fill name written", sectors(&of_source));
     assert_eq!(look(&mut source).await, as_left);
-    let taken = capture(&mut source, Afterwards::GoesOn).await;
+    let taken = capture(&mut source, Afterwards::GoesOn, None).await;
 
     let mut same = fork_only(&driver, &machine, &taken.source, source.vm).await;
     let thawed = same.agent.thaw_with(same.vm, "same", Some("theirs"));

@@ -79,7 +79,14 @@ pub(crate) async fn fork_only(
 }
 
 /// Freezes, pauses and captures; a VM that goes on is let run again.
-pub(crate) async fn capture(of: &mut Running, afterwards: Afterwards) -> Taken {
+pub(crate) async fn capture(
+    of: &mut Running,
+    afterwards: Afterwards,
+    from: Option<&ForkFrom>,
+) -> Taken {
+    let turn = of.held.prepare_capture(None).await.unwrap();
+    let busy = of.held.prepare_capture(None).await.unwrap_err();
+    assert!(matches!(busy, CaptureError::Busy), "{busy}");
     assert_eq!(of.agent.ask(Request::Freeze).await, Ok(Reply::Done));
     let begun = Instant::now();
     of.held.pause().await.unwrap();
@@ -98,10 +105,9 @@ pub(crate) async fn capture(of: &mut Running, afterwards: Afterwards) -> Taken {
         CapturedMemory::Changed { pages, .. } => Some(pages.len_bytes()),
     };
     let begun = Instant::now();
-    let source = tokio::task::spawn_blocking(|| capture.into_source())
-        .await
-        .unwrap();
-    println!("merged in {:?}", begun.elapsed());
+    let source = timeout(HANG, capture.into_source(from)).await.unwrap();
+    println!("disk copied and memory merged in {:?}", begun.elapsed());
+    drop(turn);
     Taken {
         source: source.unwrap(),
         changed,
@@ -138,7 +144,7 @@ async fn a_booted_vm_is_forked_twice_and_all_three_are_individuals() {
         .open(Request::Exec(shell("read word; echo heard $word")))
         .await;
 
-    let taken = capture(&mut source, Afterwards::GoesOn).await;
+    let taken = capture(&mut source, Afterwards::GoesOn, None).await;
     assert_eq!(source.agent.sh("touch /root/after; echo ok").await, "ok");
     let mut one = fork(&driver, &machine, &taken.source, source.vm).await;
     let mut two = fork(&driver, &machine, &taken.source, source.vm).await;
@@ -199,7 +205,7 @@ async fn a_fork_is_forked_and_one_that_ended_for_it_lives_on_in_its_forks() {
     let driver = host.driver().await;
     let mut template = boot(&driver, &machine).await;
     template.agent.sh("echo 0 > /root/0; echo 0 > /run/0").await;
-    let taken = capture(&mut template, Afterwards::Ends).await;
+    let taken = capture(&mut template, Afterwards::Ends, None).await;
     assert_eq!(taken.changed, None);
     let exit = timeout(HANG, template.held.exited()).await.unwrap();
     assert!(exit.reason.contains("signal 9"), "{exit:?}");
@@ -214,7 +220,7 @@ async fn a_fork_is_forked_and_one_that_ended_for_it_lives_on_in_its_forks() {
         assert_eq!(fork.agent.sh(&read).await, format!("{last}\n{last}"));
         let write = format!("echo {depth} > /root/{depth}; echo {depth} > /run/{depth}");
         fork.agent.sh(&write).await;
-        let taken = capture(&mut fork, Afterwards::GoesOn).await;
+        let taken = capture(&mut fork, Afterwards::GoesOn, Some(&from)).await;
         let changed = taken.changed.unwrap();
         println!("depth {depth}: {} KiB were its own", changed / 1024);
         assert!((4096..64 << 20).contains(&changed), "{changed}");
@@ -240,14 +246,11 @@ async fn a_running_vm_is_not_captured_and_a_fork_of_another_shape_is_refused() {
     assert!(matches!(refused, CaptureError::NotPaused(_)), "{refused}");
     held.pause().await.unwrap();
     held.pause().await.unwrap();
-    let source = held
-        .capture(Afterwards::GoesOn)
-        .await
-        .unwrap()
-        .into_source()
-        .unwrap();
+    let captured = held.capture(Afterwards::GoesOn).await.unwrap();
     held.resume().await.unwrap();
     held.resume().await.unwrap();
+    let source = timeout(HANG, captured.into_source(None)).await.unwrap();
+    let source = source.unwrap();
 
     for change in [
         |of: &mut Machine| of.resources.memory_mib *= 2,

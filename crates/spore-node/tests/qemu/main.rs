@@ -15,6 +15,7 @@ mod host;
 mod individuals;
 mod kill_points;
 mod life;
+mod load;
 mod network;
 mod recovery;
 mod takes;

@@ -178,20 +178,19 @@ async fn a_sweep_removes_half_made_things_of_every_kind_and_keeps_what_is_kept()
     for entrance in rooms.cgroups().entrances(&populated) {
         fs::write(entrance, process.id().to_string()).unwrap();
     }
-    rooms.disks().make(new_id(), 64).unwrap();
     let draft = host
         .runtime("../data/scratch")
         .join(format!("{}.draft", new_id()));
     fs::write(draft, "").unwrap();
 
     let swept = driver.sweep(&BTreeSet::from([kept])).await.unwrap();
-    assert_eq!(swept.removed.len(), 9, "{swept:?}");
+    assert_eq!(swept.removed.len(), 8, "{swept:?}");
     assert!(process.wait().map_or(true, |status| !status.success()));
     let left = host.left();
     assert_eq!(
         left.len(),
-        4,
-        "record, uid, disk and cgroup of the kept one: {left:?}"
+        3,
+        "record, uid and cgroup of the kept one: {left:?}"
     );
     let named = |name: &str| host.namespaces().iter().any(|one| one == name);
     assert!(named(&prepared.namespace) && !named("nobodys") && !named("notmounted"));

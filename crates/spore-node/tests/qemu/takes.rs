@@ -55,7 +55,7 @@ impl Daemon {
         self.qemu.close().unwrap();
     }
 
-    async fn settled(&self, vm: VmId, at_least: VmPhase) -> VmStatus {
+    pub(crate) async fn settled(&self, vm: VmId, at_least: VmPhase) -> VmStatus {
         let mut watch = self.node.watch();
         let settled = async {
             loop {

@@ -90,7 +90,7 @@ async fn a_fork_keeps_neither_its_sources_connections_to_outside_nor_its_lines()
         answer.unwrap().unwrap();
     };
     echo().await;
-    let taken = capture(&mut source, Afterwards::GoesOn).await;
+    let taken = capture(&mut source, Afterwards::GoesOn, None).await;
 
     let mut fork = fork_only(&driver, &machine, &taken.source, source.vm).await;
     fork.agent.thaw(fork.vm, "fork").await.unwrap();

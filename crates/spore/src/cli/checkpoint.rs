@@ -21,8 +21,8 @@ pub(super) struct Checkpoint {
     /// The name that the snapshot gets
     #[arg(long)]
     tag: TagName,
-    /// Take it although it holds secrets, which its forks hold too; its memory is encrypted on the
-    /// disk, what it wrote to its own disk is not
+    /// Take it although it holds secrets, which its forks hold too; on the host's disk it is
+    /// encrypted
     #[arg(long)]
     allow_secrets: bool,
 }

@@ -3,6 +3,7 @@
 //! Called by the `qemu` driver. Pure: numbers and text in, text out. Never names a path of the
 //! host; what has a path here has it inside the jail.
 
+use serde_json::{Value, json};
 use spore_wire::guest::PORT_NAME;
 use spore_wire::node::Resources;
 
@@ -31,11 +32,6 @@ pub(super) enum Begin {
     Fork,
 }
 
-/// The descriptor of a fork's device state: behind its disks.
-pub(super) const fn fd_state(disks: usize) -> usize {
-    FD_DISKS + disks
-}
-
 /// The character device of the guest's console: a ring in QEMU's memory, which can neither block
 /// the guest nor fill a disk.
 pub(super) const CONSOLE: &str = "console";
@@ -53,51 +49,47 @@ pub(super) const CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand";
 /// Ticks per second of the guest's kernel (Debian's cloud kernel).
 const GUEST_HZ: u64 = 250;
 
-/// A disk, in the order in which the guest names them: vda, vdb, vdc.
+/// The node of QEMU's block graph that the guest's scratch disk is.
+pub(super) const SCRATCH: &str = "d2";
+
+/// What the nodes of a source's layers begin with; a number follows.
+pub(super) const LAYER: &str = "l";
+
+/// A disk that is never written. In the order in which the guest names them: vda, vdb.
+const READ_ONLY: [&str; 2] = ["image", "folder"];
+
+/// Formats are explicit: QEMU would else guess from what a guest wrote. Without
+/// `auto-read-only=off` it would open a file read-only first, which a descriptor may not be.
+const UNCHANGED: &str = "read-only=on,auto-read-only=off";
+
+/// The machine's own part of its scratch disk is gone with it, so nothing is gained by flushing it;
+/// freed blocks are given back to the host.
+const OWN: &str = "auto-read-only=off,cache.no-flush=on,discard=unmap";
+
+/// Whether a file needs a key, whose descriptor follows its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Disk {
-    /// The root image.
-    Image,
-    /// The app's folder, or what stands in for it.
-    Folder,
-    /// Gone with the VM.
-    Scratch,
+pub(super) enum Lock {
+    Open,
+    Locked,
 }
 
-impl Disk {
-    /// The disks of a machine, with a folder or without: a fork has its source's devices, and may
-    /// be of another app.
-    pub(super) fn of(resources: &Resources) -> Vec<Self> {
-        let mut disks = vec![Self::Image, Self::Folder];
-        disks.extend((resources.disk_mib > 0).then_some(Self::Scratch));
-        disks
-    }
+/// What a machine writes its scratch disk over. What it writes is locked, with a key of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Scratch {
+    /// It has none.
+    None,
+    /// An empty file system.
+    New,
+    /// What it was forked with, lowest first.
+    Forked(Vec<Lock>),
+}
 
-    /// The serial number by which the guest tells it from the others.
-    const fn serial(self) -> &'static str {
-        match self {
-            Self::Image => "image",
-            Self::Folder => "folder",
-            Self::Scratch => "scratch",
-        }
-    }
-
-    /// Formats are explicit: QEMU would else guess from what a guest wrote. A scratch disk is gone
-    /// with its VM, so nothing is gained by flushing it; freed blocks are given back to the host.
-    /// Without `auto-read-only=off` QEMU would open it read-only first, which its descriptor is
-    /// not.
-    const fn access(self) -> &'static str {
-        match self {
-            Self::Image | Self::Folder => "read-only=on,auto-read-only=off",
-            Self::Scratch => "auto-read-only=off,cache.no-flush=on,discard=unmap",
-        }
-    }
-
-    /// What the guest is told of a failure of the host's disk.
-    const fn on_error(self) -> &'static str {
-        match self {
-            Self::Image | Self::Folder => "",
-            Self::Scratch => ",werror=report,rerror=report",
+impl Scratch {
+    /// That of a machine that boots.
+    pub(super) const fn of(resources: &Resources) -> Self {
+        match resources.disk_mib {
+            0 => Self::None,
+            _ => Self::New,
         }
     }
 }
@@ -117,13 +109,21 @@ pub(super) fn kernel_line(tsc_khz: u64) -> String {
     )
 }
 
-/// The whole command line, without the program.
+/// A command line, without the program.
+#[derive(Debug)]
+pub(super) struct CommandLine {
+    pub(super) words: Vec<String>,
+    /// How many descriptors it names.
+    pub(super) fds: usize,
+}
+
+/// The whole command line. A fork's device state is its last descriptor.
 pub(super) fn arguments(
     begin: Begin,
     resources: &Resources,
-    disks: &[Disk],
+    scratch: &Scratch,
     tsc_khz: u64,
-) -> Vec<String> {
+) -> CommandLine {
     let mut line = Line::default();
     line.flag("-no-user-config")
         .flag("-nodefaults")
@@ -165,9 +165,11 @@ pub(super) fn arguments(
         format!("ringbuf,id={CONSOLE},size={CONSOLE_BYTES}"),
     );
     line.option("-serial", format!("chardev:{CONSOLE}"));
-    for (index, disk) in disks.iter().enumerate() {
-        add_disk(&mut line, index, *disk);
+    let mut fds = Numbers(FD_DISKS);
+    for (index, serial) in READ_ONLY.into_iter().enumerate() {
+        add_disk(&mut line, &mut fds, index, serial);
     }
+    add_scratch(&mut line, &mut fds, scratch);
     line.option("-netdev", format!("tap,id=net,fd={FD_TAP},vhost=off"));
     line.option(
         "-device",
@@ -184,7 +186,12 @@ pub(super) fn arguments(
     );
     line.option("-object", "rng-builtin,id=rng");
     line.option("-device", "virtio-rng-device,rng=rng");
-    line.words
+    let words = line.words;
+    let fds = match begin {
+        Begin::Boot => fds.0,
+        Begin::Fork => fds.0 + 1,
+    };
+    CommandLine { words, fds }
 }
 
 /// Memory is a file of the node's, so that it can be read and sealed from outside. A fork's is the
@@ -212,23 +219,99 @@ fn add_machine(line: &mut Line, begin: Begin, resources: &Resources) {
     );
 }
 
-/// A disk is two nodes of QEMU's block graph, so that a layer can be put over it while it runs.
-fn add_disk(line: &mut Line, index: usize, disk: Disk) {
-    let (fd, serial) = (FD_DISKS + index, disk.serial());
-    let (access, on_error) = (disk.access(), disk.on_error());
+/// The descriptors as they are given out.
+#[derive(Debug)]
+struct Numbers(usize);
+
+impl Numbers {
+    const fn next(&mut self) -> usize {
+        let number = self.0;
+        self.0 += 1;
+        number
+    }
+}
+
+/// A disk is two nodes of QEMU's block graph, a file and what is in it.
+fn add_disk(line: &mut Line, fds: &mut Numbers, index: usize, serial: &str) {
+    add_file(line, fds.next(), &format!("f{index}"), UNCHANGED);
+    add_raw(line, &format!("d{index}"), &format!("f{index}"));
+    line.option(
+        "-device",
+        format!("virtio-blk-device,drive=d{index},serial={serial}"),
+    );
+}
+
+fn add_file(line: &mut Line, fd: usize, name: &str, access: &str) {
     line.option("-add-fd", format!("fd={fd},set={fd}"));
     line.option(
         "-blockdev",
-        format!("driver=file,node-name=f{index},filename=/dev/fdset/{fd},locking=off,{access}"),
+        format!("driver=file,node-name={name},filename=/dev/fdset/{fd},locking=off,{access}"),
     );
+}
+
+fn add_raw(line: &mut Line, name: &str, file: &str) {
     line.option(
         "-blockdev",
-        format!("driver=raw,node-name=d{index},file=f{index},{access}"),
+        format!("driver=raw,node-name={name},file={file},{UNCHANGED}"),
     );
+}
+
+/// What is below a layer is said here and never read from it: whoever wrote it was a guest's VMM.
+fn add_scratch(line: &mut Line, fds: &mut Numbers, scratch: &Scratch) {
+    let below = match scratch {
+        Scratch::None => return,
+        Scratch::New => {
+            add_file(line, fds.next(), "fb", UNCHANGED);
+            add_raw(line, "b", "fb");
+            Some("b".to_owned())
+        }
+        Scratch::Forked(layers) => {
+            let mut below = None;
+            for (index, lock) in layers.iter().enumerate() {
+                let (file, name) = (format!("g{index}"), format!("{LAYER}{index}"));
+                add_file(line, fds.next(), &file, UNCHANGED);
+                let secret = add_secret(line, fds, *lock, &index.to_string());
+                let mut node = layer(&name, &file, below.as_deref(), secret);
+                node["read-only"] = json!(true);
+                line.option("-blockdev", node.to_string());
+                below = Some(name);
+            }
+            below
+        }
+    };
+    add_file(line, fds.next(), "f2", OWN);
+    let secret = add_secret(line, fds, Lock::Locked, "");
+    let mut node = layer(SCRATCH, "f2", below.as_deref(), secret);
+    node["cache"] = json!({"no-flush": true});
+    node["discard"] = json!("unmap");
+    line.option("-blockdev", node.to_string());
     line.option(
         "-device",
-        format!("virtio-blk-device,drive=d{index},serial={serial}{on_error}"),
+        format!("virtio-blk-device,drive={SCRATCH},serial=scratch,werror=report,rerror=report"),
     );
+}
+
+/// The name of the secret that opens a file, where it needs one. QEMU reads it by a path while it
+/// has `/proc`, and its file is emptied once it has.
+fn add_secret(line: &mut Line, fds: &mut Numbers, lock: Lock, name: &str) -> Option<String> {
+    let Lock::Locked = lock else {
+        return None;
+    };
+    let (id, fd) = (format!("k{name}"), fds.next());
+    line.option("-object", format!("secret,id={id},file=/proc/self/fd/{fd}"));
+    Some(id)
+}
+
+/// A layer as QMP and the command line have it: only JSON can say that nothing is below.
+pub(super) fn layer(name: &str, file: &str, below: Option<&str>, secret: Option<String>) -> Value {
+    let mut node = json!({
+        "driver": "qcow2", "node-name": name, "file": file, "backing": below,
+        "auto-read-only": false,
+    });
+    if let Some(secret) = secret {
+        node["encrypt"] = json!({"format": "luks", "key-secret": secret});
+    }
+    node
 }
 
 #[derive(Debug, Default)]
@@ -253,7 +336,7 @@ impl Line {
 mod tests {
     use spore_wire::node::Resources;
 
-    use super::{Begin, Disk, INITRAMFS, KERNEL, arguments, kernel_line};
+    use super::{Begin, FD_DISKS, INITRAMFS, KERNEL, Lock, Scratch, arguments, kernel_line};
 
     const RESOURCES: Resources = Resources {
         cpus: 2,
@@ -261,17 +344,21 @@ mod tests {
         disk_mib: 1024,
     };
 
-    fn golden(begin: Begin) -> String {
-        let disks = Disk::of(&RESOURCES);
-        arguments(begin, &RESOURCES, &disks, 2_100_000).join("\n")
+    fn both() -> [(Begin, Scratch); 2] {
+        let layers = vec![Lock::Open, Lock::Locked];
+        [
+            (Begin::Boot, Scratch::of(&RESOURCES)),
+            (Begin::Fork, Scratch::Forked(layers)),
+        ]
     }
 
     #[test]
     fn the_command_lines_are_the_golden_ones() {
-        for (begin, name) in [(Begin::Boot, "arguments"), (Begin::Fork, "fork")] {
+        for ((begin, scratch), name) in both().into_iter().zip(["arguments", "fork"]) {
             let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/hypervisor/qemu");
             let path = format!("{folder}/{name}.golden.txt");
-            let line = golden(begin);
+            let line = arguments(begin, &RESOURCES, &scratch, 2_100_000);
+            let line = line.words.join("\n");
             if std::env::var_os("SPORE_GOLDEN").is_some() {
                 std::fs::write(&path, format!("{line}\n")).unwrap();
             }
@@ -286,15 +373,41 @@ mod tests {
             disk_mib: 0,
             ..RESOURCES
         };
-        assert_eq!(Disk::of(&resources), [Disk::Image, Disk::Folder]);
+        let scratch = Scratch::of(&resources);
+        assert_eq!(scratch, Scratch::None);
+        let line = arguments(Begin::Boot, &resources, &scratch, 1);
+        assert_eq!(line.fds, FD_DISKS + 2);
+    }
+
+    #[test]
+    fn every_descriptor_is_named_once_and_keys_are_not_given_as_disks() {
+        let [boot, fork] = both().map(|(begin, scratch)| {
+            let line = arguments(begin, &RESOURCES, &scratch, 1);
+            let numbers = |prefix: &str| -> Vec<usize> {
+                let of = line
+                    .words
+                    .iter()
+                    .filter_map(|word| word.strip_prefix(prefix));
+                let first = of.filter_map(|rest| rest.split(',').next()?.parse().ok());
+                first.collect()
+            };
+            let keys = line.words.iter().filter_map(|word| {
+                let (_id, fd) = word.strip_prefix("secret,id=k")?.split_once("self/fd/")?;
+                fd.parse::<usize>().ok()
+            });
+            (line.fds, numbers("fd="), keys.collect::<Vec<_>>())
+        });
+        assert_eq!(boot, (12, vec![7, 8, 9, 10], vec![11]));
+        // The last one is the state, which only QMP names.
+        assert_eq!(fork, (15, vec![7, 8, 9, 10, 12], vec![11, 13]));
     }
 
     #[test]
     fn no_word_names_a_path_outside_the_jail() {
-        let disks = Disk::of(&RESOURCES);
-        for begin in [Begin::Boot, Begin::Fork] {
-            for word in arguments(begin, &RESOURCES, &disks, 1) {
-                let path = word.split(['=', ',']).find(|part| part.starts_with('/'));
+        for (begin, scratch) in both() {
+            for word in arguments(begin, &RESOURCES, &scratch, 1).words {
+                let mut parts = word.split(['=', ',', '"']);
+                let path = parts.find(|part| part.starts_with('/'));
                 let of_a_descriptor = ["/dev/fdset/", "/proc/self/fd/"];
                 let known = |path: &str| {
                     let is_of = |start: &&str| path.starts_with(*start);

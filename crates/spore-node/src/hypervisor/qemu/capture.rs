@@ -1,15 +1,17 @@
 //! Pausing, resuming and capturing a QEMU that runs.
 //!
 //! Called by its actor, through the traits of [`crate::hypervisor`]. The task that owns the monitor
-//! does what the monitor does; memory and disk are read beside it, on threads that may block. A VMM
-//! may be a tenant's by now: what is opened through it is only ever read or sealed, and only as
-//! much of it as the machine was made with.
+//! does what the monitor does; memory is read beside it, on threads that may block. A VMM may be a
+//! tenant's by now: what is opened through it is only ever read or sealed, and only as much of it
+//! as the machine was made with.
 //!
 //! ```text
-//!   paused ──┬─ monitor: state file handed over, devices saved, file taken back ─┬─▶ Capture
-//!            ├─ memory: own pages (fork), all pages (booted, goes on)            │
-//!            └─ scratch disk: copied                                             │
-//!                                        killed, its memory sealed (booted, ends) ┘
+//!   runs   ─┬─ monitor: files for devices and disk handed over
+//!           └─ memory: found, room made for its own pages (fork)
+//!   paused ─┬─ monitor: devices saved, copy of the scratch disk begun (`copy.rs`)
+//!           └─ memory: own pages (fork), all pages (booted, goes on)
+//!   runs   ─── scratch disk copied ──▶ Capture whole
+//!   killed, once it is: its memory sealed (booted, ends)
 //! ```
 
 use std::fs::File;
@@ -17,25 +19,53 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{FileType, MemfdFlags, OFlags, fcntl_add_seals, fstat, memfd_create};
-use spore_wire::id::VmId;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
+use tokio::time::sleep;
 
 use super::arguments::FD_MEMORY;
 use super::blocking;
-use super::pages::{self, Sharing};
-use super::vm::{Order, QemuVm};
-use crate::disk::Disks;
+use super::pages::{self, Reader, Sharing};
+use super::vm::{Handed, Order, QemuVm};
+use crate::disk::overlay::DiskKey;
 use crate::hypervisor::Vm as _;
-use crate::hypervisor::fork::{Afterwards, Capture, CaptureError, PauseError};
+use crate::hypervisor::fork::{
+    Afterwards, Capture, CaptureError, CapturedScratch, PauseError, ScratchCopy, ScratchLayer, Turn,
+};
 use crate::hypervisor::memory_image::{CapturedMemory, MemoryDraft, MemoryImage, SEALED};
 
-fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> CaptureError {
+/// How often a copy is asked whether it is over, at first and at last.
+const COPY_STEPS: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(100)];
+
+pub(super) fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> CaptureError {
     move |source| CaptureError::Step {
         what,
         source: source.into(),
     }
+}
+
+/// What the VM's task answers to an order.
+async fn ask<T>(
+    orders: &mpsc::Sender<Order>,
+    order: impl FnOnce(oneshot::Sender<T>) -> Order,
+) -> io::Result<T> {
+    let ended = || io::Error::new(io::ErrorKind::NotConnected, "the VMM has ended");
+    let (answer, answered) = oneshot::channel();
+    let sent = orders.send(order(answer)).await;
+    sent.map_err(|_task_ended| ended())?;
+    answered.await.map_err(|_task_ended| ended())
+}
+
+/// A capture that is prepared for.
+#[derive(Debug)]
+pub(super) struct Ready {
+    state: File,
+    memory: Memory,
+    scratch: Option<CapturedScratch>,
+    /// Nobody else's copy of the disk is under way.
+    alone: OwnedMutexGuard<()>,
 }
 
 impl QemuVm {
@@ -44,49 +74,99 @@ impl QemuVm {
         what: &'static str,
         order: impl FnOnce(oneshot::Sender<io::Result<()>>) -> Order,
     ) -> Result<(), PauseError> {
-        self.order(order)
-            .await
-            .map_err(|source| PauseError { what, source })
+        let done = ask(&self.orders, order).await.flatten();
+        done.map_err(|source| PauseError { what, source })
     }
 
-    /// What the VM's task answers to an order.
-    async fn order<T>(
-        &self,
-        order: impl FnOnce(oneshot::Sender<io::Result<T>>) -> Order,
-    ) -> io::Result<T> {
-        let ended = || io::Error::new(io::ErrorKind::NotConnected, "the VMM has ended");
-        let (answer, answered) = oneshot::channel();
-        let sent = self.orders.send(order(answer)).await;
-        sent.map_err(|_task_ended| ended())?;
-        answered.await.map_err(|_task_ended| ended())?
+    /// Takes the place of what was prepared for before.
+    pub(super) async fn make_ready(&self, key: Option<DiskKey>) -> Result<Turn, CaptureError> {
+        let turn = Arc::clone(&self.turn).try_lock_owned();
+        let turn = Turn::of(turn.map_err(|_held| CaptureError::Busy)?);
+        let mut ready = self.ready.lock().await;
+        // One whose turn ended before it was captured.
+        *ready = None;
+        *ready = Some(self.prepared(key).await?);
+        Ok(turn)
+    }
+
+    async fn prepared(&self, key: Option<DiskKey>) -> Result<Ready, CaptureError> {
+        let alone = Arc::clone(&self.copying).try_lock_owned();
+        let alone = alone.map_err(|_held| CaptureError::Busy)?;
+        let machine = self.rooms.machine(self.vm).map_err(step("its record"))?;
+        let (state, to) = state_file().map_err(step("a file for its devices"))?;
+        let mib = machine.resources.disk_mib;
+        let (pid, bytes) = (self.pid, machine.resources.memory_bytes());
+        let (disks, of) = (self.rooms.disks().clone(), key.clone());
+        let opened = blocking(move || {
+            let memory = Memory::open(pid, bytes)?;
+            let layer = (mib > 0).then(|| disks.new_layer(mib, of.as_ref()));
+            let layer = layer.transpose();
+            let layer = layer.map_err(step("a file for its scratch disk"))?;
+            Ok::<_, CaptureError>((memory, layer))
+        });
+        let (memory, layer) = opened.await.map_err(step("a worker thread"))??;
+        let cloned = layer.as_ref().map(File::try_clone).transpose();
+        let handed = Handed {
+            state: to,
+            scratch: cloned.map_err(step("a file for its scratch disk"))?,
+            key: key.as_ref().map(DiskKey::passphrase),
+        };
+        let below = ask(&self.orders, |answer| Order::Prepare(handed, answer));
+        let below = below.await.flatten().map_err(step("handing it files"))?;
+        let scratch = layer.map(|file| CapturedScratch {
+            mib,
+            layer: ScratchLayer {
+                file: Arc::new(file),
+                key,
+            },
+            below,
+        });
+        Ok(Ready {
+            state,
+            memory,
+            scratch,
+            alone,
+        })
     }
 
     pub(super) async fn take(&self, afterwards: Afterwards) -> Result<Capture, CaptureError> {
-        let status = self.order(Order::Status).await;
-        let status = status.map_err(step("asking for its status"))?;
-        if status != "paused" {
-            return Err(CaptureError::NotPaused(status));
-        }
-        let machine = self.rooms.machine(self.vm).map_err(step("its record"))?;
-        let copying = Copying {
-            vm: self.vm,
-            pid: self.pid,
-            memory_bytes: machine.resources.memory_bytes(),
-            disk_mib: machine.resources.disk_mib,
-            disks: self.rooms.disks().clone(),
-            afterwards,
+        let ready = self.ready.lock().await.take();
+        let ready = match ready {
+            Some(ready) => ready,
+            None => self.prepared(None).await?,
         };
-        let (state, to) = state_file().map_err(step("a file for its devices"))?;
+        let Ready {
+            state,
+            memory,
+            scratch,
+            alone,
+        } = ready;
         let (saved, copied) = tokio::join!(
-            self.order(|answer| Order::Save(to, answer)),
-            blocking(move || copying.run()),
+            ask(&self.orders, Order::Capture),
+            blocking(move || memory.copy(afterwards)),
         );
-        saved.map_err(step("saving its devices"))?;
-        let (memory, scratch) = copied.map_err(step("a worker thread"))??;
+        let saved = saved.map_err(step("saving its devices")).flatten();
+        let copied = copied.map_err(step("a worker thread")).flatten();
+        let memory = match saved.and(copied) {
+            Ok(memory) => memory,
+            Err(error) => {
+                // A task that is over has nothing to forget.
+                drop(self.orders.send(Order::Forget).await);
+                return Err(error);
+            }
+        };
         fcntl_add_seals(&state, SEALED).map_err(step("sealing its devices"))?;
+        let mut scratch = scratch.map(|scratch| self.copied(scratch, alone));
         if afterwards == Afterwards::Ends {
+            if let Some(copy) = scratch {
+                drop(self.orders.send(Order::Hasten).await);
+                let whole = copy.finished().await?;
+                scratch = Some(ScratchCopy::of(tokio::spawn(async { Ok(whole) })));
+            }
             self.kill();
             self.exited().await;
+        } else if scratch.is_none() {
+            drop(self.orders.send(Order::Forget).await);
         }
         let memory = match memory {
             Copied::Done(memory) => memory,
@@ -97,6 +177,28 @@ impl QemuVm {
             state,
             scratch,
         })
+    }
+
+    /// Waits for a copy that was begun, whether or not anybody waits for that.
+    fn copied(&self, scratch: CapturedScratch, alone: OwnedMutexGuard<()>) -> ScratchCopy {
+        let orders = self.orders.clone();
+        ScratchCopy::of(tokio::spawn(async move {
+            let [mut pace, slowest] = COPY_STEPS;
+            loop {
+                let over = ask(&orders, Order::Copied).await.flatten();
+                match over {
+                    Ok(true) => break,
+                    Ok(false) => sleep(pace).await,
+                    Err(error) => {
+                        drop(orders.send(Order::Forget).await);
+                        return Err(step("copying its scratch disk")(error));
+                    }
+                }
+                pace = slowest.min(pace * 2);
+            }
+            drop(alone);
+            Ok(scratch)
+        }))
     }
 }
 
@@ -111,14 +213,16 @@ fn state_file() -> io::Result<(File, File)> {
     Ok((state, to))
 }
 
-/// What is copied beside the monitor.
-struct Copying {
-    vm: VmId,
-    pid: u32,
-    memory_bytes: u64,
-    disk_mib: u32,
-    disks: Disks,
-    afterwards: Afterwards,
+/// Where a VM's memory is.
+#[derive(Debug)]
+enum Memory {
+    /// In a sealed image, but for its own pages.
+    Forked {
+        base: Arc<MemoryImage>,
+        own: Box<Reader>,
+    },
+    /// In a file of its own.
+    Booted { file: File, bytes: u64 },
 }
 
 /// Memory that was copied, or is to be taken over once its VMM is gone.
@@ -127,36 +231,33 @@ enum Copied {
     Its(MemoryDraft),
 }
 
-impl Copying {
-    fn run(self) -> Result<(Copied, Option<File>), CaptureError> {
-        let memory = self.memory()?;
-        if self.disk_mib == 0 {
-            return Ok((memory, None));
-        }
-        let of = self.disks.open_held(self.vm, self.pid);
-        let copy = of.and_then(|file| self.disks.copy_nameless(&file));
-        let copy = copy.map_err(step("copying its scratch disk"))?;
-        Ok((memory, Some(copy)))
-    }
-
-    fn memory(&self) -> Result<Copied, CaptureError> {
-        let (pid, bytes) = (self.pid, self.memory_bytes);
-        let file = self.open_memory().map_err(step("opening its memory"))?;
+impl Memory {
+    fn open(pid: u32, bytes: u64) -> Result<Self, CaptureError> {
+        let file = open_memory(pid).map_err(step("opening its memory"))?;
         let inode = file.metadata().map_err(step("finding its memory"))?.ino();
         let mapping = pages::find(pid, inode, bytes).map_err(step("finding its memory"))?;
-        match (mapping.sharing, self.afterwards) {
-            (Sharing::Private, _) => {
-                let base = MemoryImage::from_sealed_memfd(file.into(), bytes)?;
-                let pages = pages::copy_private(pid, mapping, bytes);
-                Ok(Copied::Done(CapturedMemory::Changed {
-                    base: Arc::new(base),
-                    pages: pages.map_err(step("copying its pages"))?,
-                }))
+        Ok(match mapping.sharing {
+            Sharing::Private => {
+                let own = Reader::open(pid, mapping, bytes);
+                Self::Forked {
+                    base: Arc::new(MemoryImage::from_sealed_memfd(file.into(), bytes)?),
+                    own: Box::new(own.map_err(step("looking at its pages"))?),
+                }
             }
-            (Sharing::Shared, Afterwards::Ends) => {
+            Sharing::Shared => Self::Booted { file, bytes },
+        })
+    }
+
+    fn copy(self, afterwards: Afterwards) -> Result<Copied, CaptureError> {
+        match (self, afterwards) {
+            (Self::Forked { base, own }, _) => {
+                let pages = own.copy().map_err(step("copying its pages"))?;
+                Ok(Copied::Done(CapturedMemory::Changed { base, pages }))
+            }
+            (Self::Booted { file, bytes }, Afterwards::Ends) => {
                 Ok(Copied::Its(MemoryDraft::from_file(file, bytes)))
             }
-            (Sharing::Shared, Afterwards::GoesOn) => {
+            (Self::Booted { file, bytes }, Afterwards::GoesOn) => {
                 let mut draft = MemoryDraft::new(bytes)?;
                 draft.copy(file.as_fd())?;
                 let image = draft.seal()?;
@@ -164,20 +265,20 @@ impl Copying {
             }
         }
     }
+}
 
-    /// The descriptor that the VMM was given for it, opened again. By now it may have put anything
-    /// there: what is no plain file is refused, and opening it never waits.
-    fn open_memory(&self) -> io::Result<File> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-            .open(format!("/proc/{}/fd/{FD_MEMORY}", self.pid))?;
-        match FileType::from_raw_mode(fstat(&file)?.st_mode) {
-            FileType::RegularFile => Ok(file),
-            other => Err(io::Error::other(format!(
-                "descriptor {FD_MEMORY} of the VMM is {other:?} and no file"
-            ))),
-        }
+/// The descriptor that the VMM was given for its memory, opened again. By now it may have put
+/// anything there: what is no plain file is refused, and opening it never waits.
+fn open_memory(pid: u32) -> io::Result<File> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(format!("/proc/{pid}/fd/{FD_MEMORY}"))?;
+    match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+        FileType::RegularFile => Ok(file),
+        other => Err(io::Error::other(format!(
+            "descriptor {FD_MEMORY} of the VMM is {other:?} and no file"
+        ))),
     }
 }

@@ -5,8 +5,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+
+use crate::disk::overlay::DiskKey;
 
 /// What of QEMU's own output is kept.
 pub(super) const LOG_BYTES: u64 = 64 * 1024;
@@ -32,4 +35,11 @@ pub(super) fn no_folder() -> io::Result<OwnedFd> {
     // A VMM is given it as it is given a folder, which it cannot write.
     let readable = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     Ok(readable.into())
+}
+
+/// What a VMM reads a disk's key from; emptied once it has.
+pub(super) fn key_file(key: &DiskKey) -> io::Result<File> {
+    let file = File::from(memfd_create(c"disk-key", MemfdFlags::CLOEXEC)?);
+    file.write_all_at(key.passphrase().as_bytes(), 0)?;
+    Ok(file)
 }

@@ -6,12 +6,14 @@
 //! so that the next daemon can connect.
 //!
 //! ```text
-//!   boot: open files ▶ launcher ▶ QMP answers ▶ root emptied, scratch unlinked ▶ Identity
+//!   boot: open files ▶ launcher ▶ QMP answers ▶ root and keys emptied ▶ Identity
 //!   fork: the same with a source's memory and disk ▶ its devices loaded, paused ▶ Identity
 //! ```
 
 mod arguments;
 mod capture;
+mod copy;
+mod files;
 mod in_memory;
 mod pages;
 mod program;
@@ -20,12 +22,10 @@ mod tsc;
 mod vm;
 
 use std::collections::BTreeSet;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,22 +36,20 @@ use spore_wire::node::Boundary;
 use spore_wire::snapshot::Shape;
 use tokio::time::{sleep, timeout};
 
-use self::arguments::{Begin, CPU, Disk, FD_DISKS, INITRAMFS, KERNEL, arguments, fd_state};
-use self::in_memory::{bounded_log, no_folder};
+use self::arguments::{Begin, CPU, Scratch, arguments};
+use self::files::Files;
 use self::program::{SAVE, can_capture, version};
 use self::qmp::Qmp;
 use self::vm::{QemuVm, VmHost};
 use super::fork::{ForkError, ForkFrom};
-use super::memory_image::{MemoryDraft, MemoryImageError};
 use super::room::{RoomConfig, RoomError, Rooms, blocking};
 use super::{
     AttachError, BootError, Caps, Hypervisor, Identity, Machine, PrepareError, Prepared,
-    ReleaseError, Swept, Vm, VmFds, process,
+    ReleaseError, Swept, Vm, process,
 };
 use crate::cgroup::Limits;
-use crate::confine::limits::ProcessLimits;
 use crate::egress::launch::EgressLauncher;
-use crate::jail::{self, Jail, Launch};
+use crate::jail;
 use crate::snapshot::hash::Hash;
 use crate::sys;
 
@@ -63,9 +61,6 @@ const OVERHEAD_THREADS: u32 = 80;
 
 /// Memory of an egress proxy beside its VMM, socket buffers included where the kernel counts them.
 const PROXY_MIB: u32 = 32;
-
-/// The least file size that a VMM may write: its own output, and what its devices are.
-const FILE_BYTES_MIN: u64 = MIB;
 
 /// How long QEMU may take until its monitor answers; usually 30 ms.
 const QMP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -273,9 +268,11 @@ impl Hypervisor for Qemu {
 
     fn shape(&self, machine: &Machine) -> Shape {
         let Shared { caps, tsc_khz, .. } = &*self.shared;
-        let disks = Disk::of(&machine.resources);
-        // It names neither the counter's rate nor a kernel, and everything else that counts.
-        let line = arguments(Begin::Fork, &machine.resources, &disks, 0).join("\n");
+        let scratch = Scratch::of(&machine.resources);
+        // It names neither the counter's rate nor a kernel nor the layers of a disk, and everything
+        // else that counts.
+        let line = arguments(Begin::Fork, &machine.resources, &scratch, 0);
+        let line = line.words.join("\n");
         Shape {
             driver: caps.name.to_owned(),
             version: caps.version.clone(),
@@ -405,24 +402,22 @@ fn limits(machine: &Machine) -> Limits {
     }
 }
 
-/// The files of a start, opened by the node.
-#[derive(Debug)]
-struct Files {
-    null: OwnedFd,
-    log: OwnedFd,
-    vm: VmFds,
-    qmp: UnixListener,
-    agent: UnixListener,
-    /// The kernel and the initramfs, of what boots.
-    kernel: Vec<File>,
-}
-
 /// A VMM that runs and whose root is empty.
 #[derive(Debug)]
 struct Started {
     identity: Identity,
     monitor: Qmp,
     log: OwnedFd,
+    /// How many descriptors it was given.
+    fds: usize,
+}
+
+/// What was launched, and what of its files the node needs further.
+#[derive(Debug)]
+struct Launched {
+    pid: u32,
+    log: OwnedFd,
+    keys: Vec<File>,
 }
 
 impl Shared {
@@ -442,31 +437,31 @@ impl Shared {
             let jail = jail.clone();
             blocking(move || {
                 let files = this.open_files(vm, &machine, tap, from.as_ref())?;
-                let log = files.log.try_clone().map_err(step("its output"))?;
                 let launched = this.launch(&jail, &files);
+                let Files { log, keys, .. } = files;
                 launched
-                    .map(|pid| (pid, log))
+                    .map(|pid| Launched { pid, log, keys })
                     .map_err(|error| step("the jail")(io::Error::other(error)))
             })
             .await
         };
-        let (pid, log) = launched.map_err(step("a worker thread"))??;
+        let Launched { pid, log, keys } = launched.map_err(step("a worker thread"))??;
         let identity = process::identity(pid, &vm.to_string());
         let identity = identity.map_err(|_gone| BootError::Ended(vm::log_tail(&log)))?;
         let monitor = self.await_monitor(vm, &identity, &log).await?;
+        // The VMM has read them; from now on it alone has them, and nobody after it.
+        let emptied = keys.iter().try_for_each(|key| key.set_len(0));
+        emptied.map_err(step("emptying the files of keys"))?;
+        let fds = jail.fds;
         let emptied = blocking(move || jail::empty_root(pid, &jail)).await;
         emptied
             .and_then(|done| done)
             .map_err(step("emptying its root"))?;
-        // The VMM has it open; from now on its blocks are freed when the VMM ends, however it does.
-        self.rooms
-            .disks()
-            .remove(vm)
-            .map_err(step("unlinking the scratch disk"))?;
         Ok(Started {
             identity,
             monitor,
             log,
+            fds,
         })
     }
 
@@ -479,14 +474,14 @@ impl Shared {
     ) -> Result<Identity, ForkError> {
         check_shape(machine, &from)?;
         self.allow_holes(vm, machine, &from)?;
-        let disks = Disk::of(&machine.resources);
         let started = self.start(vm, machine, prepared, Some(from)).await?;
         let Started {
             identity,
             mut monitor,
             log,
+            fds,
         } = started;
-        let loaded = load(&mut monitor, fd_state(disks.len())).await;
+        let loaded = load(&mut monitor, fds - 1).await;
         loaded.map_err(|error| ForkError::Load(format!("{error}; {}", vm::log_tail(&log))))?;
         Ok(identity)
     }
@@ -502,139 +497,6 @@ impl Shared {
         let bytes = limits(machine).memory_bytes + holes;
         let cgroups = self.rooms.cgroups();
         cgroups.raise_memory(&vm.to_string(), bytes).map_err(step)
-    }
-
-    fn open_memory(
-        &self,
-        machine: &Machine,
-        from: Option<&ForkFrom>,
-    ) -> Result<OwnedFd, MemoryImageError> {
-        let cloned = |source| MemoryImageError::Kernel {
-            what: "share",
-            source,
-        };
-        match from {
-            Some(from) => from.memory.fd().try_clone_to_owned().map_err(cloned),
-            None => {
-                let draft = MemoryDraft::new(machine.resources.memory_bytes())?;
-                draft.fd().try_clone_to_owned().map_err(cloned)
-            }
-        }
-    }
-
-    fn open_files(
-        &self,
-        vm: VmId,
-        machine: &Machine,
-        tap: OwnedFd,
-        from: Option<&ForkFrom>,
-    ) -> Result<Files, BootError> {
-        let step = |what| move |source| BootError::Step { what, source };
-        let image = |path: &Path| {
-            let opened = File::open(path).map(OwnedFd::from);
-            opened.map_err(|source| BootError::Image {
-                path: path.to_owned(),
-                source,
-            })
-        };
-        let mut disks = vec![image(&machine.image)?];
-        disks.push(match &machine.folder {
-            Some(folder) => image(folder)?,
-            None => no_folder().map_err(step("a disk for no folder"))?,
-        });
-        if machine.resources.disk_mib > 0 {
-            let made = match from.and_then(|from| from.scratch.as_ref()) {
-                Some(from) => self.rooms.disks().remake(vm, from),
-                None => Ok(()),
-            };
-            made.map_err(step("copying the scratch disk"))?;
-            let scratch = self.rooms.disks().open_scratch(vm);
-            disks.push(scratch.map_err(step("opening the scratch disk"))?);
-        }
-        // Each VMM reads the state from its beginning, so each has a description of its own.
-        let state =
-            from.map(|from| File::open(format!("/proc/self/fd/{}", from.state.as_raw_fd())));
-        let state = state
-            .transpose()
-            .map_err(step("opening the source's devices"))?;
-        let memory = self.open_memory(machine, from);
-        let memory = memory.map_err(|error| step("its memory")(io::Error::other(error)))?;
-        let kernel = match from {
-            Some(_) => Vec::new(),
-            None => vec![
-                File::open(&self.config.kernel).map_err(step("opening the kernel"))?,
-                File::open(&self.config.initramfs).map_err(step("opening the initramfs"))?,
-            ],
-        };
-        let socket = |name| {
-            let path = self.rooms.folder(vm).join(name);
-            let listener = UnixListener::bind(&path)?;
-            std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
-            Ok(listener)
-        };
-        Ok(Files {
-            null: File::open("/dev/null")
-                .map_err(step("opening /dev/null"))?
-                .into(),
-            log: bounded_log().map_err(step("its output"))?,
-            vm: VmFds {
-                tap,
-                memory,
-                disks,
-                state: state.map(OwnedFd::from),
-            },
-            qmp: socket(QMP_SOCKET).map_err(step("its control socket"))?,
-            agent: socket(AGENT_SOCKET).map_err(step("the agent's socket"))?,
-            kernel,
-        })
-    }
-
-    fn jail(
-        &self,
-        vm: VmId,
-        machine: &Machine,
-        prepared: &Prepared,
-        from: Option<&ForkFrom>,
-    ) -> Jail {
-        let disks = Disk::of(&machine.resources);
-        let mut binds = vec![self.config.qemu.clone()];
-        binds.extend(self.config.libraries.iter().cloned());
-        let limits = limits(machine);
-        let (begin, files, fds) = match from {
-            None => (Begin::Boot, vec![KERNEL.into(), INITRAMFS.into()], 0),
-            Some(_) => (Begin::Fork, Vec::new(), 1),
-        };
-        Jail {
-            cgroup: self.rooms.cgroups().entrances(&vm.to_string()),
-            stage: self.rooms.stage(),
-            binds,
-            files,
-            fds: FD_DISKS + disks.len() + fds,
-            program: self.config.qemu.clone(),
-            arguments: arguments(begin, &machine.resources, &disks, self.tsc_khz),
-            uid: prepared.uid,
-            limits: ProcessLimits::vmm(
-                u64::from(limits.pids),
-                FILE_BYTES_MIN.max(u64::from(machine.resources.disk_mib) * MIB),
-            ),
-        }
-    }
-
-    fn launch(&self, jail: &Jail, files: &Files) -> Result<u32, jail::LaunchError> {
-        let log = files.log.as_fd();
-        // The order is that of the FD_* numbers in `arguments.rs`.
-        let mut fds = vec![files.null.as_fd(), log, log, files.vm.tap.as_fd()];
-        fds.extend([files.qmp.as_fd(), files.agent.as_fd()]);
-        fds.push(files.vm.memory.as_fd());
-        fds.extend(files.vm.disks.iter().map(AsFd::as_fd));
-        fds.extend(files.vm.state.iter().map(AsFd::as_fd));
-        fds.extend(files.kernel.iter().map(AsFd::as_fd));
-        Launch {
-            launcher: &self.config.launcher,
-            jail,
-            fds,
-        }
-        .start()
     }
 
     /// Waits until the monitor answers, or the VMM ends.
@@ -677,16 +539,10 @@ fn check_shape(machine: &Machine, from: &ForkFrom) -> Result<(), ForkError> {
     let mib = |bytes: u64| format!("{} MiB", bytes / MIB);
     let (wanted, actual) = (machine.resources.memory_bytes(), from.memory.bytes());
     differs("memory", mib(wanted), mib(actual))?;
-    let wanted = u64::from(machine.resources.disk_mib) * MIB;
-    let actual = from
-        .scratch
-        .as_ref()
-        .map_or(Ok(0), |file| file.metadata().map(|metadata| metadata.len()));
-    let actual = actual.map_err(|source| BootError::Step {
-        what: "measuring the source's scratch disk",
-        source,
-    })?;
-    differs("scratch disk", mib(wanted), mib(actual))
+    let wanted = machine.resources.disk_mib;
+    let actual = from.scratch.as_ref().map_or(0, |scratch| scratch.mib);
+    let [wanted, actual] = [wanted, actual].map(|disk| mib(u64::from(disk) * MIB));
+    differs("scratch disk", wanted, actual)
 }
 
 /// Loads the devices of a fork; its guest is paused before and after.

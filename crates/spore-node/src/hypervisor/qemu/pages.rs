@@ -19,6 +19,9 @@ const ENTRIES: usize = 64 * 1024;
 
 const ENTRY_BYTES: usize = 8;
 
+/// Room for what a guest writes between the two looks at it, beyond a quarter.
+const ROOM_MORE: usize = 4 << 20;
+
 /// Bits of an entry: in memory, in swap, a page of a file or shared.
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
@@ -74,38 +77,70 @@ fn parse(maps: &str, inode: u64, bytes: u64) -> Option<Mapping> {
     })
 }
 
-/// Copies the pages of a private mapping that are the VMM's own. Blocks.
-pub(super) fn copy_private(pid: u32, mapping: Mapping, bytes: u64) -> io::Result<CapturedPages> {
-    let runs = private(pid, mapping.start, bytes / PAGE_BYTES)?;
-    let total: u64 = runs.iter().map(|run| run.pages * PAGE_BYTES).sum();
-    let total = usize::try_from(total).map_err(io::Error::other)?;
-    let mut copied = Zeroizing::new(vec![0; total]);
-    let ranges: Vec<(u64, u64)> = runs
-        .iter()
-        .map(|run| {
-            (
-                mapping.start + run.first * PAGE_BYTES,
-                run.pages * PAGE_BYTES,
-            )
-        })
-        .collect();
-    sys::read_process(pid, &ranges, &mut copied)?;
-    Ok(CapturedPages::new(runs, copied))
+/// Copies the pages of a private mapping that are the VMM's own. Made while the guest runs: then
+/// the room for them is there, and nothing has to be opened, once it stands still.
+#[derive(Debug)]
+pub(super) struct Reader {
+    pid: u32,
+    start: u64,
+    pages: u64,
+    pagemap: File,
+    entries: Vec<u8>,
+    room: Zeroizing<Vec<u8>>,
 }
 
-fn private(pid: u32, start: u64, pages: u64) -> io::Result<Vec<PageRun>> {
-    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    let mut buffer = vec![0; ENTRIES * ENTRY_BYTES];
-    let mut runs = Vec::new();
-    let mut page = 0;
-    while page < pages {
-        let wanted = usize::try_from(pages - page).map_or(ENTRIES, |left| left.min(ENTRIES));
-        let entries = &mut buffer[..wanted * ENTRY_BYTES];
-        let at = (start / PAGE_BYTES + page) * ENTRY_BYTES as u64;
-        pagemap.read_exact_at(entries, at)?;
-        page = note(&mut runs, page, entries);
+impl Reader {
+    /// Of a mapping of `bytes` bytes in the VMM `pid`. Blocks.
+    pub(super) fn open(pid: u32, mapping: Mapping, bytes: u64) -> io::Result<Self> {
+        let mut this = Self {
+            pid,
+            start: mapping.start,
+            pages: bytes / PAGE_BYTES,
+            pagemap: File::open(format!("/proc/{pid}/pagemap"))?,
+            entries: vec![0; ENTRIES * ENTRY_BYTES],
+            room: Zeroizing::default(),
+        };
+        let now = sum(&this.runs()?)?;
+        // Written to, so that the kernel has given it: what is only zero it gives when it is used.
+        this.room = Zeroizing::new(vec![0xff; now + now / 4 + ROOM_MORE]);
+        Ok(this)
     }
-    Ok(runs)
+
+    /// The pages as they are now. Blocks.
+    pub(super) fn copy(mut self) -> io::Result<CapturedPages> {
+        let runs = self.runs()?;
+        let total = sum(&runs)?;
+        if total > self.room.len() {
+            self.room = Zeroizing::new(vec![0; total]);
+        }
+        self.room.truncate(total);
+        let range = |run: &PageRun| {
+            let address = self.start + run.first * PAGE_BYTES;
+            (address, run.pages * PAGE_BYTES)
+        };
+        let ranges: Vec<(u64, u64)> = runs.iter().map(range).collect();
+        sys::read_process(self.pid, &ranges, &mut self.room)?;
+        Ok(CapturedPages::new(runs, self.room))
+    }
+
+    fn runs(&mut self) -> io::Result<Vec<PageRun>> {
+        let mut runs = Vec::new();
+        let mut page = 0;
+        while page < self.pages {
+            let left = usize::try_from(self.pages - page);
+            let wanted = left.map_or(ENTRIES, |left| left.min(ENTRIES));
+            let entries = &mut self.entries[..wanted * ENTRY_BYTES];
+            let at = (self.start / PAGE_BYTES + page) * ENTRY_BYTES as u64;
+            self.pagemap.read_exact_at(entries, at)?;
+            page = note(&mut runs, page, entries);
+        }
+        Ok(runs)
+    }
+}
+
+fn sum(runs: &[PageRun]) -> io::Result<usize> {
+    let total: u64 = runs.iter().map(|run| run.pages * PAGE_BYTES).sum();
+    usize::try_from(total).map_err(io::Error::other)
 }
 
 /// Adds the own pages among `entries`, which are of pages from `page` on; gives the next page.

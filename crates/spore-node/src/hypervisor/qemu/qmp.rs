@@ -78,9 +78,11 @@ impl Qmp {
         self.step == Step::In
     }
 
-    /// Gives QEMU a descriptor, and gives the number under which it has it in `/dev/fdset`.
-    pub(super) async fn add_fd(&mut self, fd: BorrowedFd<'_>) -> io::Result<u64> {
-        let added = self.exchange("add-fd", json!({}), Some(fd)).await?;
+    /// Gives QEMU a descriptor, and gives the number under which it has it in `/dev/fdset`; `mark`
+    /// is told again where it lists them.
+    pub(super) async fn add_fd(&mut self, fd: BorrowedFd<'_>, mark: &str) -> io::Result<u64> {
+        let arguments = json!({"opaque": mark});
+        let added = self.exchange("add-fd", arguments, Some(fd)).await?;
         let number = added.get("fdset-id").and_then(Value::as_u64);
         number.ok_or_else(|| io::Error::other("QMP add-fd: no number in the answer"))
     }
@@ -88,6 +90,16 @@ impl Qmp {
     /// One command and what it returns. One that takes too long, or is cancelled, is the last one.
     pub(super) async fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
         self.exchange(command, arguments, None).await
+    }
+
+    /// One command that QEMU may refuse, since what it is about may be gone: whether it did it.
+    pub(super) async fn refusable(&mut self, command: &str, arguments: Value) -> io::Result<bool> {
+        match self.exchange(command, arguments, None).await {
+            Ok(_done) => Ok(true),
+            // Answered, so that the connection is as good as before.
+            Err(_refused) if self.is_in_step() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     async fn exchange(

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   Watching ──SHUTDOWN (guest's end)──▶ reads the console, `quit` ──▶ Watching
-//!       │ ├────asked to read the console, pause, save, resume ──▶ does it ──▶ Watching
+//!       │ ├────asked to read the console, pause, capture, resume ──▶ does it ──▶ Watching
 //!       │ └────egress proxy gone──▶ says that the VM is unsound ──▶ Watching
 //!       └──process gone──▶ Over (exit published)
 //! ```
@@ -29,17 +29,21 @@ use serde_json::{Value, json};
 use spore_wire::id::VmId;
 use tokio::io::unix::AsyncFd;
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use zeroize::Zeroizing;
 
 use super::arguments::{CONSOLE, CONSOLE_BYTES};
+use super::capture::{Ready, step};
+use super::copy;
 use super::in_memory::LOG_BYTES;
 use super::qmp::Qmp;
 use super::{AGENT_SOCKET, ENDING, QMP_SOCKET, SAVE, open_log};
 use crate::cgroup::kill_process;
+use crate::disk::overlay::DiskKey;
 use crate::egress::launch::EgressLauncher;
-use crate::hypervisor::fork::{Afterwards, Capture, CaptureError, PauseError};
+use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, PauseError, Turn};
 use crate::hypervisor::proxy::EgressProxy;
 use crate::hypervisor::room::Rooms;
 use crate::hypervisor::{AgentStream, AttachError, PolicyError, Prepared, Vm, VmExit, VmStats};
@@ -78,6 +82,12 @@ pub(super) struct QemuVm {
     /// Where it has grants.
     proxy: Option<Arc<EgressProxy>>,
     watcher: JoinHandle<()>,
+    /// The next capture, where it was prepared for.
+    pub(super) ready: Mutex<Option<Ready>>,
+    /// Held from a capture's preparation to its end.
+    pub(super) turn: Arc<Mutex<()>>,
+    /// Held while its disk is copied.
+    pub(super) copying: Arc<Mutex<()>>,
 }
 
 /// What the task of a VM is asked.
@@ -87,14 +97,31 @@ pub(super) enum Order {
     Console(oneshot::Sender<Vec<String>>),
     /// To miss this process, its egress proxy, when it ends.
     Miss(OwnedFd),
-    /// Whether the guest runs, in QEMU's word.
-    Status(oneshot::Sender<io::Result<String>>),
     /// To let the guest stand still.
     Pause(oneshot::Sender<io::Result<()>>),
     /// To let it run.
     Resume(oneshot::Sender<io::Result<()>>),
-    /// To write what its devices are to this file.
-    Save(File, oneshot::Sender<io::Result<()>>),
+    /// To get ready for a capture; what the copy of its disk will be over.
+    Prepare(Handed, oneshot::Sender<io::Result<Below>>),
+    /// To write what its devices are, and to begin the copy of its disk.
+    Capture(oneshot::Sender<Result<(), CaptureError>>),
+    /// Not to hold the copy back any more.
+    Hasten,
+    /// Whether the copy is whole; it is let go of then.
+    Copied(oneshot::Sender<io::Result<bool>>),
+    /// To let go of what a capture was prepared with.
+    Forget,
+}
+
+/// The files of a capture.
+#[derive(Debug)]
+pub(super) struct Handed {
+    /// For what its devices are.
+    pub(super) state: File,
+    /// For the copy of its scratch disk, where it has one.
+    pub(super) scratch: Option<File>,
+    /// What that file is locked with.
+    pub(super) key: Option<Zeroizing<String>>,
 }
 
 impl QemuVm {
@@ -145,6 +172,9 @@ impl QemuVm {
             proxy: kept.map_err(silent("egress proxy"))?,
             cause,
             asked,
+            stands: None,
+            handed: None,
+            copy: Copy::MayBeThere,
         };
         Ok(Self {
             watcher: tokio::spawn(watcher.run(publish)),
@@ -162,6 +192,9 @@ impl QemuVm {
             unsound,
             orders,
             proxy: proxy.map(Arc::new),
+            ready: Mutex::default(),
+            turn: Arc::default(),
+            copying: Arc::default(),
         })
     }
 
@@ -206,6 +239,10 @@ impl Vm for QemuVm {
 
     async fn resume(&self) -> Result<(), PauseError> {
         self.run_state("resume", Order::Resume).await
+    }
+
+    async fn prepare_capture(&self, key: Option<DiskKey>) -> Result<Turn, CaptureError> {
+        self.make_ready(key).await
     }
 
     async fn capture(&self, afterwards: Afterwards) -> Result<Capture, CaptureError> {
@@ -268,6 +305,22 @@ struct Watcher {
     /// Why the VM must not go on.
     cause: watch::Sender<Option<String>>,
     asked: mpsc::Receiver<Order>,
+    /// Whether the guest was told to stand still; `None` is not known.
+    stands: Option<bool>,
+    /// The number of the file for what its devices are, and what the copy of its disk will be over.
+    handed: Option<(u64, Option<Below>)>,
+    copy: Copy,
+}
+
+/// How far a copy of the scratch disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copy {
+    /// There is nothing of one.
+    None,
+    /// There may be one that nobody waits for, or what was made for it.
+    MayBeThere,
+    /// It is held back.
+    HeldBack,
 }
 
 impl Watcher {
@@ -276,6 +329,7 @@ impl Watcher {
         if self.is_shut_down().await {
             self.quit().await;
         }
+        self.end_old_copy().await;
         loop {
             let pidfd = Arc::clone(&self.pidfd);
             tokio::select! {
@@ -307,10 +361,16 @@ impl Watcher {
                 Err(error) => self.give_up(format!("its egress proxy cannot be watched: {error}")),
             },
             // Whoever asked may have given up.
-            Order::Status(answer) => drop(answer.send(self.status().await)),
-            Order::Pause(answer) => drop(answer.send(self.execute("stop").await.map(drop))),
-            Order::Resume(answer) => drop(answer.send(self.execute("cont").await.map(drop))),
-            Order::Save(to, answer) => drop(answer.send(self.save(&to).await)),
+            Order::Pause(answer) => drop(answer.send(self.pause().await)),
+            Order::Resume(answer) => {
+                drop(answer.send(self.resume().await));
+                self.hasten().await;
+            }
+            Order::Prepare(handed, answer) => drop(answer.send(self.prepare(handed).await)),
+            Order::Capture(answer) => drop(answer.send(self.capture().await)),
+            Order::Hasten => self.hasten().await,
+            Order::Copied(answer) => drop(answer.send(self.is_copied().await)),
+            Order::Forget => self.forget().await,
         }
     }
 
@@ -351,17 +411,108 @@ impl Watcher {
         self.status().await.is_ok_and(|status| status == "shutdown")
     }
 
-    /// The file goes over the connection, and QEMU forgets it again: it opens no path.
-    async fn save(&mut self, to: &File) -> io::Result<()> {
+    async fn pause(&mut self) -> io::Result<()> {
+        self.stands = None;
+        self.execute("stop").await?;
+        self.stands = Some(true);
+        Ok(())
+    }
+
+    async fn resume(&mut self) -> io::Result<()> {
+        self.stands = None;
+        self.execute("cont").await?;
+        self.stands = Some(false);
+        Ok(())
+    }
+
+    /// Files go over the connection: QEMU opens no path.
+    async fn prepare(&mut self, handed: Handed) -> io::Result<Below> {
+        let left = std::mem::replace(&mut self.copy, Copy::MayBeThere);
+        self.handed = None;
         let monitor = self.monitor().await?;
-        let given = monitor.add_fd(to.as_fd()).await?;
-        let path = format!("/dev/fdset/{given}");
-        let arguments = json!({"filename": path, "live": false});
+        if left != Copy::None {
+            copy::forget(monitor).await?;
+        }
+        let state = monitor.add_fd(handed.state.as_fd(), copy::MARK).await?;
+        let mut over = None;
+        if let Some(scratch) = &handed.scratch {
+            let key = handed.key.as_ref().map(|key| key.as_str());
+            copy::add(monitor, scratch.as_fd(), key).await?;
+            over = Some(copy::below(monitor).await?);
+        }
+        self.handed = Some((state, over));
+        Ok(over.unwrap_or(Below::Nothing))
+    }
+
+    async fn capture(&mut self) -> Result<(), CaptureError> {
+        if self.stands != Some(true) {
+            let status = self.status().await;
+            let status = status.map_err(step("asking for its status"))?;
+            if status != "paused" {
+                return Err(CaptureError::NotPaused(status));
+            }
+        }
+        let unprepared = || io::Error::other("nothing was prepared for a capture");
+        let handed = self.handed.take().ok_or_else(unprepared);
+        let (state, over) = handed.map_err(step("saving its devices"))?;
+        let monitor = self.monitor().await.map_err(step("saving its devices"))?;
+        let arguments = json!({"filename": format!("/dev/fdset/{state}"), "live": false});
         let saved = monitor.execute(SAVE, arguments).await;
-        monitor
-            .execute("remove-fd", json!({"fdset-id": given}))
-            .await?;
-        saved.map(drop)
+        saved.map_err(step("saving its devices"))?;
+        if let Some(over) = over {
+            let begun = copy::begin(monitor, over).await;
+            begun.map_err(step("copying its scratch disk"))?;
+            self.copy = Copy::HeldBack;
+        }
+        Ok(())
+    }
+
+    async fn hasten(&mut self) {
+        if self.copy != Copy::HeldBack {
+            return;
+        }
+        self.copy = Copy::MayBeThere;
+        let hastened = match self.monitor().await {
+            Ok(monitor) => copy::hasten(monitor).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = hastened {
+            tracing::warn!(vm = %self.vm, %error, "the copy of the scratch disk is held back");
+        }
+    }
+
+    async fn is_copied(&mut self) -> io::Result<bool> {
+        let monitor = self.monitor().await?;
+        if !copy::is_over(monitor).await? {
+            return Ok(false);
+        }
+        copy::conclude(monitor).await?;
+        self.copy = Copy::None;
+        Ok(true)
+    }
+
+    async fn forget(&mut self) {
+        self.handed = None;
+        let forgotten = match self.monitor().await {
+            Ok(monitor) => copy::forget(monitor).await,
+            Err(error) => Err(error),
+        };
+        match forgotten {
+            Ok(()) => self.copy = Copy::None,
+            // The next capture tries again.
+            Err(error) => tracing::warn!(vm = %self.vm, %error, "a copy of a disk is left"),
+        }
+    }
+
+    /// A daemon that died may have left one, which nobody waits for and which may be held back.
+    async fn end_old_copy(&mut self) {
+        let there = match self.monitor().await {
+            Ok(monitor) => copy::is_there(monitor).await,
+            Err(error) => Err(error),
+        };
+        if there.is_ok_and(|there| there) {
+            self.forget().await;
+        }
     }
 
     /// The guest has ended: keeps what it last said and lets QEMU go.

@@ -295,7 +295,12 @@ impl SimHost {
         lock(&guest.state).life = Life::Frozen(of.to_string());
         let capture = copy::write(&guest);
         guest.end("captured", false);
-        Ok(capture?.into_source()?)
+        let capture = capture?;
+        Ok(ForkFrom {
+            memory: capture.memory.merge()?,
+            state: Arc::new(capture.state),
+            scratch: None,
+        })
     }
 
     /// How often the app of this VM was started by its agent.
