@@ -127,6 +127,7 @@ impl Host {
             ready: Readiness::Port,
             ready_timeout_ms: 240_000,
             stop_grace_ms: 100,
+            has_hooks: false,
         });
         self.node.start(StartVm {
             vm,

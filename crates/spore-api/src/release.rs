@@ -45,6 +45,26 @@ pub struct ReleaseSpec {
     /// Names and values that are no secrets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub environment: Vec<(String, String)>,
+    /// Where its VMs begin.
+    #[serde(default, skip_serializing_if = "Warm::is_boot")]
+    pub warm: Warm,
+}
+
+/// Where a VM begins that need not be booted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Warm {
+    /// Before the app is started.
+    #[default]
+    Boot,
+    /// Where the app of this release was ready once; for an app that gets no secrets.
+    Ready,
+}
+
+impl Warm {
+    const fn is_boot(&self) -> bool {
+        matches!(self, Self::Boot)
+    }
 }
 
 /// What a VM gets of the host.

@@ -34,6 +34,7 @@ fn begun_from(status: &VmStatus) -> &'static str {
         Some(TemplateMiss::NoRoom) => "boot_template_no_room",
         Some(TemplateMiss::Unsupported) => "boot_unsupported",
         None if status.source.is_boot() => "boot",
+        None if status.is_warm => "ready_template",
         None => "template",
     }
 }

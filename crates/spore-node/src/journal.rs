@@ -346,6 +346,7 @@ mod tests {
                 ready: Readiness::Port,
                 ready_timeout_ms: 1000,
                 stop_grace_ms: 1000,
+                has_hooks: false,
             }),
             egress: Vec::new(),
             source: Source::Boot,

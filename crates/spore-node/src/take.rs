@@ -30,6 +30,7 @@ use crate::snapshot::pages::PAGE_BYTES;
 use crate::snapshot::staging::{FrozenLayer, Order, Staged};
 use crate::snapshot::{SnapshotStore, StoreError};
 use crate::snapshots::{LAYER_FORMAT, Snapshots};
+use crate::template::release_of;
 use crate::vm::actor::{Access, Taking, VmRequest};
 use crate::vm::capture::Captured;
 
@@ -234,6 +235,9 @@ impl Facts {
                 port: process.port,
                 ready: true,
             }),
+            release: (take.kind == SnapshotKind::Template)
+                .then(|| release_of(start))
+                .flatten(),
             holds_secrets,
             made_at_s: take.made_at_s,
         };

@@ -66,6 +66,23 @@ pub struct StartVm {
     pub trace: Option<TraceId>,
 }
 
+impl StartVm {
+    /// Whether its app may run already where it begins.
+    #[must_use]
+    pub fn begins_warm(&self) -> bool {
+        let process = self.process.as_ref();
+        process.is_some_and(|process| process.has_hooks)
+    }
+
+    /// Whether it is given secrets.
+    #[must_use]
+    pub fn has_secrets(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| {
+            !process.secret_environment.is_empty() || !process.secret_files.is_empty()
+        })
+    }
+}
+
 /// Where a VM's memory begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "from", content = "of", rename_all = "snake_case")]
@@ -90,6 +107,9 @@ pub enum TemplateOf {
     Account,
     /// Every account: the image is the platform's.
     Everybody,
+    /// The owner's account, for this very release: its app was started in it and runs. Of a start
+    /// without secrets alone.
+    Release,
 }
 
 /// Why a VM that could have begun from a template was booted.
@@ -104,7 +124,7 @@ pub enum TemplateMiss {
     Failed,
     /// Its memory has no room beside what runs.
     NoRoom,
-    /// The driver takes no snapshots on this host.
+    /// The driver takes no snapshots on this host, or none may be taken of what this is.
     Unsupported,
 }
 
@@ -176,6 +196,10 @@ pub struct Process {
     pub ready_timeout_ms: u64,
     /// Between SIGTERM and SIGKILL when it is stopped.
     pub stop_grace_ms: u64,
+    /// Whether it, and what it starts, find the ready-made hooks of forks in their environment:
+    /// where a VM may begin from one in which it ran.
+    #[serde(default)]
+    pub has_hooks: bool,
 }
 
 /// Where a VM stands. The order is the order of a life.
@@ -245,6 +269,9 @@ pub struct VmStatus {
     /// Why it did not begin from a template, if it could have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub missed: Option<TemplateMiss>,
+    /// Whether its app ran already where its memory began, for this very release.
+    #[serde(default)]
+    pub is_warm: bool,
     /// What for.
     #[serde(default, skip_serializing_if = "Purpose::is_serve")]
     pub purpose: Purpose,

@@ -86,6 +86,9 @@ pub struct SnapshotMeta {
     pub taken_of: Option<Owner>,
     /// The app inside, if one ran.
     pub app: Option<SnapshotApp>,
+    /// A digest of the release inside and of how its app was begun, of a template of one release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<String>,
     /// Whether secrets were in that VM or in one that it descends from: then it is encrypted.
     pub holds_secrets: bool,
     /// Seconds since the Unix epoch.

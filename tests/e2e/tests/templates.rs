@@ -2,6 +2,7 @@
 #![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
 use std::collections::BTreeSet;
+use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -64,6 +65,97 @@ async fn the_first_wake_boots_and_the_next_ones_fork() -> Result<()> {
     individual(&platform, "one", &mut seen).await?;
     ensure!(begun(&platform, "one")? == "fork", "the template is kept");
     platform.end()
+}
+
+/// An app that tells what it drew when it started, and what it draws now.
+const READY: &str = include_str!("../apps/ready.py");
+
+/// Its releases are woken where they were ready, and sleep only when they are told to.
+const WARM: &str = "warm = \"ready\"\n[idle]\nafter = \"10m\"\n";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ready_app_wakes_where_it_was_ready_and_draws_its_own() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let site = Site {
+        templates: true,
+        ..Site::default()
+    };
+    let platform = Platform::start_at(site).await?;
+    let app = platform.deploy("warm", READY, WARM)?;
+    ensure!(begun(&platform, "warm")? == "boot", "there was no template");
+    let mut seen = BTreeSet::new();
+    let booted = drawn(&platform, 1, &mut seen).await?;
+    templates(&platform, 1).await?;
+    let mut started = BTreeSet::new();
+    for _wake in 0..2 {
+        platform.cli(&["stop", "warm"])?;
+        started.insert(drawn(&platform, 1, &mut seen).await?);
+        ensure!(begun(&platform, "warm")? == "fork", "there is a template");
+    }
+    ensure!(started.len() == 1, "{started:?} are two memories");
+    ensure!(!started.contains(&booted), "it is the first VM's memory");
+    let forked = "spore_starts_total{from=\"ready_template\"}";
+    ensure!(platform.metric(forked).await? == 2, "two wakes forked");
+    // What a template's VM printed is not an app's.
+    let printed = platform.cli(&["logs", "warm"])?;
+    ensure!(printed.matches("started").count() == 1, "{printed}");
+
+    // The old release's memory serves nobody from the deploy on.
+    let code = READY.replace("VERSION = 1", "VERSION = 2");
+    std::fs::write(app.path().join("app.py"), code)?;
+    platform.cli(&["deploy", &app.argument()])?;
+    ensure!(begun(&platform, "warm")? == "boot", "it is another release");
+    let booted = drawn(&platform, 2, &mut seen).await?;
+    let mut forked = None;
+    for _wake in 0..100 {
+        platform.cli(&["stop", "warm"])?;
+        let started = drawn(&platform, 2, &mut seen).await?;
+        if begun(&platform, "warm")? == "fork" {
+            forked = Some(started);
+            break;
+        }
+    }
+    let forked = forked.with_context(|| platform.log_tail())?;
+    ensure!(forked != booted, "it is the first VM's memory");
+
+    let with_secret = format!("{WARM}[secrets]\nnames = [\"KEY\"]\n");
+    let refused = platform.deploy("warm", READY, &with_secret).err();
+    let refused = format!("{:#}", refused.context("it was deployed")?);
+    ensure!(refused.contains("leave [secrets] out"), "{refused}");
+
+    // An app that is removed leaves nothing of its memory.
+    let listed = platform.json(&["snapshot", "ls"])?;
+    ensure!(listed.to_string().contains("\"template\""), "{listed}");
+    platform.cli(&["rm", "warm", "--yes"])?;
+    templates(&platform, 0).await?;
+    let listed = platform.json(&["snapshot", "ls"])?;
+    ensure!(!listed.to_string().contains("\"template\""), "{listed}");
+    platform.end()
+}
+
+/// What the app drew when it started. It is of this version, its clock is right, and what it draws
+/// now nobody drew before.
+async fn drawn(platform: &Platform, version: u64, seen: &mut BTreeSet<String>) -> Result<String> {
+    let asked = UNIX_EPOCH.elapsed()?.as_secs_f64();
+    let answer = platform.visitor().get("warm.localhost", "/").await?;
+    ensure!(answer.status == 200, "{answer:?}");
+    let told: Value = serde_json::from_str(&answer.body)?;
+    ensure!(told["version"] == version, "{told}");
+    let now = told["now"].as_f64().context("a time")?;
+    let answered = UNIX_EPOCH.elapsed()?.as_secs_f64();
+    ensure!(
+        (asked - 2.0..=answered + 2.0).contains(&now),
+        "asked at {asked}, answered at {answered}: {told}"
+    );
+    let own = told["own"].as_object().context("what is its own")?;
+    ensure!(own.len() == 6, "{told}");
+    for (name, value) in own {
+        let is_new = seen.insert(format!("{name} {value}"));
+        ensure!(is_new, "{name} is not its own: {told}");
+    }
+    Ok(told["started"].as_str().context("it tells it")?.to_owned())
 }
 
 /// What the app tells of itself; nothing that must be its VM's own was seen before.

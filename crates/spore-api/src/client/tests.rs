@@ -102,6 +102,7 @@ fn release() -> CreateRelease {
             port: 8000,
             resources: Default::default(),
             idle: Default::default(),
+            warm: Default::default(),
             health: Default::default(),
             egress: Vec::new(),
             secrets: Default::default(),

@@ -9,7 +9,7 @@ use spore_api::operation::Operation;
 use spore_api::page::{Page, PageQuery};
 use spore_api::release::{
     CreateRelease, HealthSpec, IdleMode, IdleSpec, Release, ReleaseSpec, ReleaseState,
-    ResourceSpec, SecretSpec,
+    ResourceSpec, SecretSpec, Warm,
 };
 use spore_wire::egress::{Grant, GrantTarget};
 use spore_wire::id::ImageId;
@@ -25,7 +25,7 @@ use crate::converge::deploy::{Named, NewRelease};
 use crate::converge::{AppRef, Converge};
 use crate::domain::release::rules;
 use crate::store::record::image::{ImageRecord, image_key};
-use crate::store::record::release::{ReleaseRecord, Rules, StoredState, releases_of};
+use crate::store::record::release::{ReleaseRecord, Rules, StoredState, StoredWarm, releases_of};
 use crate::store::record::secret::secret_key;
 use crate::store::record::source::{SourceRecord, source_key};
 use crate::store::record::{decode, load};
@@ -195,6 +195,10 @@ fn spec(rules: Rules) -> ReleaseSpec {
             files: rules.secret_files,
         },
         environment: rules.environment,
+        warm: match rules.warm {
+            StoredWarm::Boot => Warm::Boot,
+            StoredWarm::Ready => Warm::Ready,
+        },
     }
 }
 

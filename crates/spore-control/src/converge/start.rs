@@ -17,7 +17,7 @@ use crate::secrets::{Place, SecretsError};
 use crate::store::StoreError;
 use crate::store::record::image::{ImageOrigin, ImageRecord, image_key};
 use crate::store::record::load;
-use crate::store::record::release::ReleaseRecord;
+use crate::store::record::release::{ReleaseRecord, StoredWarm};
 use crate::store::record::secret::{SecretRecord, secret_key};
 
 /// What a start message has beside secrets, command and environment: what Spore sets itself, a
@@ -138,6 +138,9 @@ impl Converge {
         app: &AppRef,
         release: &ReleaseRecord,
     ) -> Result<TemplateOf, StoreError> {
+        if release.rules.warm == StoredWarm::Ready {
+            return Ok(TemplateOf::Release);
+        }
         let key = image_key(&app.account, &release.rules.image_name);
         let named = load::<ImageRecord>(&*self.inner.store, &key).await?;
         let is_base = named.is_some_and(|named| {
@@ -166,6 +169,7 @@ impl Converge {
             },
             ready_timeout_ms: rules.health_timeout_ms,
             stop_grace_ms: u64::try_from(grace).unwrap_or(u64::MAX),
+            has_hooks: rules.warm == StoredWarm::Ready,
         }
     }
 

@@ -7,10 +7,10 @@ use spore_api::limits::{
     DISK_MIB_MIN, EGRESS_GRANTS_MAX, IDLE_S_MAX, IDLE_S_MIN, MEMORY_MIB_MAX, MEMORY_MIB_MIN,
     READY_S_MAX, SECRETS_PER_APP_MAX,
 };
-use spore_api::release::{IdleMode, ReleaseSpec};
+use spore_api::release::{IdleMode, ReleaseSpec, Warm};
 
 use super::{RuleError, egress};
-use crate::store::record::release::Rules;
+use crate::store::record::release::{Rules, StoredWarm};
 
 /// The most names in the environment of a manifest.
 pub const ENVIRONMENT_NAMES_MAX: usize = 256;
@@ -32,6 +32,7 @@ pub fn rules(spec: &ReleaseSpec) -> Result<Rules, RuleError> {
     health_path(spec.health.path.as_deref())?;
     secrets(spec)?;
     environment(spec)?;
+    let warm = warm(spec)?;
     together(spec)?;
     Ok(Rules {
         image_name: spec.image.clone(),
@@ -48,6 +49,7 @@ pub fn rules(spec: &ReleaseSpec) -> Result<Rules, RuleError> {
         secret_names: spec.secrets.names.clone(),
         secret_files: spec.secrets.files.clone(),
         environment: spec.environment.clone(),
+        warm,
     })
 }
 
@@ -224,6 +226,20 @@ fn environment(spec: &ReleaseSpec) -> Result<(), RuleError> {
     Ok(())
 }
 
+/// What has been in memory when a template is taken is on the disk, and in every VM from it.
+fn warm(spec: &ReleaseSpec) -> Result<StoredWarm, RuleError> {
+    let has_secrets = !spec.secrets.names.is_empty() || !spec.secrets.files.is_empty();
+    match spec.warm {
+        Warm::Boot => Ok(StoredWarm::Boot),
+        Warm::Ready if has_secrets => {
+            let rule = "the memory of such an app is kept, so it can be given no secrets: use \
+                        `boot`, or leave the secrets out";
+            Err(RuleError::invalid("spec.warm", "ready", rule))
+        }
+        Warm::Ready => Ok(StoredWarm::Ready),
+    }
+}
+
 /// Command and environment are told to a VM in one message, beside its secrets.
 fn together(spec: &ReleaseSpec) -> Result<(), RuleError> {
     let json = serde_json::to_vec(&(&spec.command, &spec.environment));
@@ -281,7 +297,7 @@ pub(crate) use tests::sample;
 
 #[cfg(test)]
 mod tests {
-    use spore_api::release::{ReleaseSpec, ResourceSpec};
+    use spore_api::release::{ReleaseSpec, ResourceSpec, Warm};
     use spore_wire::id::ImageId;
 
     use super::rules;
@@ -294,6 +310,7 @@ mod tests {
             port: 8000,
             resources: ResourceSpec::default(),
             idle: Default::default(),
+            warm: Default::default(),
             health: Default::default(),
             egress: Vec::new(),
             secrets: Default::default(),
@@ -373,6 +390,14 @@ mod tests {
                 s.secrets.names = vec!["A".parse().unwrap()];
                 s.environment = vec![("A".to_owned(), String::new())];
             }),
+            ("spec.warm", |s| {
+                s.warm = Warm::Ready;
+                s.secrets.names = vec!["A".parse().unwrap()];
+            }),
+            ("spec.warm", |s| {
+                s.warm = Warm::Ready;
+                s.secrets.files = vec!["A".parse().unwrap()];
+            }),
             ("spec.egress[0]", |s| {
                 s.egress = vec!["*.example.com:443".to_owned()]
             }),
@@ -384,6 +409,8 @@ mod tests {
             }),
         ];
         rules(&spec()).unwrap();
+        let warm = Warm::Ready;
+        rules(&ReleaseSpec { warm, ..spec() }).unwrap();
         for (field, spoil) in table {
             let mut spec = spec();
             spoil(&mut spec);

@@ -210,9 +210,8 @@ impl Nodes for FakeNodes {
         match act {
             Act::NoRoom => return Err(NodesError::NoCapacity { message }),
             Act::Broken => {
-                return Err(NodesError::Failed {
-                    message: "broken".to_owned(),
-                });
+                let message = "broken".to_owned();
+                return Err(NodesError::Failed { message });
             }
             _ => {}
         }
@@ -227,6 +226,7 @@ impl Nodes for FakeNodes {
             hypervisor: "sim".to_owned(),
             source: Source::Boot,
             missed: None,
+            is_warm: false,
             purpose: Purpose::Serve,
             boot_id: None,
             awake_for_ms: 0,

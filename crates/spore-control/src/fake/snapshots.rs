@@ -108,6 +108,7 @@ impl Shelf {
             resources: start.resources,
             taken_of: Some(owner),
             app: None,
+            release: None,
             holds_secrets,
             made_at_s: take.made_at_s,
         };

@@ -28,7 +28,10 @@ pub const HOOKS_MAX: usize = 64;
 pub const HOOKS_MS_MAX: u64 = 1_000;
 
 /// Ready-made hooks, below `/run/spore/lib`.
-pub const FILES: [(&str, &str); 1] = [("spore_after_fork.py", include_str!("spore_after_fork.py"))];
+pub const FILES: [(&str, &str); 2] = [
+    ("spore_after_fork.py", include_str!("spore_after_fork.py")),
+    ("sitecustomize.py", include_str!("sitecustomize.py")),
+];
 
 /// The longest answer.
 const LINE_BYTES_MAX: usize = 256;

@@ -7,7 +7,6 @@ waits for the agent's word. Outside of a VM of Spore it does nothing.
 import gc
 import json
 import os
-import random
 import socket
 import sys
 import threading
@@ -15,6 +14,7 @@ import threading
 SOCKET = "/run/spore/agent.sock"
 
 _hooks = []
+_agent = None
 
 
 def register(hook):
@@ -23,10 +23,15 @@ def register(hook):
     return hook
 
 
-def _renew():
-    for found in gc.get_objects():
-        if isinstance(found, random.Random) and not isinstance(found, random.SystemRandom):
-            found.seed()
+@register
+def _renew(_forked):
+    # What was not imported drew nothing.
+    random = sys.modules.get("random")
+    if random is not None:
+        for found in gc.get_objects():
+            kind = type(found)
+            if issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):
+                found.seed()
     ssl = sys.modules.get("ssl")
     if ssl is not None:
         ssl.RAND_add(os.urandom(32), 32.0)
@@ -38,19 +43,40 @@ def _renew():
         numpy_random.seed()
 
 
+def _run(forked):
+    """Whether every hook did its work; each is given the chance."""
+    is_done = True
+    for hook in _hooks:
+        try:
+            hook(forked)
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+            is_done = False
+    return is_done
+
+
 def _listen(agent):
-    with agent, agent.makefile("rb") as lines:
-        for line in lines:
-            forked = json.loads(line).get("forked")
-            if forked is None:
-                continue
-            _renew()
-            for hook in _hooks:
-                hook(forked)
+    heard = b""
+    while True:
+        line, end, rest = heard.partition(b"\n")
+        if not end:
+            more = agent.recv(4096)
+            if not more:
+                return
+            heard += more
+            continue
+        heard = rest
+        forked = json.loads(line).get("forked")
+        if forked is not None and _run(forked):
             agent.sendall(b'{"done":true}\n')
 
 
 def _start():
+    global _agent
+    if _agent is not None:
+        # A child process would keep its parent's place.
+        _agent.close()
+        _agent = None
     agent = socket.socket(socket.AF_UNIX)
     try:
         agent.connect(SOCKET)
@@ -58,7 +84,9 @@ def _start():
     except OSError:
         agent.close()
         return
+    _agent = agent
     threading.Thread(target=_listen, args=(agent,), name="spore-after-fork", daemon=True).start()
 
 
 _start()
+os.register_at_fork(after_in_child=_start)

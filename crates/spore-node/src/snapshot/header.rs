@@ -377,6 +377,7 @@ pub(super) mod tests {
             },
             taken_of: None,
             app: None,
+            release: None,
             holds_secrets: false,
             made_at_s: 1_790_000_000,
         }

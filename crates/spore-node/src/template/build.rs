@@ -1,4 +1,5 @@
-//! Makes templates: boots a VM, shows it what programs read first, and keeps it as it stands.
+//! Makes templates: boots a VM, shows it what programs read first, or has a release's app become
+//! ready in it, and keeps it as it stands.
 //!
 //! One at a time, each behind the start that missed it: whoever waits for that VM should not wait
 //! for the template too.
@@ -63,7 +64,12 @@ enum BuildError {
 pub(crate) async fn build_all(node: Node, mut queue: mpsc::Receiver<Wanted>) {
     while let Some(wanted) = queue.recv().await {
         let begun = Instant::now();
-        drop(tokio::time::timeout(BEHIND_MAX, settled(&node, wanted.behind)).await);
+        let behind = tokio::time::timeout(BEHIND_MAX, settled(&node, wanted.behind)).await;
+        if wanted.release.is_some() && behind == Ok(VmPhase::Failed) {
+            // What did not work once is not tried again behind everybody's back.
+            node.templates().index().build_dropped(wanted.key);
+            continue;
+        }
         let built = build(&node, &wanted).await;
         let took = begun.elapsed();
         let image = wanted.plan.image;
@@ -104,7 +110,7 @@ async fn build(node: &Node, wanted: &Wanted) -> Result<SnapshotId, BuildError> {
     let bits = || chance.bits().map_err(BuildError::Random);
     let (vm, id) = (VmId::from_bytes(bits()?), SnapshotId::from_bytes(bits()?));
     node.start(start_of(wanted, vm))?;
-    let built = boot_and_take(node, vm, id).await;
+    let built = boot_and_take(node, vm, id, wanted.release.as_deref()).await;
     if built.is_err() {
         // Unless it ended by itself.
         drop(node.stop(vm, StopMode::Kill).await);
@@ -114,6 +120,15 @@ async fn build(node: &Node, wanted: &Wanted) -> Result<SnapshotId, BuildError> {
 }
 
 fn start_of(wanted: &Wanted, vm: VmId) -> StartVm {
+    if let Some(release) = &wanted.release {
+        return StartVm {
+            vm,
+            source: Source::Boot,
+            purpose: Purpose::Template,
+            trace: None,
+            ..(**release).clone()
+        };
+    }
     StartVm {
         vm,
         owner: Owner {
@@ -133,15 +148,25 @@ fn start_of(wanted: &Wanted, vm: VmId) -> StartVm {
     }
 }
 
-async fn boot_and_take(node: &Node, vm: VmId, id: SnapshotId) -> Result<(), BuildError> {
-    let up = tokio::time::timeout(BOOT_MAX, settled(node, vm)).await;
+async fn boot_and_take(
+    node: &Node,
+    vm: VmId,
+    id: SnapshotId,
+    release: Option<&StartVm>,
+) -> Result<(), BuildError> {
+    let process = release.and_then(|release| release.process.as_ref());
+    let app_max = process.map_or(0, |process| process.ready_timeout_ms);
+    let up_max = BOOT_MAX + Duration::from_millis(app_max);
+    let up = tokio::time::timeout(up_max, settled(node, vm)).await;
     if up.map_err(|_late| BuildError::Late)? != VmPhase::Ready {
         let failure = node.status(vm).and_then(|status| status.failure);
         let why = failure.map_or_else(|| "it was stopped".to_owned(), |failure| failure.message);
         return Err(BuildError::Ended(why));
     }
-    for argv in REHEARSALS {
-        rehearse(node, vm, argv).await?;
+    if release.is_none() {
+        for argv in REHEARSALS {
+            rehearse(node, vm, argv).await?;
+        }
     }
     let take = Take {
         id,

@@ -36,11 +36,18 @@ const REST_MOST: Duration = Duration::from_secs(3600);
 pub(crate) struct Key([u8; 32]);
 
 impl Key {
-    /// The key of what is made of this, for VMs of this account.
-    pub(crate) fn of(account: &str, image: ImageId, resources: Resources, host: &Host) -> Self {
+    /// The key of what is made of this, for VMs of this account; of one release, or of any app's.
+    pub(crate) fn of(
+        account: &str,
+        image: ImageId,
+        resources: Resources,
+        release: Option<&str>,
+        host: &Host,
+    ) -> Self {
         let Host { shape, guest } = host;
         let parts = [
             account.to_owned(),
+            release.unwrap_or_default().to_owned(),
             image.to_string(),
             resources.cpus.to_string(),
             resources.memory_mib.to_string(),
@@ -83,6 +90,9 @@ pub(crate) enum Answer {
     Miss(TemplateMiss),
 }
 
+/// An app whose release a template is of: its account and its name.
+pub(crate) type AppOf = (String, String);
+
 /// All of it.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
@@ -93,6 +103,7 @@ pub(crate) struct Index {
 #[derive(Debug)]
 struct Entry {
     standing: Standing,
+    app: Option<AppOf>,
     used: u64,
     builds_failed: u32,
 }
@@ -105,13 +116,19 @@ enum Standing {
 }
 
 impl Index {
-    /// What a start of this kind begins from.
-    pub(crate) fn ask(&mut self, key: Key, now: Instant) -> Answer {
+    /// What a start of this kind begins from; `app` is whose release it would be of.
+    pub(crate) fn ask(&mut self, key: Key, app: Option<AppOf>, now: Instant) -> Answer {
         self.uses += 1;
-        let entry = self.entries.entry(key);
-        let fresh = matches!(entry, std::collections::btree_map::Entry::Vacant(_));
-        let entry = entry.or_insert(Entry {
+        let fresh = !self.entries.contains_key(&key);
+        if fresh && app.is_some() {
+            // Nobody starts that other release any more, unless this one turns out to be no good.
+            self.entries.retain(|_key, other| {
+                other.app != app || matches!(other.standing, Standing::Ready { .. })
+            });
+        }
+        let entry = self.entries.entry(key).or_insert(Entry {
             standing: Standing::Wanted,
+            app,
             used: 0,
             builds_failed: 0,
         });
@@ -130,30 +147,58 @@ impl Index {
         }
     }
 
-    /// A template is there; answers those that are too many now.
+    /// A template was built; answers those that are too many now. That is this one itself, if
+    /// nobody wants it any more.
     #[must_use]
     pub(crate) fn built(&mut self, key: Key, id: SnapshotId) -> Vec<SnapshotId> {
+        match self.entries.remove(&key) {
+            None => vec![id],
+            Some(wanted) => {
+                let mut gone = self.found(key, wanted.app, id);
+                gone.extend(id_of(wanted.standing).filter(|old| *old != id));
+                gone
+            }
+        }
+    }
+
+    /// A template is there; answers those that are too many now. Of an app there is one.
+    #[must_use]
+    pub(crate) fn found(
+        &mut self,
+        key: Key,
+        app: Option<AppOf>,
+        id: SnapshotId,
+    ) -> Vec<SnapshotId> {
         self.uses += 1;
-        let ready = Standing::Ready {
+        let mut gone = match &app {
+            Some(app) => self.forget(app),
+            None => Vec::new(),
+        };
+        let standing = Standing::Ready {
             id,
             forks_failed: 0,
         };
-        let before = self.entries.insert(
-            key,
-            Entry {
-                standing: ready,
-                used: self.uses,
-                builds_failed: 0,
-            },
-        );
-        let mut gone = Vec::new();
-        if let Some(Standing::Ready { id: old, .. }) = before.map(|entry| entry.standing)
-            && old != id
-        {
-            gone.push(old);
-        }
+        let entry = Entry {
+            standing,
+            app,
+            used: self.uses,
+            builds_failed: 0,
+        };
+        let before = self.entries.insert(key, entry);
+        let before = before.and_then(|before| id_of(before.standing));
+        gone.extend(before);
+        gone.retain(|old| *old != id);
         gone.extend(self.crowd_out());
         gone
+    }
+
+    /// Whatever is of this app is not wanted any more; answers what there was.
+    #[must_use]
+    pub(crate) fn forget(&mut self, app: &AppOf) -> Vec<SnapshotId> {
+        let is_of = |_key: &Key, entry: &mut Entry| entry.app.as_ref() == Some(app);
+        let gone = self.entries.extract_if(.., is_of);
+        gone.filter_map(|(_key, entry)| id_of(entry.standing))
+            .collect()
     }
 
     fn crowd_out(&mut self) -> Vec<SnapshotId> {
@@ -170,10 +215,7 @@ impl Index {
 
     fn ready(&self) -> impl Iterator<Item = (u64, Key, SnapshotId)> + '_ {
         let entries = self.entries.iter();
-        entries.filter_map(|(key, entry)| match entry.standing {
-            Standing::Ready { id, .. } => Some((entry.used, *key, id)),
-            Standing::Wanted | Standing::Resting { .. } => None,
-        })
+        entries.filter_map(|(key, entry)| Some((entry.used, *key, id_of(entry.standing)?)))
     }
 
     /// A template could not be built; the next try is some time away.
@@ -221,6 +263,13 @@ impl Index {
     }
 }
 
+const fn id_of(standing: Standing) -> Option<SnapshotId> {
+    match standing {
+        Standing::Ready { id, .. } => Some(id),
+        Standing::Wanted | Standing::Resting { .. } => None,
+    }
+}
+
 fn rest(entry: &mut Entry, now: Instant) {
     let doubled = REST_LEAST.saturating_mul(1 << entry.builds_failed.min(16));
     entry.builds_failed = entry.builds_failed.saturating_add(1);
@@ -237,7 +286,7 @@ mod tests {
     use spore_wire::snapshot::Shape;
     use tokio::time::Instant;
 
-    use super::{Answer, Host, Index, Key, TEMPLATES_MAX};
+    use super::{Answer, AppOf, Host, Index, Key, TEMPLATES_MAX};
 
     const SMALL: Resources = Resources {
         cpus: 1,
@@ -264,7 +313,7 @@ mod tests {
             memory_mib,
             ..SMALL
         };
-        Key::of("me", ImageId::from_hash([1; 32]), resources, &host())
+        Key::of("me", ImageId::from_hash([1; 32]), resources, None, &host())
     }
 
     fn id(number: u8) -> SnapshotId {
@@ -282,11 +331,13 @@ mod tests {
         let all = [
             key(128),
             key(256),
-            Key::of("public", image, SMALL, &host()),
-            Key::of("me", ImageId::from_hash([2; 32]), SMALL, &host()),
-            Key::of("me", image, two, &host()),
-            Key::of("me", image, SMALL, &updated),
-            Key::of("me", image, SMALL, &moved),
+            Key::of("public", image, SMALL, None, &host()),
+            Key::of("me", ImageId::from_hash([2; 32]), SMALL, None, &host()),
+            Key::of("me", image, two, None, &host()),
+            Key::of("me", image, SMALL, None, &updated),
+            Key::of("me", image, SMALL, None, &moved),
+            Key::of("me", image, SMALL, Some("notes"), &host()),
+            Key::of("me", image, SMALL, Some("others"), &host()),
         ];
         for (at, one) in all.iter().enumerate() {
             assert!(!all[at + 1..].contains(one), "{at}");
@@ -294,17 +345,20 @@ mod tests {
         // Two rates of one clock that was measured twice are one host.
         let mut measured = host();
         measured.shape.tsc_khz = 1001;
-        assert_eq!(key(128), Key::of("me", image, SMALL, &measured));
+        assert_eq!(key(128), Key::of("me", image, SMALL, None, &measured));
     }
 
     #[test]
     fn a_template_is_asked_for_once_and_then_given() {
         let (mut index, now) = (Index::default(), Instant::now());
-        let first = index.ask(key(1), now);
+        let first = index.ask(key(1), None, now);
         assert_eq!(first, Answer::MissFirst(TemplateMiss::None));
-        assert_eq!(index.ask(key(1), now), Answer::Miss(TemplateMiss::Building));
+        assert_eq!(
+            index.ask(key(1), None, now),
+            Answer::Miss(TemplateMiss::Building)
+        );
         assert!(index.built(key(1), id(1)).is_empty());
-        assert_eq!(index.ask(key(1), now), Answer::Hit(id(1)));
+        assert_eq!(index.ask(key(1), None, now), Answer::Hit(id(1)));
         // A second one in its place frees the first.
         assert_eq!(index.built(key(1), id(2)), [id(1)]);
         assert_eq!(index.ids(), [id(2)]);
@@ -313,12 +367,12 @@ mod tests {
     #[test]
     fn one_that_fails_is_made_anew_after_a_longer_and_longer_rest() {
         let (mut index, mut now) = (Index::default(), Instant::now());
-        let _first = index.ask(key(1), now);
+        let _first = index.ask(key(1), None, now);
         let mut rests = Vec::new();
         for _build in 0..4 {
             index.build_failed(key(1), now);
             let begun = now;
-            while index.ask(key(1), now) == Answer::Miss(TemplateMiss::Failed) {
+            while index.ask(key(1), None, now) == Answer::Miss(TemplateMiss::Failed) {
                 now += Duration::from_secs(1);
             }
             rests.push((now - begun).as_secs());
@@ -329,14 +383,17 @@ mod tests {
     #[test]
     fn forks_that_fail_in_a_row_end_a_template_and_one_that_works_counts_anew() {
         let (mut index, now) = (Index::default(), Instant::now());
-        let _first = index.ask(key(1), now);
+        let _first = index.ask(key(1), None, now);
         let _gone = index.built(key(1), id(1));
         assert!(!index.fork_failed(id(1), now));
         index.fork_worked(id(1));
         assert!(!index.fork_failed(id(1), now));
         assert!(!index.fork_failed(id(9), now), "another's");
         assert!(index.fork_failed(id(1), now));
-        assert_eq!(index.ask(key(1), now), Answer::Miss(TemplateMiss::Failed));
+        assert_eq!(
+            index.ask(key(1), None, now),
+            Answer::Miss(TemplateMiss::Failed)
+        );
     }
 
     #[test]
@@ -344,10 +401,70 @@ mod tests {
         let (mut index, now) = (Index::default(), Instant::now());
         let count = u8::try_from(TEMPLATES_MAX).unwrap();
         for number in 0..count {
-            assert!(index.built(key(number.into()), id(number)).is_empty());
+            assert!(index.found(key(number.into()), None, id(number)).is_empty());
         }
-        assert_eq!(index.ask(key(0), now), Answer::Hit(id(0)));
-        assert_eq!(index.built(key(1000), id(count)), [id(1)]);
+        assert_eq!(index.ask(key(0), None, now), Answer::Hit(id(0)));
+        assert_eq!(index.found(key(1000), None, id(count)), [id(1)]);
         assert_eq!(index.ids().len(), TEMPLATES_MAX);
+    }
+
+    fn of(release: u8) -> (Key, Option<AppOf>) {
+        let release = format!("release {release}");
+        let key = Key::of(
+            "me",
+            ImageId::from_hash([1; 32]),
+            SMALL,
+            Some(&release),
+            &host(),
+        );
+        (key, Some(("me".to_owned(), "notes".to_owned())))
+    }
+
+    #[test]
+    fn an_app_has_one_template_and_it_is_of_the_release_that_was_built_last() {
+        let (mut index, now) = (Index::default(), Instant::now());
+        let ((old, app), (new, _)) = (of(1), of(2));
+        let first = index.ask(old, app.clone(), now);
+        assert_eq!(first, Answer::MissFirst(TemplateMiss::None));
+        assert!(index.built(old, id(1)).is_empty());
+        // Until the next one's is there, going back needs no other.
+        let first = index.ask(new, app.clone(), now);
+        assert_eq!(first, Answer::MissFirst(TemplateMiss::None));
+        assert_eq!(index.ask(old, app.clone(), now), Answer::Hit(id(1)));
+        assert_eq!(index.built(new, id(2)), [id(1)]);
+        assert_eq!(index.ask(new, app.clone(), now), Answer::Hit(id(2)));
+        let again = index.ask(old, app.clone(), now);
+        assert_eq!(again, Answer::MissFirst(TemplateMiss::None));
+        assert_eq!(index.ids(), [id(2)]);
+    }
+
+    #[test]
+    fn what_is_built_for_an_app_that_was_forgotten_is_useless() {
+        let (mut index, now) = (Index::default(), Instant::now());
+        let ((old, app), (new, _)) = (of(1), of(2));
+        let app = app.unwrap();
+        let other = index.ask(key(1), None, now);
+        assert_eq!(other, Answer::MissFirst(TemplateMiss::None));
+        let _first = index.ask(old, Some(app.clone()), now);
+        assert!(index.forget(&app).is_empty(), "it is being built");
+        assert_eq!(index.built(old, id(1)), [id(1)]);
+        let _first = index.ask(new, Some(app.clone()), now);
+        assert!(index.built(new, id(2)).is_empty());
+        assert_eq!(index.forget(&app), [id(2)]);
+        assert_eq!(
+            index.ask(key(1), None, now),
+            Answer::Miss(TemplateMiss::Building)
+        );
+    }
+
+    #[test]
+    fn a_release_that_is_no_good_leaves_no_trace_once_there_is_another() {
+        let (mut index, now) = (Index::default(), Instant::now());
+        for release in 0..100 {
+            let (key, app) = of(release);
+            let _first = index.ask(key, app, now);
+            index.build_failed(key, now);
+        }
+        assert_eq!(index.entries.len(), 1);
     }
 }

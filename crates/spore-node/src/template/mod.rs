@@ -1,7 +1,8 @@
 //! Templates: VMs that were booted once, so that others need not be.
 //!
 //! Asked by the node at each start that may begin from one. A template is a snapshot of a VM that
-//! was booted for it, with an image and nothing else: no folder, no secret, no account's process.
+//! was booted for it, with an image and nothing else: no folder, no secret, no account's process;
+//! or, where a release asks for it, of one in which that release's app is ready, without secrets.
 //! It is a cache: made behind the first start that missed it, checked at each fork, and made anew
 //! when the host, the guest or the image changed. Never makes a start wait, and never fails one.
 
@@ -17,15 +18,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use spore_wire::cause::chain;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    NodeEvent, Owner, Resources, Source, StartVm, TemplateMiss, TemplateOf, TemplateStatus,
-    VmFailureKind, VmPhase, VmStatus,
+    NodeEvent, Owner, Purpose, Resources, Source, StartVm, StopMode, TemplateMiss, TemplateOf,
+    TemplateStatus, VmFailureKind, VmPhase, VmStatus,
 };
 use spore_wire::snapshot::{PUBLIC_ACCOUNT, SnapshotInfo, SnapshotKind};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use self::build::build_all;
-use self::index::{Answer, Host, Index, Key};
+use self::index::{Answer, AppOf, Host, Index, Key};
 use crate::hypervisor::Machine;
 use crate::node::Node;
 use crate::snapshot::Cascade;
@@ -35,7 +36,8 @@ use crate::vm::board::Watch;
 /// Templates that may wait to be built; who misses one more asks again at its next start.
 const QUEUE_MAX: usize = 16;
 
-/// What a builder's VM is called where an app's name stands; its release is 0, which no app has.
+/// What the VM of a builder is called that is of no app, where an app's name stands; its release is
+/// 0, which no app has.
 const BUILDER: &str = "template";
 
 /// What the templates there are mean for a start.
@@ -79,6 +81,8 @@ pub(crate) struct Wanted {
     plan: Plan,
     /// Whose start missed it: it goes first.
     behind: VmId,
+    /// What that was, if the template is of its release: it holds no secrets.
+    release: Option<Box<StartVm>>,
 }
 
 /// The templates of one node.
@@ -118,32 +122,44 @@ impl Templates {
             // Whoever it was of: that is not this cache's to remove.
             return Vec::new();
         };
-        let is_own = |of: &Owner| of.app == BUILDER && of.release == 0;
+        let is_own = |of: &Owner| of.app == BUILDER && of.release == 0 || meta.release.is_some();
         if meta.kind != SnapshotKind::Template || !meta.taken_of.as_ref().is_some_and(is_own) {
             return Vec::new();
         }
+        let release = meta.release.as_deref();
+        let app = meta.taken_of.as_ref().filter(|_of| release.is_some());
         let now = host(meta.resources);
         let then = Host {
             shape: meta.shape.clone(),
             guest: meta.guest.clone(),
         };
-        let key = |host: &Host| Key::of(&meta.account, meta.image, meta.resources, host);
+        let (account, image, size) = (&meta.account, meta.image, meta.resources);
+        let key = |host: &Host| Key::of(account, image, size, release, host);
         if info.damage.is_some() || key(&then) != key(&now) {
             return vec![info.id];
         }
-        self.index().built(key(&now), info.id)
+        self.index().found(key(&now), app.map(app_of), info.id)
     }
 
     /// What a VM begins from that may begin from a template.
     fn resolve(&self, start: &StartVm, of: TemplateOf, host: &Host) -> Resolved {
         let account = account_of(of, &start.owner.account);
-        let key = Key::of(account, start.image, start.resources, host);
+        let (release, app) = match of {
+            TemplateOf::Account | TemplateOf::Everybody => (None, None),
+            // There is nothing that such a start could begin from, or leave to others.
+            TemplateOf::Release if start.has_secrets() || !start.begins_warm() => {
+                return Resolved::missed(TemplateMiss::Unsupported, None);
+            }
+            TemplateOf::Release => (release_of(start), Some(app_of(&start.owner))),
+        };
+        let release = release.as_deref();
+        let key = Key::of(account, start.image, start.resources, release, host);
         let plan = Plan {
             of,
             image: start.image,
             resources: start.resources,
         };
-        match self.index().ask(key, Instant::now()) {
+        match self.index().ask(key, app, Instant::now()) {
             Answer::Hit(id) => Resolved {
                 hit: Some(id),
                 ..Resolved::default()
@@ -173,6 +189,7 @@ impl Templates {
             account: account_of(plan.of, &start.owner.account).to_owned(),
             plan,
             behind: start.vm,
+            release: (plan.of == TemplateOf::Release).then(|| Box::new(start.clone())),
         };
         if !taken || self.queue.try_send(wanted).is_err() {
             self.index().build_dropped(key);
@@ -280,6 +297,25 @@ impl Node {
         }
     }
 
+    /// Removes what there is of an app's own memory: its template, and the VM of one that is being
+    /// built. Its own VMs are over.
+    pub async fn forget_warm(&self, account: &str, app: &str) {
+        let app = (account.to_owned(), app.to_owned());
+        let gone = self.templates().index().forget(&app);
+        let builds = self
+            .list()
+            .into_iter()
+            .filter(|status| status.purpose == Purpose::Template && app_of(&status.owner) == app);
+        for status in builds {
+            // One that is over needs no stop.
+            drop(self.stop(status.vm, StopMode::Kill).await);
+            drop(self.stopped(status.vm).await);
+        }
+        for id in gone {
+            self.forget_template(account, id).await;
+        }
+    }
+
     /// Removes a template. One that a VM began from goes with the next opening of the node.
     async fn forget_template(&self, account: &str, id: SnapshotId) {
         let (cascade, in_use) = (Cascade::Refuse, BTreeSet::new());
@@ -293,10 +329,28 @@ impl Node {
     }
 }
 
+fn app_of(owner: &Owner) -> AppOf {
+    (owner.account.clone(), owner.app.clone())
+}
+
+/// A digest of everything that an app was begun with, for the templates in which one runs: what
+/// differs in any of it begins by itself. `None` where no app may be inherited.
+pub(crate) fn release_of(start: &StartVm) -> Option<String> {
+    let process = start.process.as_ref().filter(|_| start.begins_warm())?;
+    let begun = (
+        (&start.owner.app, start.owner.release),
+        start.folder,
+        (&process.command, &process.environment, &process.user),
+        (process.port, &process.ready, process.ready_timeout_ms),
+    );
+    let json = serde_json::to_vec(&begun).ok()?;
+    Some(blake3::hash(&json).to_hex().to_string())
+}
+
 /// Whose a template is.
 fn account_of(of: TemplateOf, owner: &str) -> &str {
     match of {
-        TemplateOf::Account => owner,
+        TemplateOf::Account | TemplateOf::Release => owner,
         TemplateOf::Everybody => PUBLIC_ACCOUNT,
     }
 }

@@ -193,6 +193,7 @@ pub(super) fn status_of(host: &Host, record: &Record) -> VmStatus {
         hypervisor: host.hypervisor.caps().name.to_owned(),
         source: record.start.source,
         missed: record.missed,
+        is_warm: !record.start.source.is_boot() && record.start.begins_warm(),
         purpose: record.start.purpose,
         boot_id: None,
         awake_for_ms: 0,
@@ -490,12 +491,12 @@ impl Actor {
     fn collect(&mut self) {
         let untold = self.record.secrets == SecretsKept::None
             && self.record.inherited == SecretsKept::Elsewhere;
-        // Nobody said what would have to be masked.
-        if self.record.start.process.is_none() || untold {
+        // Nobody said what would have to be masked, or it is what the app's own VMs say too.
+        let told_twice = !self.record.start.purpose.is_serve();
+        if self.record.start.process.is_none() || untold || told_twice {
             return;
         }
-        let secrets = self.secrets.borrow().clone();
-        let secrets = match (self.record.secrets, secrets) {
+        let secrets = match (self.record.secrets, self.secrets.borrow().clone()) {
             (SecretsKept::None, _) => Arc::default(),
             (SecretsKept::Elsewhere, Some(secrets)) => secrets,
             // The agent keeps the lines until control has told the secrets again.

@@ -147,6 +147,7 @@ mod tests {
             hypervisor: "sim".to_owned(),
             source: Source::Boot,
             missed: None,
+            is_warm: false,
             purpose: Purpose::Serve,
             boot_id: None,
             awake_for_ms: 0,

@@ -505,6 +505,9 @@ fn start_of(record: &Record, process: &Process, secrets: &Secrets) -> StartApp {
         environment.push(("TZ".to_owned(), "UTC".to_owned()));
     }
     environment.extend(set.map(|(name, value)| (name.to_owned(), value)));
+    if process.has_hooks {
+        give_hooks(&mut environment);
+    }
     StartApp {
         command: process.command.clone(),
         directory: match record.start.folder {
@@ -518,6 +521,19 @@ fn start_of(record: &Record, process: &Process, secrets: &Secrets) -> StartApp {
         port: process.port,
         ready: process.ready.clone(),
         ready_timeout_ms: process.ready_timeout_ms,
+    }
+}
+
+/// Where the agent shows the ready-made hooks of forks, and the variable by which an interpreter
+/// finds its own, with what stands between it and the app's own value.
+const HOOKS: [(&str, &str, &str); 1] = [("PYTHONPATH", "/run/spore/lib", ":")];
+
+fn give_hooks(environment: &mut Vec<(String, String)>) {
+    for (name, hook, between) in HOOKS {
+        match environment.iter_mut().find(|(taken, _)| taken == name) {
+            Some((_name, value)) => *value = format!("{hook}{between}{value}"),
+            None => environment.push((name.to_owned(), hook.to_owned())),
+        }
     }
 }
 

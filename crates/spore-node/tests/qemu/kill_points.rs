@@ -300,6 +300,7 @@ pub(crate) fn counter(vm: VmId) -> StartVm {
             ready: Readiness::Port,
             ready_timeout_ms: 60_000,
             stop_grace_ms: 2000,
+            has_hooks: false,
         }),
         egress: Vec::new(),
         source: Source::Boot,

@@ -424,6 +424,7 @@ fn start(machine: &Machine, command: &[&str]) -> StartVm {
             ready: Readiness::Port,
             ready_timeout_ms: 120_000,
             stop_grace_ms: 2000,
+            has_hooks: false,
         }),
         egress: Vec::new(),
         source: Source::Snapshot(SOURCE),

@@ -197,6 +197,115 @@ fn a_builders_vm_is_told_as_the_nodes_own() {
     });
 }
 
+/// One whose app may run already where it begins, of a release.
+fn of_release(number: u8, release: u64) -> StartVm {
+    let mut start = start(vm(number), "hello");
+    start.source = Source::Template(TemplateOf::Release);
+    start.owner.release = release;
+    start.process.as_mut().unwrap().has_hooks = true;
+    start
+}
+
+async fn kept(bench: &Bench) -> Vec<SnapshotId> {
+    let infos = bench.node.snapshots().list("me").await.unwrap();
+    let made = infos.into_iter().filter(|info| {
+        let meta = info.meta.as_ref();
+        meta.is_some_and(|meta| meta.release.is_some())
+    });
+    made.map(|info| info.id).collect()
+}
+
+#[test]
+fn a_release_begins_where_its_app_was_ready_and_another_one_does_not() {
+    on_virtual_time(async {
+        let mut bench = Bench::new(6).await;
+        let first = ready(&bench, of_release(1, 1)).await;
+        assert_eq!(first.missed, Some(TemplateMiss::None));
+        assert!(!first.is_warm);
+        templates(&bench, 1).await;
+        let second = ready(&bench, of_release(2, 1)).await;
+        let old = template_of(&second);
+        assert!(second.is_warm && second.missed.is_none(), "{second:?}");
+        assert_eq!(kept(&bench).await, [old]);
+        // What a VM began from stays as long as that.
+        stop(&bench, 2).await;
+
+        // Whatever the app was begun with makes another one.
+        let mut told = of_release(3, 1);
+        let process = told.process.as_mut().unwrap();
+        process.environment = vec![("A".to_owned(), "b".to_owned())];
+        let mut folder = of_release(4, 1);
+        folder.folder = None;
+        for start in [told, folder, of_release(5, 2)] {
+            let missed = ready(&bench, start).await;
+            assert_eq!(missed.missed, Some(TemplateMiss::None), "{missed:?}");
+            assert!(!missed.is_warm);
+            templates(&bench, 1).await;
+        }
+        let third = ready(&bench, of_release(6, 2)).await;
+        let new = template_of(&third);
+        assert!(third.is_warm && new != old);
+        assert_eq!(kept(&bench).await, [new], "one of each app");
+
+        for number in [1, 3, 4, 5, 6] {
+            stop(&bench, number).await;
+        }
+        bench.restart().await;
+        let found = ready(&bench, of_release(7, 2)).await;
+        assert!(found.is_warm && template_of(&found) == new, "{found:?}");
+        stop(&bench, 7).await;
+        bench.host.set_kernel("a newer one");
+        bench.restart().await;
+        let stale = ready(&bench, of_release(8, 2)).await;
+        assert_eq!(stale.missed, Some(TemplateMiss::None));
+        templates(&bench, 1).await;
+        stop(&bench, 8).await;
+        assert_eq!(kept(&bench).await.len(), 1);
+        bench.node.forget_warm("me", "other").await;
+        assert_eq!(kept(&bench).await.len(), 1);
+        bench.node.forget_warm("me", "hello").await;
+        assert_eq!(kept(&bench).await, []);
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn an_app_that_is_removed_while_its_template_is_built_leaves_none() {
+    on_virtual_time(async {
+        let bench = Bench::new(7).await;
+        ready(&bench, of_release(1, 1)).await;
+        stop(&bench, 1).await;
+        let builds = |status: &VmStatus| !status.phase.is_over() && !status.purpose.is_serve();
+        while !bench.node.list().iter().any(builds) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        bench.node.forget_warm("me", "hello").await;
+        assert!(!bench.node.list().iter().any(builds));
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(kept(&bench).await, []);
+        assert_eq!(bench.node.node_status().templates.ready, 0);
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn of_an_app_with_secrets_no_memory_is_kept() {
+    on_virtual_time(async {
+        let bench = Bench::new(8).await;
+        for number in [1, 2] {
+            let status = ready(&bench, with_secret(of_release(number, 1))).await;
+            assert_eq!(status.missed, Some(TemplateMiss::Unsupported));
+            assert!(!status.is_warm);
+            tokio::time::sleep(Duration::from_secs(60)).await;
+        }
+        assert_eq!(kept(&bench).await, []);
+        for number in [1, 2] {
+            stop(&bench, number).await;
+        }
+        bench.nothing_is_left();
+    });
+}
+
 /// Changes one byte of a file.
 fn flip(file: PathBuf) {
     let mut bytes = std::fs::read(&file).unwrap();

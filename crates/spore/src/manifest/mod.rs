@@ -17,7 +17,9 @@ use std::time::Duration;
 
 use spore_api::limits;
 use spore_api::name::{AppName, ImageName, SecretName};
-use spore_api::release::{HealthSpec, IdleMode, IdleSpec, ReleaseSpec, ResourceSpec, SecretSpec};
+use spore_api::release::{
+    HealthSpec, IdleMode, IdleSpec, ReleaseSpec, ResourceSpec, SecretSpec, Warm,
+};
 use thiserror::Error;
 
 use crate::document::{Document, DocumentError, Entry, Table};
@@ -36,6 +38,7 @@ pub(crate) struct Manifest {
     pub(crate) image: ImageChoice,
     command: Vec<String>,
     port: u16,
+    warm: Warm,
     resources: ResourceSpec,
     idle: IdleSpec,
     health: HealthSpec,
@@ -142,6 +145,7 @@ impl Manifest {
             health: health(&root)?,
             egress: egress(&root)?,
             environment: environment(&root, &secrets)?,
+            warm: warm(&root, &secrets)?,
             secrets,
         })
     }
@@ -158,6 +162,7 @@ impl Manifest {
             egress: self.egress.clone(),
             secrets: self.secrets.clone(),
             environment: self.environment.clone(),
+            warm: self.warm,
         }
     }
 }
@@ -186,13 +191,6 @@ fn refuse_what_comes_later(root: &Table<'_>) -> Result<(), DocumentError> {
             "http1" => {}
             "h2c" => return Err(entry.not_yet("Use \"http1\", or leave it out")),
             _ => return Err(entry.refused("use \"http1\"")),
-        }
-    }
-    if let Some(entry) = root.get("warm") {
-        match entry.text()? {
-            "boot" => {}
-            "ready" => return Err(entry.not_yet("Use \"boot\", or leave it out")),
-            _ => return Err(entry.refused("use \"boot\"")),
         }
     }
     if let Some(entry) = root.get("volumes")
@@ -251,6 +249,22 @@ fn command(entry: &Entry<'_>) -> Result<Vec<String>, DocumentError> {
 fn port(entry: &Entry<'_>) -> Result<u16, DocumentError> {
     let port = entry.integer(1..=65535)?;
     u16::try_from(port).map_err(|_error| entry.refused("it must be 1 to 65535"))
+}
+
+fn warm(root: &Table<'_>, secrets: &SecretSpec) -> Result<Warm, DocumentError> {
+    let Some(entry) = root.get("warm") else {
+        return Ok(Warm::Boot);
+    };
+    let has_secrets = !secrets.names.is_empty() || !secrets.files.is_empty();
+    match entry.text()? {
+        "boot" => Ok(Warm::Boot),
+        "ready" if has_secrets => Err(entry.refused(
+            "the memory of such an app is kept, so it can be given no secrets; use \"boot\", or \
+             leave [secrets] out",
+        )),
+        "ready" => Ok(Warm::Ready),
+        _ => Err(entry.refused("use \"boot\" or \"ready\"")),
+    }
 }
 
 fn resources(root: &Table<'_>) -> Result<ResourceSpec, DocumentError> {

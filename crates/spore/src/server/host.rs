@@ -263,6 +263,7 @@ impl Nodes for Host {
 
     async fn forget_logs(&self, account: String, app: String) -> Result<(), NodesError> {
         let node = self.node.clone();
+        node.forget_warm(&account, &app).await;
         blocking(move || node.log_remove(&account, &app))
             .await?
             .map_err(|error| log_error(&error))

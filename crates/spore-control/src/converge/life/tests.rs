@@ -145,6 +145,7 @@ impl World {
             hypervisor: "sim".to_owned(),
             source: Source::Boot,
             missed: None,
+            is_warm: false,
             purpose: Purpose::Serve,
             boot_id: None,
             awake_for_ms: 0,

@@ -63,6 +63,20 @@ pub struct Rules {
     pub secret_files: Vec<SecretName>,
     /// Names and values that are no secrets.
     pub environment: Vec<(String, String)>,
+    /// Where its VMs may begin.
+    #[serde(default)]
+    pub warm: StoredWarm,
+}
+
+/// Where an app's VMs may begin, if the node has a template for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoredWarm {
+    /// Before the app is started.
+    #[default]
+    Boot,
+    /// Where the release's app was ready.
+    Ready,
 }
 
 /// Where a release stands.
