@@ -13,9 +13,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::progress::{say, step};
 use crate::{DepsOptions, Folder, command, deps, guest, place};
@@ -31,6 +32,11 @@ const DAEMON_FOLDERS: &[&str] = &[DATA, "/run/spore", "/var/log/spore", "/etc/sp
 
 /// The app that `up` deploys.
 const EXAMPLE: &str = "examples/hello";
+
+/// The snapshot that `up` has for sandboxes, and the app that it is taken of, which goes again.
+const SNAPSHOT: &str = "python3";
+const SNAPSHOT_APP: &str = "python3-warm";
+const SNAPSHOT_EXAMPLE: &str = "examples/python3";
 
 /// Where the example answers.
 const EXAMPLE_URL: &str = "http://hello.localhost:8080/";
@@ -52,7 +58,71 @@ pub(crate) fn up(dir: &Path) -> Result<()> {
     link_program()?;
     spore(&["up"])?;
     spore(&["deploy", EXAMPLE])?;
+    if let Err(error) = ensure_snapshot() {
+        // Whoever forks nothing does not miss it.
+        say(format!(
+            "there is no snapshot `{SNAPSHOT}` to fork: {error:#}. Run `make up` again to have it"
+        ));
+    }
     show_one_wake()
+}
+
+/// Has the snapshot that sandboxes are forked from. One that is there and can be forked stays, so
+/// that running this again changes nothing.
+fn ensure_snapshot() -> Result<()> {
+    match fork_one()? {
+        Forked::Open(sandbox) => return spore(&["sandbox", "rm", &sandbox]),
+        Forked::Missing => {}
+        // What was taken under another kernel or QEMU.
+        Forked::Unusable => spore(&["snapshot", "rm", SNAPSHOT])?,
+        Forked::Failed(why) => bail!("{why}"),
+    }
+    step("take the snapshot python3", || {
+        spore(&["deploy", SNAPSHOT_EXAMPLE])?;
+        let taken = spore(&["checkpoint", SNAPSHOT_APP, "--tag", SNAPSHOT]);
+        spore(&["rm", SNAPSHOT_APP, "--yes"])?;
+        taken
+    })
+}
+
+/// What became of a try to fork the snapshot.
+#[derive(Debug, PartialEq, Eq)]
+enum Forked {
+    /// The sandbox that was opened.
+    Open(String),
+    /// There is no such snapshot.
+    Missing,
+    /// It was made on another kind of host, or is damaged.
+    Unusable,
+    /// Why, whatever the snapshot is like.
+    Failed(String),
+}
+
+fn fork_one() -> Result<Forked> {
+    let output = Command::new(place::repository().join("bin/spore"))
+        .args(["fork", SNAPSHOT, "--json"])
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run bin/spore")?;
+    Ok(forked(&output.stdout, &output.stderr))
+}
+
+/// Reads what `spore fork --json` printed: an array of one, or an error on the other side.
+fn forked(out: &[u8], err: &[u8]) -> Forked {
+    let read = |text: &[u8]| serde_json::from_slice(text).unwrap_or(Value::Null);
+    let out: Value = read(out);
+    let last = err.trim_ascii_end().rsplit(|byte| *byte == b'\n').next();
+    let err: Value = read(last.unwrap_or_default());
+    let error = match (&out[0]["error"], &out[0]["id"]) {
+        (Value::Null, Value::String(id)) => return Forked::Open(id.clone()),
+        (Value::Null, _) => &err,
+        (error, _) => error,
+    };
+    match error["code"].as_str() {
+        Some("not_found") => Forked::Missing,
+        Some("snapshot_unusable") => Forked::Unusable,
+        _ => Forked::Failed(error["message"].as_str().unwrap_or("no answer").to_owned()),
+    }
 }
 
 /// Stops all VMs and the daemon; nothing that runs is not an error.
@@ -306,7 +376,33 @@ fn phases(answer: &str) -> Option<Vec<(String, String)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::phases;
+    use super::{Forked, forked, phases};
+
+    #[test]
+    fn what_a_fork_came_to_is_read_from_either_side() {
+        let failed = |why: &str| Forked::Failed(why.to_owned());
+        for (out, err, expected) in [
+            (r#"[{"id": "abc"}]"#, "", Forked::Open("abc".to_owned())),
+            (
+                r#"[{"id": "abc", "error": {"code": "snapshot_unusable", "message": "m"}}]"#,
+                "",
+                Forked::Unusable,
+            ),
+            (
+                r#"[{"id": "abc", "error": {"code": "no_capacity", "message": "m"}}]"#,
+                "",
+                failed("m"),
+            ),
+            (
+                "",
+                "a word on the way\n{\"code\": \"not_found\", \"message\": \"m\"}\n",
+                Forked::Missing,
+            ),
+            ("", "no JSON", failed("no answer")),
+        ] {
+            assert_eq!(forked(out.as_bytes(), err.as_bytes()), expected);
+        }
+    }
 
     #[test]
     fn phases_are_read_from_the_answer() {

@@ -2,6 +2,7 @@
 #![expect(clippy::tests_outside_test_module, reason = "this is a test crate")]
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
@@ -91,6 +92,30 @@ async fn an_app_is_checkpointed_and_its_forks_go_on_by_themselves() -> Result<()
     ensure!(items.iter().find(of_counter).is_none(), "{left}");
     platform.cli(&["rm", "counter", "--yes"])?;
     ensure!(platform.vm_pids()?.is_empty(), "a VM is left");
+    platform.end()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_snapshot_that_an_installation_begins_with_outlives_its_app() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let platform = Platform::start().await?;
+    let example = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../examples/python3");
+    platform.cli(&["deploy", &example.display().to_string()])?;
+    platform.cli(&["checkpoint", "python3-warm", "--tag", "python3"])?;
+    platform.cli(&["rm", "python3-warm", "--yes"])?;
+    let sandboxes = fork(&platform, "python3", 3)?;
+    let mut drawn = BTreeSet::new();
+    for sandbox in &sandboxes {
+        let draw = "import uuid; print(uuid.uuid4())";
+        drawn.insert(exec(&platform, sandbox, &["python3", "-c", draw])?);
+    }
+    ensure!(drawn.len() == 3, "{drawn:?}");
+    let mut rm = vec!["sandbox", "rm"];
+    rm.extend(sandboxes.iter().map(String::as_str));
+    platform.cli(&rm)?;
+    platform.cli(&["snapshot", "rm", "python3"])?;
     platform.end()
 }
 
