@@ -26,7 +26,7 @@ pub fn of(home: &Path, uid_first: u32, uid_count: u32, cgroup: &str) -> Result<V
         };
         for entry in entries {
             let path = entry?.path();
-            // Empty scratch disks are kept to be copied; no guest has written to one.
+            // Empty scratch disks are kept for all; no guest has written to one.
             if !path.to_string_lossy().contains("/scratch/empty-") {
                 left.push(format!("file {}", path.display()));
             }

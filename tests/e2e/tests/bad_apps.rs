@@ -419,8 +419,8 @@ async fn fills_its_disk(platform: &Platform) -> Result<()> {
     portrait(platform, "hoarder").await?;
     let disks = scratch_disks(platform)?;
     ensure!(!disks.is_empty(), "no VM has a scratch disk");
-    for (size, used) in &disks {
-        ensure!(used <= size, "{used} bytes on the host, {size} in the VM");
+    for (most, used) in &disks {
+        ensure!(used <= most, "{used} bytes on the host, {most} at most");
     }
     stop(platform, "hoarder")?;
     let woken = asked(platform, "hoarder", "/fill/var/tmp/full").await?;
@@ -428,12 +428,21 @@ async fn fills_its_disk(platform: &Platform) -> Result<()> {
     Ok(())
 }
 
-/// Sizes of the scratch disks that VMs have open, and what they take on the host.
+/// The most that each VM may write to a file, and what the files of its scratch disk take on the
+/// host.
 fn scratch_disks(platform: &Platform) -> Result<Vec<(u64, u64)>> {
     let mut disks = Vec::new();
     for pid in platform.vm_pids()? {
         let Ok(open) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
             // It ended meanwhile: another part of the story stopped its own.
+            continue;
+        };
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
+        let most = limits.lines().find_map(|line| {
+            let rest = line.strip_prefix("Max file size")?;
+            rest.split_whitespace().next()?.parse::<u64>().ok()
+        });
+        let Some(most) = most else {
             continue;
         };
         for fd in open {
@@ -443,7 +452,7 @@ fn scratch_disks(platform: &Platform) -> Result<Vec<(u64, u64)>> {
             };
             let target = std::fs::read_link(&path).unwrap_or_default();
             if target.to_string_lossy().contains("scratch") {
-                disks.push((file.len(), file.blocks() * 512));
+                disks.push((most, file.blocks() * 512));
             }
         }
     }
