@@ -116,3 +116,26 @@ impl<const N: usize> Words<N> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek as _, SeekFrom, Write as _};
+
+    use super::{CHUNK, Words};
+
+    #[test]
+    fn a_word_is_found_in_an_open_file_without_a_name_across_pieces_and_behind_a_hole() {
+        let words = Words(["zebra-of-this-test"]);
+        let me = [i32::try_from(std::process::id()).unwrap()];
+        let mut file = tempfile::tempfile().unwrap();
+        let (before, _) = words.open_files(&me).unwrap();
+        assert_eq!(before, Vec::<String>::new());
+        let hole = 64 << 20;
+        file.seek(SeekFrom::Start(hole)).unwrap();
+        file.write_all(&vec![b'.'; CHUNK - 5]).unwrap();
+        file.write_all(words.0[0].as_bytes()).unwrap();
+        let (found, nameless) = words.open_files(&me).unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(nameless >= 1);
+    }
+}
