@@ -14,7 +14,7 @@ const GOOD: &str = "name = \"good\"\nimage = \"debian/python3\"\n\
                     command = [\"python3\", \"app.py\"]\nport = 8000\n";
 
 /// A change to a good manifest, and what is said of it.
-const REFUSED: [(&str, &str, &str); 29] = [
+const REFUSED: [(&str, &str, &str); 30] = [
     (
         "port = 8000",
         "port = 8000\ncolour = 1",
@@ -45,9 +45,10 @@ const REFUSED: [(&str, &str, &str); 29] = [
     ),
     (
         "port = 8000",
-        "port = 8000\nwarm = \"ready\"",
-        "not in this version",
+        "port = 8000\nwarm = \"ready\"\n[secrets]\nnames = [\"KEY\"]",
+        "no secrets",
     ),
+    ("port = 8000", "port = 8000\nwarm = \"hot\"", "\"ready\""),
     (
         "port = 8000",
         "port = 8000\n[resources]\nmemory = \"256MB\"",
