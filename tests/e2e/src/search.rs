@@ -1,7 +1,7 @@
 //! Where words are that should be nowhere.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -75,8 +75,6 @@ impl<const N: usize> Words<N> {
 
     /// A file that has gone meanwhile has none; holes are passed over.
     fn are_in_file(&self, path: &Path) -> bool {
-        use std::os::unix::fs::FileExt as _;
-
         let Ok(file) = fs::File::open(path) else {
             return false;
         };

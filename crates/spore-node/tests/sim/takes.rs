@@ -34,7 +34,8 @@ fn from(number: u8, snapshot: u8) -> StartVm {
     }
 }
 
-async fn ready(bench: &Bench, start: StartVm) -> VmStatus {
+/// Starts one, and waits until it serves.
+pub(crate) async fn ready(bench: &Bench, start: StartVm) -> VmStatus {
     let vm = start.vm;
     bench.node.start(start).unwrap();
     let status = until_phase(&bench.node, vm, VmPhase::Ready).await;
@@ -42,7 +43,7 @@ async fn ready(bench: &Bench, start: StartVm) -> VmStatus {
     status
 }
 
-async fn stop(bench: &Bench, number: u8) {
+pub(crate) async fn stop(bench: &Bench, number: u8) {
     bench
         .node
         .stop(vm(number), StopMode::Graceful)

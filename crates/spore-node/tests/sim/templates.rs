@@ -7,32 +7,18 @@ use spore_node::config::KillPoint;
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::id::SnapshotId;
 use spore_wire::node::{
-    NodeEvent, Purpose, Source, StartVm, StopMode, TemplateMiss, TemplateOf, VmPhase, VmStatus,
+    NodeEvent, Purpose, Source, StartVm, TemplateMiss, TemplateOf, VmPhase, VmStatus,
 };
 use tokio::time::Instant;
 
-use crate::bench::{Bench, on_virtual_time, start, until_phase, vm, with_secret};
+use crate::bench::{Bench, on_virtual_time, start, vm, with_secret};
+use crate::takes::{ready, stop};
 
 fn warm(number: u8, app: &str) -> StartVm {
     StartVm {
         source: Source::Template(TemplateOf::Everybody),
         ..start(vm(number), app)
     }
-}
-
-/// Starts one that may begin from a template, and waits until it serves.
-async fn ready(bench: &Bench, start: StartVm) -> VmStatus {
-    let vm = start.vm;
-    bench.node.start(start).unwrap();
-    let status = until_phase(&bench.node, vm, VmPhase::Ready).await;
-    assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
-    status
-}
-
-async fn stop(bench: &Bench, number: u8) {
-    let stopping = bench.node.stop(vm(number), StopMode::Graceful);
-    stopping.await.unwrap();
-    bench.node.stopped(vm(number)).await.unwrap();
 }
 
 /// Waits until there are so many templates, and no VM of a builder's.
