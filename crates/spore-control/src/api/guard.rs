@@ -36,6 +36,17 @@ pub struct Caller {
     pub by: CallerBy,
 }
 
+impl Caller {
+    /// That it may collect what of all accounts nobody needs.
+    pub(super) fn may_collect(&self, what: &str) -> Result<(), Fault> {
+        if self.account == AccountName::default_account() {
+            return Ok(());
+        }
+        let message = format!("only the host's own account may collect the {what} of all");
+        Err(Fault::new(ErrorCode::Forbidden, message))
+    }
+}
+
 /// How a caller was recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallerBy {

@@ -107,10 +107,7 @@ pub(super) async fn collect(
     caller: Caller,
     Json(request): Json<GcRequest>,
 ) -> Result<Answer<GcReport>, Fault> {
-    if caller.account.as_str() != spore_api::name::DEFAULT_ACCOUNT {
-        let message = "only the host's own account may collect the images of all";
-        return Err(Fault::new(ErrorCode::Forbidden, message));
-    }
+    caller.may_collect("images")?;
     let mode = CollectMode::of(request.dry_run);
     let removed = api.converge.collect_images(mode).await?;
     Ok(Answer(GcReport {

@@ -2,9 +2,8 @@
 
 use axum::Json as Answer;
 use axum::extract::{Path, State};
-use spore_api::error::ErrorCode;
 use spore_api::image::{GcReport, GcRequest};
-use spore_api::name::{AccountName, SandboxId};
+use spore_api::name::SandboxId;
 use spore_api::page::{Page, PageQuery};
 use spore_api::snapshot::{
     Checkpoint, RemoveSnapshot, RemovedSnapshots, Snapshot, SnapshotKind, SnapshotResources,
@@ -99,10 +98,7 @@ pub(super) async fn collect(
     caller: Caller,
     Json(request): Json<GcRequest>,
 ) -> Result<Answer<GcReport>, Fault> {
-    if caller.account != AccountName::default_account() {
-        let message = "only the host's own account may collect the snapshots of all";
-        return Err(Fault::new(ErrorCode::Forbidden, message));
-    }
+    caller.may_collect("snapshots")?;
     let mode = CollectMode::of(request.dry_run);
     let removed = api.converge.collect_snapshots(mode).await?;
     Ok(Answer(GcReport {
