@@ -132,9 +132,6 @@ impl Converge {
             source,
         })?;
         let done = Transaction::default().delete(removal_key(&app.account, &app.app));
-        match self.inner.store.commit(done).await {
-            Ok(_) | Err(CommitError::Conflict { .. }) => Ok(()),
-            Err(CommitError::Store(error)) => Err(error.into()),
-        }
+        Ok(self.commit_alone(done).await?)
     }
 }

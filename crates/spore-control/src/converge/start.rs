@@ -64,6 +64,12 @@ impl Converge {
         if begin == Begin::Cold {
             start.source = Source::Boot;
         }
+        self.begin(start).await
+    }
+
+    /// Has the node begin a VM. One that it may have begun although it did not say so is stopped.
+    pub(super) async fn begin(&self, start: StartVm) -> Result<(), Failure> {
+        let vm = start.vm;
         let Err(error) = self.inner.nodes.start(start).await else {
             return Ok(());
         };

@@ -22,11 +22,11 @@ use crate::converge::snapshot::SnapshotError;
 use crate::converge::start::refused;
 use crate::domain::RuleError;
 use crate::nodes::{Room, SnapshotKeys};
+use crate::store::Transaction;
 use crate::store::record::encode;
 use crate::store::record::sandbox::{
     Base, SandboxRecord, StoredSandboxState, sandbox_key, sandboxes_of,
 };
-use crate::store::{CommitError, Transaction};
 
 /// Sandboxes to open.
 #[derive(Clone, Debug)]
@@ -226,11 +226,7 @@ impl Converge {
             write = write.put(key, encode(&record));
             all.push((sandbox, record));
         }
-        match self.inner.store.commit(write).await {
-            Ok(_) => {}
-            Err(CommitError::Store(error)) => return Err(error.into()),
-            Err(CommitError::Conflict { .. }) => unreachable!("the commit has no condition"),
-        }
+        self.commit_alone(write).await?;
         let opening = |(sandbox, record): (SandboxRef, SandboxRecord)| {
             let (sender, outcome): (Waiter, _) = oneshot::channel();
             let vm = record.vm;

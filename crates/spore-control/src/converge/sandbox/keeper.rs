@@ -15,7 +15,6 @@ use super::life::{Change, Effect, Event, Life, Standing};
 use super::{SandboxRef, View};
 use crate::converge::Converge;
 use crate::converge::life::Failure;
-use crate::converge::start::refused;
 use crate::nodes::NodesError;
 use crate::store::record::encode;
 use crate::store::record::sandbox::{Base, SandboxRecord, StoredSandboxState, sandbox_key};
@@ -226,17 +225,6 @@ impl Converge {
     ) -> Result<(), Failure> {
         let plan = self.fork_plan(from).await;
         let plan = plan.map_err(|error| error.failure())?;
-        let Err(error) = self.inner.nodes.start(plan.start(sandbox, vm)).await else {
-            return Ok(());
-        };
-        if matches!(
-            error,
-            NodesError::Timeout { .. } | NodesError::Failed { .. }
-        ) {
-            // The node may have begun all the same. Should it say so later, it is stopped again.
-            let stopped = self.inner.nodes.stop(vm, StopMode::Kill).await;
-            tracing::debug!(%vm, ?stopped, "stopped a start that failed");
-        }
-        Err(refused(&error))
+        self.begin(plan.start(sandbox, vm)).await
     }
 }

@@ -496,7 +496,7 @@ impl Converge {
     }
 
     /// A commit that has no condition.
-    async fn commit_alone(&self, write: Transaction) -> Result<(), StoreError> {
+    pub(super) async fn commit_alone(&self, write: Transaction) -> Result<(), StoreError> {
         match self.inner.store.commit(write).await {
             Ok(_) | Err(CommitError::Conflict { .. }) => Ok(()),
             Err(CommitError::Store(error)) => Err(error),
