@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum::Router;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -19,8 +20,10 @@ use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tower::Layer as _;
+use tower::{Layer as _, ServiceExt as _};
 use tower_http::timeout::RequestBodyTimeoutLayer;
+
+use super::linger::Lingering;
 
 /// What bounds what callers can hold of one door.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +38,9 @@ pub(crate) struct Limits {
     /// How long a caller may take nothing of what is sent to it. Generous: somebody may look at a
     /// page of a followed log for a while before the terminal goes on.
     pub(crate) answer_stall_timeout: Duration,
+    /// How long what is still sent of a body is taken after its request was answered without it.
+    /// A connection that is closed under a sender may cost the sender the answer (RFC 9112, 9.6).
+    pub(crate) linger_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -44,6 +50,7 @@ impl Default for Limits {
             head_timeout: Duration::from_secs(10),
             body_stall_timeout: Duration::from_secs(60),
             answer_stall_timeout: Duration::from_secs(600),
+            linger_timeout: Duration::from_secs(5),
         }
     }
 }
@@ -130,6 +137,9 @@ where
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(limits.answer_stall_timeout));
     let service = RequestBodyTimeoutLayer::new(limits.body_stall_timeout).layer(router);
+    let service = service.map_request(move |request: hyper::Request<Incoming>| {
+        request.map(|body| Lingering::new(body, limits.linger_timeout))
+    });
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
@@ -194,8 +204,9 @@ mod tests {
     use std::sync::Mutex;
 
     use axum::body::{Body, Bytes};
+    use axum::http::StatusCode;
     use axum::routing::{get, post};
-    use futures_util::stream;
+    use futures_util::{StreamExt as _, stream};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
     use tokio::sync::mpsc;
     use tokio::time::{Instant, timeout};
@@ -219,6 +230,7 @@ mod tests {
         head_timeout: Duration::from_secs(5),
         body_stall_timeout: Duration::from_secs(20),
         answer_stall_timeout: Duration::from_secs(40),
+        linger_timeout: Duration::from_secs(3),
     };
 
     /// Ways to the door. `ends` tells when each endless answer was given up.
@@ -254,7 +266,14 @@ mod tests {
                     "/length",
                     post(|body: Bytes| async move { body.len().to_string() }),
                 )
-                .route("/endless", get(endless));
+                .route("/endless", get(endless))
+                .route(
+                    "/refuse",
+                    post(|body: Body| async move {
+                        let _some = body.into_data_stream().next().await;
+                        (StatusCode::INSUFFICIENT_STORAGE, "full")
+                    }),
+                );
             let door_end = Door(tokio::sync::Mutex::new(comers));
             let stop = CancellationToken::new();
             tokio::spawn(serve(door_end, LIMITS, router, |_| Some(()), stop));
@@ -329,6 +348,36 @@ mod tests {
         tokio::time::sleep(LIMITS.answer_stall_timeout * 2).await;
         let ended = street.ends.lock().unwrap()[0] - stopped;
         assert_eq!(ended.as_secs(), LIMITS.answer_stall_timeout.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_reaches_a_caller_that_is_still_sending() {
+        let street = Street::new();
+        let mut caller = street.connect();
+        let head = "POST /refuse HTTP/1.1\r\nhost: x\r\ncontent-length: 1048576\r\n\r\n";
+        caller.write_all(head.as_bytes()).await.unwrap();
+        let sent = caller.write_all(&[b'x'; 1024 * 1024]).await;
+        sent.expect("the door was shut before all was sent");
+        let mut text = [0; 16];
+        caller.read_exact(&mut text).await.unwrap();
+        assert!(text.starts_with(b"HTTP/1.1 507"), "{text:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refused_caller_that_never_ends_is_let_go() {
+        let street = Street::new();
+        let mut caller = street.connect();
+        let head = "POST /refuse HTTP/1.1\r\nhost: x\r\ncontent-length: 104857600\r\n\r\n";
+        caller.write_all(head.as_bytes()).await.unwrap();
+        let began = Instant::now();
+        while caller.write_all(b"a little").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            assert!(
+                began.elapsed() < LIMITS.body_stall_timeout,
+                "it is never let go"
+            );
+        }
+        assert!(began.elapsed() >= LIMITS.linger_timeout);
     }
 
     #[tokio::test(start_paused = true)]

@@ -15,6 +15,7 @@ mod down;
 mod gateway_process;
 mod host;
 mod internal;
+mod linger;
 mod listen;
 mod lock;
 mod parts;
