@@ -30,7 +30,7 @@ pub(crate) async fn run(rounds: usize) -> Result<Report> {
     let mut phases: Vec<(String, Vec<f64>)> = Vec::new();
     for _round in 0..rounds {
         platform.cli(&["stop", "hello"])?;
-        let (ms, timing) = timed(&platform).await?;
+        let (ms, timing) = timed(&platform, "hello").await?;
         totals.push(ms);
         let timing = timing.context("no timing on a waking answer")?;
         for (name, ms) in parse(&timing) {
@@ -39,7 +39,7 @@ pub(crate) async fn run(rounds: usize) -> Result<Report> {
                 None => phases.push((name, vec![ms])),
             }
         }
-        warm.push(timed(&platform).await?.0);
+        warm.push(timed(&platform, "hello").await?.0);
     }
     platform.end()?;
     let mut out = std::io::stdout().lock();
@@ -74,11 +74,11 @@ pub(crate) async fn run(rounds: usize) -> Result<Report> {
     })
 }
 
-/// How long the head of an answer takes, and the `Server-Timing` in it.
-pub(crate) async fn timed(platform: &Platform) -> Result<(f64, Option<String>)> {
+/// How long the head of an app's answer takes, and the `Server-Timing` in it.
+pub(crate) async fn timed(platform: &Platform, app: &str) -> Result<(f64, Option<String>)> {
     let request = Request::builder()
         .uri("/")
-        .header(HOST, "hello.localhost")
+        .header(HOST, format!("{app}.localhost"))
         .body(Full::<Bytes>::default())?;
     let begun = Instant::now();
     let mut connection = platform.visitor().open().await?;
