@@ -5,7 +5,8 @@
 //!
 //! Whoever asks is a tenant: a connection may hold little memory for a short time, and nothing it
 //! says can do more than keep its own VM awake, hurry its own readiness check or, of a fork, have
-//! the host wait a second for it. Only one that wants to hear of forks stays, in [`crate::hook`].
+//! the host wait some seconds for it. Only one that wants to hear of forks stays, in
+//! [`crate::hook`].
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::OwnedFd;

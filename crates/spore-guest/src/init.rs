@@ -141,6 +141,12 @@ fn mount_own_root() -> Result<(), InitError> {
         let path = format!("{lib}/{name}");
         fs::write(&path, text).map_err(step(format!("write {path}")))?;
     }
+    let compiled = fs::read_dir("/hooks").map_err(step("list /hooks"))?;
+    for hook in compiled {
+        let hook = hook.map_err(step("list /hooks"))?;
+        let path = Path::new(&lib).join(hook.file_name());
+        fs::copy(hook.path(), &path).map_err(step(format!("show {}", path.display())))?;
+    }
     let flags = flags | MountFlags::NOEXEC;
     for (name, kind, flags) in [
         ("proc", "proc", flags),

@@ -5,11 +5,11 @@
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read as _, Write as _};
+    use std::io::{BufRead as _, BufReader, Read as _, Write as _};
     use std::net::Ipv4Addr;
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
     use std::thread::JoinHandle;
 
     use serde_json::{Value, json};
@@ -47,10 +47,10 @@ mod tests {
     }
 
     fn agent(root: &Path) -> (Host, JoinHandle<()>) {
-        agent_with(root, Groups::ProcessGroups)
+        agent_with(root, Groups::ProcessGroups, None)
     }
 
-    fn agent_with(root: &Path, groups: Groups) -> (Host, JoinHandle<()>) {
+    fn agent_with(root: &Path, groups: Groups, face: Option<PathBuf>) -> (Host, JoinHandle<()>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         if root != Path::new("/") {
             std::fs::create_dir_all(root.join("run/secrets")).unwrap();
@@ -65,7 +65,7 @@ mod tests {
             groups,
             reaper: Reaper::own(),
             address: Ipv4Addr::LOCALHOST,
-            face: None,
+            face,
             leftovers: Vec::new(),
         };
         let thread = std::thread::spawn(move || {
@@ -240,7 +240,7 @@ mod tests {
     #[test]
     fn a_frozen_vm_goes_on_under_its_name_and_its_fork_is_thawed_under_another() {
         let (folder, group) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (mut host, thread) = agent_with(folder.path(), groups(group.path()));
+        let (mut host, thread) = agent_with(folder.path(), groups(group.path()), None);
         let told = |host: &mut Host| host.call(&json!({"op": "status"})).1["reply"].clone();
         let freezer = || std::fs::read_to_string(group.path().join("cgroup.freeze")).unwrap();
         host.hello(1);
@@ -296,9 +296,39 @@ mod tests {
     }
 
     #[test]
+    fn who_asks_to_hear_of_forks_while_its_vm_is_being_copied_hears_of_them() {
+        let (folder, group) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let face = folder.path().join("agent.sock");
+        let groups = groups(group.path());
+        let (mut host, thread) = agent_with(folder.path(), groups, Some(face.clone()));
+        host.hello(1);
+        assert_eq!(host.call(&thaw("source", false)).1["reply"]["of"], "thawed");
+        let still = "populated 1\nfrozen 1\n";
+        std::fs::write(group.path().join("cgroup.events"), still).unwrap();
+        let freeze = json!({"op": "freeze"});
+        assert_eq!(host.call(&freeze).1["reply"]["of"], "done");
+
+        // Its question was on its way when the agent stopped listening to tenants.
+        let mut process = UnixStream::connect(face).unwrap();
+        process.write_all(b"{\"ask\":\"after_fork\"}\n").unwrap();
+        assert_eq!(host.call(&thaw("fork", true)).1["reply"]["of"], "thawed");
+        let stream = host.open(&unfreeze("fork"));
+        process
+            .set_read_timeout(Some(std::time::Duration::from_secs(60)))
+            .unwrap();
+        let mut lines = BufReader::new(&process).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "{\"ok\":true}");
+        assert_eq!(lines.next().unwrap().unwrap(), "{\"forked\":\"fork\"}");
+        (&process).write_all(b"{\"done\":true}\n").unwrap();
+        let resumed = json!({"of": "resumed", "done": 1, "late": 0});
+        assert_eq!(host.finish(stream).1["reply"], resumed);
+        host.shut_down(thread);
+    }
+
+    #[test]
     fn a_freeze_that_does_not_come_or_is_not_waited_for_leaves_the_tenant_running() {
         let (folder, group) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (mut host, thread) = agent_with(folder.path(), groups(group.path()));
+        let (mut host, thread) = agent_with(folder.path(), groups(group.path()), None);
         let freezer = || std::fs::read_to_string(group.path().join("cgroup.freeze")).unwrap();
         host.hello(1);
         host.call(&thaw("source", false));

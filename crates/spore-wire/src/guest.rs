@@ -416,7 +416,7 @@ pub struct Thawed {
 pub struct Resumed {
     /// How many said that they have done what a fork has to do.
     pub done: u32,
-    /// How many had not within a second.
+    /// How many had not within the agent's limit.
     pub late: u32,
 }
 

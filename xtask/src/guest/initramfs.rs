@@ -10,11 +10,11 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use cpio::newc::{Builder, ModeFileType, trailer};
 
-/// Folders that PID 1 mounts on.
-const FOLDERS: &[&str] = &["dev", "modules", "proc", "sys"];
+/// Folders that PID 1 mounts on or reads.
+const FOLDERS: &[&str] = &["dev", "hooks", "modules", "proc", "sys"];
 
-/// Writes the archive of `/init` and `/modules`.
-pub(crate) fn pack(init: &Path, modules: &Path, out: impl Write) -> Result<()> {
+/// Writes the archive of `/init`, `/modules` and what is shown to tenants of `/hooks`.
+pub(crate) fn pack(init: &Path, modules: &Path, hook: &Path, out: impl Write) -> Result<()> {
     let order = fs::read_to_string(modules.join("order"))
         .with_context(|| format!("{} has no `order`", modules.display()))?;
     let mut files = vec![
@@ -25,6 +25,9 @@ pub(crate) fn pack(init: &Path, modules: &Path, out: impl Write) -> Result<()> {
             order.clone().into_bytes(),
         ),
     ];
+    let name = hook.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} names no file", hook.display()))?;
+    files.push((format!("hooks/{name}"), 0o644, read(hook)?));
     for name in order.lines() {
         if name.contains('/') || !name.ends_with(".ko") {
             bail!("`order` names {name:?}, which is no module file");
@@ -83,6 +86,7 @@ mod tests {
         let modules = dir.path().join("modules");
         fs::create_dir(&modules).unwrap();
         fs::write(dir.path().join("init"), b"static program").unwrap();
+        fs::write(dir.path().join("addon.node"), b"compiled").unwrap();
         fs::write(modules.join("00-virtio_ring.ko"), b"ring").unwrap();
         fs::write(modules.join("01-virtio.ko"), b"virtio!").unwrap();
         fs::write(modules.join("order"), "00-virtio_ring.ko\n01-virtio.ko\n").unwrap();
@@ -94,6 +98,7 @@ mod tests {
         pack(
             &dir.path().join("init"),
             &dir.path().join("modules"),
+            &dir.path().join("addon.node"),
             &mut archive,
         )
         .unwrap();
@@ -124,7 +129,8 @@ mod tests {
             (0o100_644, b"virtio!".to_vec())
         );
         assert_eq!(found["modules"].0, 0o40_755);
-        assert_eq!(found.len(), 8);
+        assert_eq!(found["hooks/addon.node"], (0o100_644, b"compiled".to_vec()));
+        assert_eq!(found.len(), 10);
     }
 
     #[test]
@@ -139,6 +145,7 @@ mod tests {
         let error = pack(
             &dir.path().join("init"),
             &dir.path().join("modules"),
+            &dir.path().join("addon.node"),
             Vec::new(),
         );
         assert!(format!("{:#}", error.unwrap_err()).contains("01-virtio.ko"));

@@ -7,6 +7,7 @@ mod initramfs;
 use std::fs;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
@@ -22,12 +23,13 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub(crate) fn run(dir: &Path) -> Result<()> {
     let release = kernel::current(dir)?;
     let init = step("build spore-guest (static)", build)?;
+    let hook = step("build the hook of Node.js", build_hook)?;
     let guest = dir.join("guest");
     fs::create_dir_all(&guest).with_context(|| format!("cannot make {}", guest.display()))?;
 
     let mut staged = tempfile::NamedTempFile::new_in(&guest)?;
     let modules = dir.join("kernel").join(&release).join("modules");
-    initramfs::pack(&init, &modules, BufWriter::new(staged.as_file_mut()))?;
+    initramfs::pack(&init, &modules, &hook, BufWriter::new(staged.as_file_mut()))?;
     publish(staged, &guest.join("initramfs.cpio"))?;
 
     let mut staged = tempfile::NamedTempFile::new_in(&guest)?;
@@ -55,6 +57,22 @@ fn publish(staged: tempfile::NamedTempFile, path: &Path) -> Result<()> {
         .persist(path)
         .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(())
+}
+
+/// Builds the addon by which the hook of Node.js reaches OpenSSL, and returns its path. It is
+/// loaded into programs of any image, so it names no library and no version of one.
+fn build_hook() -> Result<PathBuf> {
+    let source = place::repository().join("crates/spore-guest/src/hook/spore_hook.c");
+    let folder = place::target()?.join(TARGET).join("guest");
+    let addon = folder.join("spore_hook.node");
+    command::run(
+        Command::new("cc")
+            .args(["-m64", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra"])
+            .args(["-nostdlib", "-fno-stack-protector", "-s", "-o"])
+            .arg(&addon)
+            .arg(source),
+    )?;
+    Ok(addon)
 }
 
 /// Builds the static program and returns its path.

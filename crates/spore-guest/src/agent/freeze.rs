@@ -195,15 +195,19 @@ impl<M: Machine> Agent<M> {
         }
     }
 
-    /// Lets the tenant's processes run. Those of a fork that asked for it hear of it first thing.
+    /// Lets the tenant's processes run. Those of a fork that asked for it hear of it first thing,
+    /// also those whose question came while nobody listened.
     pub(super) fn unfreeze(&mut self, name: String, now_ms: u64) -> Result<Begun, AgentError> {
+        let mut told = 0;
+        if matches!(self.life, Life::Held(_)) {
+            self.hear_wishes(now_ms);
+            told = self
+                .face
+                .as_mut()
+                .map_or(0, |face| face.hooks().tell(&name));
+        }
         let running = self.guest.groups.unfreeze();
         running.map_err(|error| refused("let the tenant's processes run", &error))?;
-        let is_new = matches!(self.life, Life::Held(_));
-        let told = match &mut self.face {
-            Some(face) if is_new => face.hooks().tell(&name),
-            _ => 0,
-        };
         self.life = Life::Running(Some(name));
         if told == 0 {
             return Ok(Begun::Reply(Reply::Done));

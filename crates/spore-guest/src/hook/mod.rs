@@ -8,10 +8,11 @@
 //!    │ {"ask":"after_fork"} ──────────────────▶ │
 //!    │ ◀────────────────────────── {"ok":true} │  the connection stays
 //!    │ ◀─────────────── {"forked":"INCARNATION"} │  in a fork, and in its forks again
-//!    │ {"done":true} ─────────────────────────▶ │  within a second, all of them together
+//!    │ {"done":true} ─────────────────────────▶ │  within 5 s, all of them together
 //! ```
 //!
-//! Ready-made ones are files that the agent carries ([`FILES`]).
+//! Ready-made ones are files that the agent carries ([`FILES`]), and what had to be compiled for
+//! them, which the first file system has below `/hooks`.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -25,12 +26,13 @@ use crate::interest::Interest;
 pub const HOOKS_MAX: usize = 64;
 
 /// How long all of them together may take.
-pub const HOOKS_MS_MAX: u64 = 1_000;
+pub const HOOKS_MS_MAX: u64 = 5_000;
 
 /// Ready-made hooks, below `/run/spore/lib`.
-pub const FILES: [(&str, &str); 2] = [
+pub const FILES: [(&str, &str); 3] = [
     ("spore_after_fork.py", include_str!("spore_after_fork.py")),
     ("sitecustomize.py", include_str!("sitecustomize.py")),
+    ("spore_after_fork.js", include_str!("spore_after_fork.js")),
 ];
 
 /// The longest answer.

@@ -66,7 +66,10 @@ def _listen(agent):
             heard += more
             continue
         heard = rest
-        forked = json.loads(line).get("forked")
+        told = json.loads(line)
+        if "error" in told:
+            print("spore: this process hears of no fork:", told["error"], file=sys.stderr)
+        forked = told.get("forked")
         if forked is not None and _run(forked):
             agent.sendall(b'{"done":true}\n')
 

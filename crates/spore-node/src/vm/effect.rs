@@ -526,7 +526,14 @@ fn start_of(record: &Record, process: &Process, secrets: &Secrets) -> StartApp {
 
 /// Where the agent shows the ready-made hooks of forks, and the variable by which an interpreter
 /// finds its own, with what stands between it and the app's own value.
-const HOOKS: [(&str, &str, &str); 1] = [("PYTHONPATH", "/run/spore/lib", ":")];
+const HOOKS: [(&str, &str, &str); 2] = [
+    ("PYTHONPATH", "/run/spore/lib", ":"),
+    (
+        "NODE_OPTIONS",
+        "--require=/run/spore/lib/spore_after_fork.js",
+        " ",
+    ),
+];
 
 fn give_hooks(environment: &mut Vec<(String, String)>) {
     for (name, hook, between) in HOOKS {

@@ -233,7 +233,7 @@ pub(crate) fn new_id() -> VmId {
 }
 
 /// Longer than anything here takes on a busy machine; only a hang reaches it.
-pub(crate) const HANG: Duration = Duration::from_secs(120);
+pub(crate) const HANG: Duration = Duration::from_secs(300);
 
 /// Waits until the guest's console holds `word`.
 pub(crate) async fn said(vm: &dyn Vm, word: &str) {

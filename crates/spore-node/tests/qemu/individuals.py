@@ -10,7 +10,7 @@ import uuid
 sys.path.append("/run/spore/lib")
 import spore_after_fork
 
-seeded = random.Random(7)
+seeded = random.Random(os.urandom(16))
 shared = _random.Random(7)
 forks = []
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
