@@ -1,9 +1,12 @@
-//! Apps that stories deploy: a folder with a manifest and one Python file.
+//! Apps that stories deploy: a folder with a manifest and one file of code.
 
 use std::path::Path;
 
 use anyhow::Result;
 use tempfile::TempDir;
+
+/// What most apps run on.
+const PYTHON: &str = "debian/python3";
 
 /// A folder to deploy; removed with the value.
 #[derive(Debug)]
@@ -19,7 +22,7 @@ impl AppFolder {
     /// # Errors
     /// When the folder cannot be written.
     pub fn python(name: &str, code: &str, manifest: &str) -> Result<Self> {
-        Self::of(name, ["python3", "app.py"], code, manifest)
+        Self::of(name, PYTHON, ["python3", "app.py"], code, manifest)
     }
 
     /// A shell script, which is up much sooner than Python is; else as [`Self::python`].
@@ -27,10 +30,18 @@ impl AppFolder {
     /// # Errors
     /// When the folder cannot be written.
     pub fn shell(name: &str, code: &str, manifest: &str) -> Result<Self> {
-        Self::of(name, ["sh", "app.sh"], code, manifest)
+        Self::of(name, PYTHON, ["sh", "app.sh"], code, manifest)
     }
 
-    fn of(name: &str, command: [&str; 2], code: &str, manifest: &str) -> Result<Self> {
+    /// A Node.js app; else as [`Self::python`].
+    ///
+    /// # Errors
+    /// When the folder cannot be written.
+    pub fn node(name: &str, code: &str, manifest: &str) -> Result<Self> {
+        Self::of(name, "debian/node", ["node", "app.js"], code, manifest)
+    }
+
+    fn of(name: &str, image: &str, command: [&str; 2], code: &str, manifest: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let health = if manifest.contains("[health]") {
             ""
@@ -38,7 +49,7 @@ impl AppFolder {
             "\n[health]\ntimeout = \"4m\"\n"
         };
         let text = format!(
-            "name = \"{name}\"\nimage = \"debian/python3\"\n\
+            "name = \"{name}\"\nimage = \"{image}\"\n\
              command = {command:?}\nport = 8000\n{manifest}{health}"
         );
         std::fs::write(folder.path().join("spore.toml"), text)?;

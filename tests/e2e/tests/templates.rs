@@ -6,7 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use spore_e2e::app::STAYS_AWAKE;
+use spore_e2e::app::{AppFolder, STAYS_AWAKE};
 use spore_e2e::{Platform, Site, available, templates};
 
 /// An app that tells what must be its VM's own, and what is in its folder.
@@ -84,20 +84,8 @@ async fn a_ready_app_wakes_where_it_was_ready_and_draws_its_own() -> Result<()> 
     };
     let platform = Platform::start_at(site).await?;
     let app = platform.deploy("warm", READY, WARM)?;
-    ensure!(begun(&platform, "warm")? == "boot", "there was no template");
     let mut seen = BTreeSet::new();
-    let booted = drawn(&platform, 1, &mut seen).await?;
-    templates(&platform, 1).await?;
-    let mut started = BTreeSet::new();
-    for _wake in 0..2 {
-        platform.cli(&["stop", "warm"])?;
-        started.insert(drawn(&platform, 1, &mut seen).await?);
-        ensure!(begun(&platform, "warm")? == "fork", "there is a template");
-    }
-    ensure!(started.len() == 1, "{started:?} are two memories");
-    ensure!(!started.contains(&booted), "it is the first VM's memory");
-    let forked = "spore_starts_total{from=\"ready_template\"}";
-    ensure!(platform.metric(forked).await? == 2, "two wakes forked");
+    two_wakes_have_one_memory(&platform, &mut seen).await?;
     // What a template's VM printed is not an app's.
     let printed = platform.cli(&["logs", "warm"])?;
     ensure!(printed.matches("started").count() == 1, "{printed}");
@@ -133,6 +121,41 @@ async fn a_ready_app_wakes_where_it_was_ready_and_draws_its_own() -> Result<()> 
     let listed = platform.json(&["snapshot", "ls"])?;
     ensure!(!listed.to_string().contains("\"template\""), "{listed}");
     platform.end()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ready_node_app_wakes_where_it_was_ready_and_draws_its_own() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let site = Site {
+        templates: true,
+        ..Site::default()
+    };
+    let platform = Platform::start_at(site).await?;
+    let code = include_str!("../apps/ready.js");
+    let app = AppFolder::node("warm", code, WARM)?;
+    platform.cli(&["deploy", &app.argument()])?;
+    two_wakes_have_one_memory(&platform, &mut BTreeSet::new()).await?;
+    platform.end()
+}
+
+/// The app runs in a VM that booted, and its wakes go on in one memory that is not that VM's.
+async fn two_wakes_have_one_memory(platform: &Platform, seen: &mut BTreeSet<String>) -> Result<()> {
+    ensure!(begun(platform, "warm")? == "boot", "there was no template");
+    let booted = drawn(platform, 1, seen).await?;
+    templates(platform, 1).await?;
+    let mut started = BTreeSet::new();
+    for _wake in 0..2 {
+        platform.cli(&["stop", "warm"])?;
+        started.insert(drawn(platform, 1, seen).await?);
+        ensure!(begun(platform, "warm")? == "fork", "there is a template");
+    }
+    ensure!(started.len() == 1, "{started:?} are two memories");
+    ensure!(!started.contains(&booted), "it is the first VM's memory");
+    let forked = "spore_starts_total{from=\"ready_template\"}";
+    ensure!(platform.metric(forked).await? == 2, "two wakes forked");
+    Ok(())
 }
 
 /// What the app drew when it started. It is of this version, its clock is right, and what it draws
@@ -187,7 +210,7 @@ fn begun(platform: &Platform, name: &str) -> Result<String> {
 }
 
 /// Names and sizes of an app's files.
-fn folder_of(app: &spore_e2e::AppFolder) -> Result<Value> {
+fn folder_of(app: &AppFolder) -> Result<Value> {
     let mut files = serde_json::Map::new();
     for entry in std::fs::read_dir(app.path())? {
         let entry = entry?;
