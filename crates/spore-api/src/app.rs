@@ -70,6 +70,26 @@ pub struct AppVm {
     /// How long it may stay without a request because something inside asked so.
     #[serde(default)]
     pub awake_for_ms: u64,
+    /// How far the template is that the app's next wake may begin from. Absent in lists, when
+    /// wakes boot, and for a VM that was started by an earlier daemon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<AppTemplate>,
+}
+
+/// A template on its way: built behind the start that missed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AppTemplate {
+    /// It waits for its turn.
+    Waiting,
+    /// Its VM boots; with `warm = "ready"`, the app in it gets ready.
+    Booting,
+    /// It is being written.
+    Writing,
+    /// The next wake forks it.
+    Ready,
+    /// It could not be built; it is tried again some time later, and wakes boot until then.
+    Failed,
 }
 
 /// One timed step of a wake.

@@ -31,6 +31,9 @@ pub struct Status {
     /// What wakes begin from instead of a boot.
     #[serde(default)]
     pub templates: Templates,
+    /// The memories of snapshots that forks share.
+    #[serde(default)]
+    pub memories: Memories,
     /// How long the daemon runs, in milliseconds.
     pub uptime_ms: u64,
     /// What an operator should know.
@@ -46,4 +49,21 @@ pub struct Templates {
     pub hits: u64,
     /// Starts that could have, and were booted.
     pub misses: u64,
+}
+
+/// Memories of snapshots that are kept in the host's memory, least recently used first to go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Memories {
+    /// Forks that found theirs there.
+    pub hits: u64,
+    /// Forks for which it was read from the disk.
+    pub misses: u64,
+    /// Memories that were given up for want of room.
+    pub evictions: u64,
+    /// What is there, in bytes.
+    pub bytes: u64,
+    /// Of it, what VMs use.
+    pub held_bytes: u64,
+    /// The most that may be there: `snapshot_memory` in the configuration.
+    pub budget_bytes: u64,
 }

@@ -4,6 +4,7 @@
 //! fixed sets, never from names of apps, so that their number is bounded.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -12,7 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use spore_wire::gateway::Counts;
-use spore_wire::node::{TemplateMiss, VmStatus};
+use spore_wire::node::{MemoryStatus, TemplateMiss, VmStatus};
 
 type Label = [(&'static str, String); 1];
 
@@ -50,6 +51,8 @@ pub(crate) struct Metrics {
     apps: Family<Label, Gauge>,
     failures: Family<Label, Counter>,
     api_calls: Family<Label, Counter>,
+    memory_lookups: Family<Label, Counter>,
+    memory_bytes: Family<Label, Gauge>,
 }
 
 impl Default for Metrics {
@@ -64,6 +67,8 @@ impl Default for Metrics {
             apps: Family::default(),
             failures: Family::default(),
             api_calls: Family::default(),
+            memory_lookups: Family::default(),
+            memory_bytes: Family::default(),
         };
         metrics.register();
         metrics
@@ -105,6 +110,16 @@ impl Metrics {
             "spore_api_calls",
             "Answers of the API, by status class",
             calls,
+        );
+        registry.register(
+            "spore_snapshot_memory_lookups",
+            "Forks by whether the memory of their snapshot was there, and memories given up",
+            self.memory_lookups.clone(),
+        );
+        registry.register(
+            "spore_snapshot_memory_bytes",
+            "Memories of snapshots that forks share: there, held by VMs, and the most there may be",
+            self.memory_bytes.clone(),
         );
     }
 
@@ -161,14 +176,38 @@ impl Metrics {
         self.api_calls.get_or_create(&label).inc();
     }
 
-    /// The page, with apps counted by state.
+    fn remembered(&self, memories: &MemoryStatus) {
+        for (outcome, count) in [
+            ("hit", memories.hits),
+            ("miss", memories.misses),
+            ("evicted", memories.evictions),
+        ] {
+            let label = [("outcome", outcome.to_owned())];
+            // Counted by the node, which this is of.
+            let counter = self.memory_lookups.get_or_create(&label);
+            counter.inner().store(count, Ordering::Relaxed);
+        }
+        for (of, bytes) in [
+            ("there", memories.bytes),
+            ("held", memories.held_bytes),
+            ("budget", memories.budget_bytes),
+        ] {
+            let label = [("of", of.to_owned())];
+            let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+            self.memory_bytes.get_or_create(&label).set(bytes);
+        }
+    }
+
+    /// The page, with apps counted by state, and what the node remembers.
     ///
     /// # Errors
     /// Never in practice: a `String` takes all text.
     pub(crate) fn page(
         &self,
         apps: &BTreeMap<&'static str, i64>,
+        memories: &MemoryStatus,
     ) -> Result<String, core::fmt::Error> {
+        self.remembered(memories);
         for (state, count) in apps {
             let label = [("state", (*state).to_owned())];
             self.apps.get_or_create(&label).set(*count);

@@ -14,7 +14,7 @@ use spore_api::log::LogLine;
 use spore_wire::guest::{Exec, Exit, WindowSize, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    ImageInfo, ImageKind, ImageRecipe, NodeStatus, StartVm, StopMode, VmStatus,
+    ImageInfo, ImageKind, ImageRecipe, NodeStatus, StartVm, StopMode, TemplateStage, VmStatus,
 };
 use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::SnapshotInfo;
@@ -170,6 +170,12 @@ pub trait Nodes: Send + Sync + 'static {
     /// # Errors
     /// When it cannot be removed.
     async fn forget_logs(&self, account: String, app: String) -> Result<(), NodesError>;
+
+    /// How far the template is that a VM began from, or could have.
+    ///
+    /// # Errors
+    /// When the node does not answer.
+    async fn template_stage(&self, vm: VmId) -> Result<Option<TemplateStage>, NodesError>;
 
     /// The node as it is.
     ///

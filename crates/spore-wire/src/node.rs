@@ -352,6 +352,9 @@ pub struct NodeStatus {
     /// Its templates.
     #[serde(default)]
     pub templates: TemplateStatus,
+    /// Memories of snapshots that it keeps for forks.
+    #[serde(default)]
+    pub memories: MemoryStatus,
 }
 
 /// The templates of a node, and what they were good for since it began.
@@ -363,6 +366,39 @@ pub struct TemplateStatus {
     pub hits: u64,
     /// Starts that could have, and were booted.
     pub misses: u64,
+}
+
+/// How far the template is that a VM was started without, or from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TemplateStage {
+    /// It is to be built: behind the start that missed it, and behind those asked for earlier.
+    Waiting,
+    /// Its VM is on its way to where others shall begin.
+    Booting,
+    /// That VM is being kept.
+    Writing,
+    /// A start may begin from it.
+    Ready,
+    /// It could not be built, or what began from it failed; it is tried again some time later.
+    Failed,
+}
+
+/// What a node's cache of snapshots' memories did since the node began, and what it holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryStatus {
+    /// Memories that were there when they were asked for, or on their way.
+    pub hits: u64,
+    /// Memories that had to be made from files.
+    pub misses: u64,
+    /// Memories that were given up for want of room.
+    pub evictions: u64,
+    /// Bytes of the guests whose memories are there.
+    pub bytes: u64,
+    /// Of it, what VMs map.
+    pub held_bytes: u64,
+    /// The most that may be there.
+    pub budget_bytes: u64,
 }
 
 /// What a root image is made from.

@@ -28,6 +28,8 @@ async fn the_first_wake_boots_and_the_next_ones_fork() -> Result<()> {
     let booted = individual(&platform, "one", &mut seen).await?;
     ensure!(booted["folder"] == folder_of(&one)?, "{booted}");
     templates(&platform, 1).await?;
+    let shown = platform.json(&["status", "one"])?;
+    ensure!(shown["vm"]["template"] == "ready", "{shown}");
 
     // The template is of the image: the first start of another app has it already.
     let two = platform.deploy("two", INDIVIDUAL, STAYS_AWAKE)?;

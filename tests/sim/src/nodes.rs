@@ -20,7 +20,8 @@ use spore_node::node::{Node, StartError, VmError};
 use spore_wire::guest::{Exec, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, VmStatus,
+    ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, TemplateStage,
+    VmStatus,
 };
 use spore_wire::snapshot::SnapshotInfo;
 use tokio::sync::mpsc;
@@ -243,6 +244,10 @@ impl Nodes for SimNodes {
         removed.map_err(|error| NodesError::Failed {
             message: error.to_string(),
         })
+    }
+
+    async fn template_stage(&self, vm: VmId) -> Result<Option<TemplateStage>, NodesError> {
+        Ok(self.node.template_stage(vm))
     }
 
     async fn node_status(&self) -> Result<NodeStatus, NodesError> {

@@ -22,6 +22,9 @@ const REGISTRIES: &[&str] = &[
 /// Where somebody's working copy happens to be.
 const FOREIGN_PATHS: &[&str] = &[concat!("/wo", "rk/")];
 
+/// How lines begin with which Git marks the two sides of a conflict.
+const CONFLICTS: &[&str] = &[concat!("<<<<", "<<< "), concat!(">>>>", ">>> ")];
+
 /// Written by cargo, which names its registry.
 const GENERATED: &[&str] = &["Cargo.lock"];
 
@@ -63,6 +66,10 @@ pub(crate) fn check(file: &TextFile, paths: &BTreeSet<&str>) -> Vec<Finding> {
         }
         if FOREIGN_PATHS.iter().any(|path| line.contains(path)) {
             let message = "a path of somebody's machine: name it from the repository's root";
+            findings.push(Finding::new(&file.path, number, message));
+        }
+        if CONFLICTS.iter().any(|mark| line.starts_with(mark)) {
+            let message = "a mark of a merge: keep one side and remove the marks";
             findings.push(Finding::new(&file.path, number, message));
         }
         if is_document {
@@ -171,6 +178,13 @@ mod tests {
     fn a_path_of_a_machine_is_found() {
         assert_eq!(messages("a.sh", concat!("cd /wo", "rk/x")).len(), 1);
         assert!(messages("a.sh", "target: homework/x").is_empty());
+    }
+
+    #[test]
+    fn both_sides_of_a_conflict_are_found() {
+        let text = concat!("<<<<", "<<< HEAD\na\n=======\nb\n>>>>", ">>> 1234567\n");
+        assert_eq!(messages("docs/a.md", text).len(), 2);
+        assert!(messages("a.sh", "cat <<EOF >>> x").is_empty());
     }
 
     #[test]

@@ -3,9 +3,10 @@
 use axum::Json as Answer;
 use axum::extract::State;
 use http::StatusCode;
-use spore_api::app::{App, AppState, AppVm, WakePhase};
+use spore_api::app::{App, AppState, AppTemplate, AppVm, WakePhase};
 use spore_api::page::{Page, PageQuery};
 use spore_api::span::Ms;
+use spore_wire::node::TemplateStage;
 
 use super::body::{InPath, Query};
 use super::error::Fault;
@@ -129,7 +130,11 @@ pub(super) async fn disable(
 async fn shown(converge: &Converge, app: &AppRef) -> Result<Answer<App>, Fault> {
     let stored = converge.app_record(app).await?;
     let stored = stored.ok_or_else(|| Fault::no_app(&app.app))?;
-    Ok(Answer(converge.app(app, &stored.record)))
+    let mut shown = converge.app(app, &stored.record);
+    if let Some(vm) = &mut shown.vm {
+        vm.template = converge.template(&vm.id).await;
+    }
+    Ok(Answer(shown))
 }
 
 impl Converge {
@@ -152,6 +157,19 @@ impl Converge {
     }
 
     /// The public form of an app.
+    /// How far the template is that this VM began from, or could have. Of a node that does not
+    /// answer nothing is known, which fails no call.
+    async fn template(&self, vm: &str) -> Option<AppTemplate> {
+        let stage = self.inner.nodes.template_stage(vm.parse().ok()?).await;
+        Some(match stage.ok()?? {
+            TemplateStage::Waiting => AppTemplate::Waiting,
+            TemplateStage::Booting => AppTemplate::Booting,
+            TemplateStage::Writing => AppTemplate::Writing,
+            TemplateStage::Ready => AppTemplate::Ready,
+            TemplateStage::Failed => AppTemplate::Failed,
+        })
+    }
+
     pub(super) fn app(&self, app: &AppRef, record: &AppRecord) -> App {
         let (scheme, port) = self.inner.config.public;
         let host = self.host(app);
@@ -202,5 +220,6 @@ fn vm_of(view: &View<'_>, now: Moment) -> Option<AppVm> {
         boot_id: status.boot_id.clone(),
         phases: phases.collect(),
         awake_for_ms: view.lease_until.0.saturating_sub(now.0),
+        template: None,
     })
 }

@@ -6,7 +6,7 @@ use axum::Json as Answer;
 use axum::extract::State;
 use http::header::CONTENT_TYPE;
 use spore_api::error::ErrorCode;
-use spore_api::status::{Status, Templates};
+use spore_api::status::{Memories, Status, Templates};
 use spore_wire::node::Boundary;
 
 use super::apps::state_of;
@@ -43,6 +43,14 @@ pub(super) async fn status(
             ready: node.templates.ready,
             hits: node.templates.hits,
             misses: node.templates.misses,
+        },
+        memories: Memories {
+            hits: node.memories.hits,
+            misses: node.memories.misses,
+            evictions: node.memories.evictions,
+            bytes: node.memories.bytes,
+            held_bytes: node.memories.held_bytes,
+            budget_bytes: node.memories.budget_bytes,
         },
         uptime_ms: api.converge.now().0,
         warnings: inner.config.warnings.clone(),
@@ -85,7 +93,8 @@ pub(super) async fn metrics(
             *count += 1;
         }
     }
-    let page = api.converge.inner.metrics.page(&apps);
+    let node = api.converge.inner.nodes.node_status().await?;
+    let page = api.converge.inner.metrics.page(&apps, &node.memories);
     let page = page.map_err(|error| Fault::new(ErrorCode::Internal, error.to_string()))?;
     Ok(([(CONTENT_TYPE, METRICS_TYPE)], page))
 }

@@ -240,6 +240,7 @@ async fn an_app_lives_and_dies_through_the_api() {
     assert_eq!(app["state"], "awake");
     assert_eq!(app["url"], "http://notes.localhost:8080/");
     assert_eq!(app["vm"]["boundary"], "none");
+    assert_eq!(app["vm"]["template"], "booting");
     assert_eq!(app["vm"]["phases"][0], json!({"name": "boot", "ms": 2.0}));
     let asleep = bench.ok("POST", "/api/v1/apps/notes/stop", None).await;
     assert_eq!(asleep["state"], "asleep");

@@ -5,7 +5,6 @@
 
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use async_trait::async_trait;
@@ -15,12 +14,12 @@ use spore_wire::gateway::{Activity, AppKey, FromGateway, Phase, ToGateway, WakeF
 use spore_wire::guest::{AppStatus, Exec, Exit, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    Boundary, ImageInfo, ImageKind, ImageRecipe, NodeStatus, Purpose, Source, StartVm, StopMode,
-    TemplateStatus, VmFailure, VmFailureKind, VmPhase, VmStatus,
+    Boundary, ImageInfo, ImageKind, ImageRecipe, MemoryStatus, NodeStatus, Purpose, Source,
+    StartVm, StopMode, TemplateStage, TemplateStatus, VmFailure, VmFailureKind, VmPhase, VmStatus,
 };
 use spore_wire::snapshot::SnapshotInfo;
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc};
 
 use crate::config::{Config, Timing};
 use crate::converge::{AppRef, Converge};
@@ -29,12 +28,11 @@ use crate::nodes::{
     ByteStream, CollectMode, ExecInput, ExecOutput, ExecSession, LogsWanted, Nodes, NodesError,
     Removal, Room, SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, VmPublisher, vm_feed,
 };
-use crate::store::memory::MemoryStore;
-use crate::store::record::app::APPS;
-use crate::store::record::sandbox::SANDBOXES;
-use crate::store::{CommitError, Entry, Range, Store, StoreError, Transaction, Watch, Write};
 
 mod snapshots;
+mod store;
+
+pub(crate) use store::MoodyStore;
 
 /// What VMs of a release do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -469,6 +467,11 @@ impl Nodes for FakeNodes {
         Ok(())
     }
 
+    async fn template_stage(&self, vm: VmId) -> Result<Option<TemplateStage>, NodesError> {
+        let is_there = self.running().iter().any(|(running, _)| *running == vm);
+        Ok(is_there.then_some(TemplateStage::Booting))
+    }
+
     async fn node_status(&self) -> Result<NodeStatus, NodesError> {
         Ok(NodeStatus {
             hypervisor: "qemu".to_owned(),
@@ -479,6 +482,7 @@ impl Nodes for FakeNodes {
             memory_mib_used: 0,
             vms: u32::try_from(self.running().len()).unwrap(),
             templates: TemplateStatus::default(),
+            memories: MemoryStatus::default(),
         })
     }
 }
@@ -606,60 +610,6 @@ impl Door for FakeDoor {
         if let (Some(answer), Some(control)) = (answer, self.control.get().cloned()) {
             tokio::spawn(async move { control.door_event(answer) });
         }
-    }
-}
-
-/// A store whose commits can be refused, or held up while they remove an app or a sandbox.
-#[derive(Debug)]
-pub(crate) struct MoodyStore {
-    pub(crate) store: MemoryStore,
-    pub(crate) is_full: AtomicBool,
-    pub(crate) holds_removals: watch::Sender<bool>,
-}
-
-impl MoodyStore {
-    pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self {
-            store: MemoryStore::default(),
-            is_full: AtomicBool::new(false),
-            holds_removals: watch::Sender::new(false),
-        })
-    }
-
-    pub(crate) fn fills(&self, is_full: bool) {
-        self.is_full.store(is_full, Ordering::Relaxed);
-    }
-}
-
-#[async_trait]
-impl Store for MoodyStore {
-    async fn get(&self, key: &str) -> Result<Option<Entry>, StoreError> {
-        self.store.get(key).await
-    }
-
-    async fn list(&self, range: Range) -> Result<Vec<Entry>, StoreError> {
-        self.store.list(range).await
-    }
-
-    async fn count(&self, prefix: &str) -> Result<u64, StoreError> {
-        self.store.count(prefix).await
-    }
-
-    async fn commit(&self, transaction: Transaction) -> Result<u64, CommitError> {
-        let is_held = |key: &str| key.starts_with(APPS) || key.starts_with(SANDBOXES);
-        let removes = |write: &Write| matches!(write, Write::Delete { key } if is_held(key));
-        if transaction.writes.iter().any(removes) {
-            let mut held = self.holds_removals.subscribe();
-            drop(held.wait_for(|held| !*held).await);
-        }
-        if self.is_full.load(Ordering::Relaxed) {
-            return Err(CommitError::Store(StoreError::DiskFull));
-        }
-        self.store.commit(transaction).await
-    }
-
-    fn watch(&self, prefix: &str) -> Watch {
-        self.store.watch(prefix)
     }
 }
 

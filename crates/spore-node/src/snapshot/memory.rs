@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use spore_wire::id::SnapshotId;
+use spore_wire::node::MemoryStatus;
 use thiserror::Error;
 use tokio::sync::OnceCell;
 use tokio::task;
@@ -79,6 +80,19 @@ pub struct CacheStatus {
     pub held_bytes: u64,
     /// The most that it should be.
     pub budget_bytes: u64,
+}
+
+impl From<CacheStatus> for MemoryStatus {
+    fn from(cache: CacheStatus) -> Self {
+        Self {
+            hits: cache.hits,
+            misses: cache.misses,
+            evictions: cache.evictions,
+            bytes: cache.bytes,
+            held_bytes: cache.held_bytes,
+            budget_bytes: cache.budget_bytes,
+        }
+    }
 }
 
 /// The images of one node.

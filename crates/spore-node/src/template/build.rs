@@ -9,7 +9,7 @@ use core::time::Duration;
 use spore_wire::cause::chain;
 use spore_wire::guest::Exec;
 use spore_wire::id::{SnapshotId, VmId};
-use spore_wire::node::{Owner, Purpose, Source, StartVm, StopMode, VmPhase};
+use spore_wire::node::{Owner, Purpose, Source, StartVm, StopMode, TemplateStage, VmPhase};
 use spore_wire::snapshot::SnapshotKind;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -70,13 +70,18 @@ pub(crate) async fn build_all(node: Node, mut queue: mpsc::Receiver<Wanted>) {
             node.templates().index().build_dropped(wanted.key);
             continue;
         }
+        node.templates()
+            .index()
+            .building(wanted.key, TemplateStage::Booting);
         let built = build(&node, &wanted).await;
         let took = begun.elapsed();
         let image = wanted.plan.image;
         let gone = match built {
             Ok(id) => {
                 tracing::info!(%id, %image, ?took, "a template is ready");
-                node.templates().index().built(wanted.key, id)
+                node.templates()
+                    .index()
+                    .built(wanted.key, id, Instant::now())
             }
             Err(error) => {
                 tracing::warn!(%image, error = %chain(&error), "a template was not built");
@@ -110,7 +115,7 @@ async fn build(node: &Node, wanted: &Wanted) -> Result<SnapshotId, BuildError> {
     let bits = || chance.bits().map_err(BuildError::Random);
     let (vm, id) = (VmId::from_bytes(bits()?), SnapshotId::from_bytes(bits()?));
     node.start(start_of(wanted, vm))?;
-    let built = boot_and_take(node, vm, id, wanted.release.as_deref()).await;
+    let built = boot_and_take(node, vm, id, wanted).await;
     if built.is_err() {
         // Unless it ended by itself.
         drop(node.stop(vm, StopMode::Kill).await);
@@ -152,8 +157,9 @@ async fn boot_and_take(
     node: &Node,
     vm: VmId,
     id: SnapshotId,
-    release: Option<&StartVm>,
+    wanted: &Wanted,
 ) -> Result<(), BuildError> {
+    let release = wanted.release.as_deref();
     let process = release.and_then(|release| release.process.as_ref());
     let app_max = process.map_or(0, |process| process.ready_timeout_ms);
     let up_max = BOOT_MAX + Duration::from_millis(app_max);
@@ -174,6 +180,9 @@ async fn boot_and_take(
         key: None,
         made_at_s: node.host().config.clock.realtime().as_secs(),
     };
+    node.templates()
+        .index()
+        .building(wanted.key, TemplateStage::Writing);
     node.take(vm, take).await?;
     Ok(())
 }

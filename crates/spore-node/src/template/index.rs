@@ -15,7 +15,7 @@ use core::time::Duration;
 use std::collections::BTreeMap;
 
 use spore_wire::id::{ImageId, SnapshotId};
-use spore_wire::node::{Resources, TemplateMiss};
+use spore_wire::node::{Resources, TemplateMiss, TemplateStage};
 use spore_wire::snapshot::Shape;
 use tokio::time::Instant;
 
@@ -24,6 +24,9 @@ pub(crate) const TEMPLATES_MAX: usize = 32;
 
 /// Forks of a template that may fail in a row, before it is made anew.
 const FORK_FAILURES_MAX: u32 = 2;
+
+/// How old a template gets: what was read into its memory is read again now and then.
+pub(crate) const AGE_MAX: Duration = Duration::from_hours(30 * 24);
 
 /// The first pause after a build that failed; it doubles.
 const REST_LEAST: Duration = Duration::from_secs(30);
@@ -98,6 +101,8 @@ pub(crate) type AppOf = (String, String);
 pub(crate) struct Index {
     entries: BTreeMap<Key, Entry>,
     uses: u64,
+    /// What is being built, and how far that is.
+    under_way: Option<(Key, TemplateStage)>,
 }
 
 #[derive(Debug)]
@@ -111,8 +116,15 @@ struct Entry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Standing {
     Wanted,
-    Ready { id: SnapshotId, forks_failed: u32 },
-    Resting { until: Instant },
+    Ready {
+        id: SnapshotId,
+        forks_failed: u32,
+        /// When it is too old.
+        until: Instant,
+    },
+    Resting {
+        until: Instant,
+    },
 }
 
 impl Index {
@@ -137,6 +149,11 @@ impl Index {
             return Answer::MissFirst(TemplateMiss::None);
         }
         match entry.standing {
+            Standing::Ready { until, .. } if until <= now => {
+                // Its snapshot is nobody's now, and collected.
+                entry.standing = Standing::Wanted;
+                Answer::MissFirst(TemplateMiss::None)
+            }
             Standing::Ready { id, .. } => Answer::Hit(id),
             Standing::Wanted => Answer::Miss(TemplateMiss::Building),
             Standing::Resting { until } if until > now => Answer::Miss(TemplateMiss::Failed),
@@ -147,27 +164,45 @@ impl Index {
         }
     }
 
+    /// How far this one is, if anybody wanted it.
+    pub(crate) fn stage(&self, key: Key) -> Option<TemplateStage> {
+        let entry = self.entries.get(&key)?;
+        Some(match (entry.standing, self.under_way) {
+            (Standing::Ready { .. }, _) => TemplateStage::Ready,
+            (Standing::Resting { .. }, _) => TemplateStage::Failed,
+            (Standing::Wanted, Some((built, stage))) if built == key => stage,
+            (Standing::Wanted, _) => TemplateStage::Waiting,
+        })
+    }
+
+    /// One is being built.
+    pub(crate) fn building(&mut self, key: Key, stage: TemplateStage) {
+        self.under_way = Some((key, stage));
+    }
+
     /// A template was built; answers those that are too many now. That is this one itself, if
     /// nobody wants it any more.
     #[must_use]
-    pub(crate) fn built(&mut self, key: Key, id: SnapshotId) -> Vec<SnapshotId> {
+    pub(crate) fn built(&mut self, key: Key, id: SnapshotId, now: Instant) -> Vec<SnapshotId> {
         match self.entries.remove(&key) {
             None => vec![id],
             Some(wanted) => {
-                let mut gone = self.found(key, wanted.app, id);
+                let mut gone = self.found(key, wanted.app, id, now + AGE_MAX);
                 gone.extend(id_of(wanted.standing).filter(|old| *old != id));
                 gone
             }
         }
     }
 
-    /// A template is there; answers those that are too many now. Of an app there is one.
+    /// A template is there, and good for so long; answers those that are too many now. Of an app
+    /// there is one.
     #[must_use]
     pub(crate) fn found(
         &mut self,
         key: Key,
         app: Option<AppOf>,
         id: SnapshotId,
+        until: Instant,
     ) -> Vec<SnapshotId> {
         self.uses += 1;
         let mut gone = match &app {
@@ -177,6 +212,7 @@ impl Index {
         let standing = Standing::Ready {
             id,
             forks_failed: 0,
+            until,
         };
         let entry = Entry {
             standing,
@@ -233,7 +269,9 @@ impl Index {
     /// A VM from this template works.
     pub(crate) fn fork_worked(&mut self, worked: SnapshotId) {
         for entry in self.entries.values_mut() {
-            if let Standing::Ready { id, forks_failed } = &mut entry.standing
+            if let Standing::Ready {
+                id, forks_failed, ..
+            } = &mut entry.standing
                 && *id == worked
             {
                 *forks_failed = 0;
@@ -244,7 +282,9 @@ impl Index {
     /// A VM could not be begun from this template; answers whether the template is given up.
     pub(crate) fn fork_failed(&mut self, failed: SnapshotId, now: Instant) -> bool {
         for entry in self.entries.values_mut() {
-            if let Standing::Ready { id, forks_failed } = &mut entry.standing
+            if let Standing::Ready {
+                id, forks_failed, ..
+            } = &mut entry.standing
                 && *id == failed
             {
                 *forks_failed += 1;
@@ -282,11 +322,11 @@ mod tests {
     use core::time::Duration;
 
     use spore_wire::id::{ImageId, SnapshotId};
-    use spore_wire::node::{Resources, TemplateMiss};
+    use spore_wire::node::{Resources, TemplateMiss, TemplateStage};
     use spore_wire::snapshot::Shape;
     use tokio::time::Instant;
 
-    use super::{Answer, AppOf, Host, Index, Key, TEMPLATES_MAX};
+    use super::{AGE_MAX, Answer, AppOf, Host, Index, Key, TEMPLATES_MAX};
 
     const SMALL: Resources = Resources {
         cpus: 1,
@@ -357,11 +397,41 @@ mod tests {
             index.ask(key(1), None, now),
             Answer::Miss(TemplateMiss::Building)
         );
-        assert!(index.built(key(1), id(1)).is_empty());
+        assert!(index.built(key(1), id(1), now).is_empty());
         assert_eq!(index.ask(key(1), None, now), Answer::Hit(id(1)));
         // A second one in its place frees the first.
-        assert_eq!(index.built(key(1), id(2)), [id(1)]);
+        assert_eq!(index.built(key(1), id(2), now), [id(1)]);
         assert_eq!(index.ids(), [id(2)]);
+    }
+
+    #[test]
+    fn an_old_one_is_made_anew() {
+        let (mut index, now) = (Index::default(), Instant::now());
+        let _first = index.ask(key(1), None, now);
+        let _gone = index.built(key(1), id(1), now);
+        let almost = now + AGE_MAX - Duration::from_secs(1);
+        assert_eq!(index.ask(key(1), None, almost), Answer::Hit(id(1)));
+        let then = now + AGE_MAX;
+        let old = index.ask(key(1), None, then);
+        assert_eq!(old, Answer::MissFirst(TemplateMiss::None));
+        assert!(index.ids().is_empty(), "nothing keeps it on the disk");
+        assert!(index.built(key(1), id(2), then).is_empty());
+        assert_eq!(index.ask(key(1), None, then), Answer::Hit(id(2)));
+    }
+
+    #[test]
+    fn how_far_one_is_can_be_asked() {
+        let (mut index, now) = (Index::default(), Instant::now());
+        assert_eq!(index.stage(key(1)), None, "nobody wants it");
+        let _first = index.ask(key(1), None, now);
+        let _first = index.ask(key(2), None, now);
+        index.building(key(2), TemplateStage::Booting);
+        let stages = [index.stage(key(1)), index.stage(key(2))].map(Option::unwrap);
+        assert_eq!(stages, [TemplateStage::Waiting, TemplateStage::Booting]);
+        index.build_failed(key(2), now);
+        assert_eq!(index.stage(key(2)), Some(TemplateStage::Failed));
+        let _gone = index.built(key(1), id(1), now);
+        assert_eq!(index.stage(key(1)), Some(TemplateStage::Ready));
     }
 
     #[test]
@@ -384,7 +454,7 @@ mod tests {
     fn forks_that_fail_in_a_row_end_a_template_and_one_that_works_counts_anew() {
         let (mut index, now) = (Index::default(), Instant::now());
         let _first = index.ask(key(1), None, now);
-        let _gone = index.built(key(1), id(1));
+        let _gone = index.built(key(1), id(1), now);
         assert!(!index.fork_failed(id(1), now));
         index.fork_worked(id(1));
         assert!(!index.fork_failed(id(1), now));
@@ -401,10 +471,17 @@ mod tests {
         let (mut index, now) = (Index::default(), Instant::now());
         let count = u8::try_from(TEMPLATES_MAX).unwrap();
         for number in 0..count {
-            assert!(index.found(key(number.into()), None, id(number)).is_empty());
+            assert!(
+                index
+                    .found(key(number.into()), None, id(number), now + AGE_MAX)
+                    .is_empty()
+            );
         }
         assert_eq!(index.ask(key(0), None, now), Answer::Hit(id(0)));
-        assert_eq!(index.found(key(1000), None, id(count)), [id(1)]);
+        assert_eq!(
+            index.found(key(1000), None, id(count), now + AGE_MAX),
+            [id(1)]
+        );
         assert_eq!(index.ids().len(), TEMPLATES_MAX);
     }
 
@@ -426,12 +503,12 @@ mod tests {
         let ((old, app), (new, _)) = (of(1), of(2));
         let first = index.ask(old, app.clone(), now);
         assert_eq!(first, Answer::MissFirst(TemplateMiss::None));
-        assert!(index.built(old, id(1)).is_empty());
+        assert!(index.built(old, id(1), now).is_empty());
         // Until the next one's is there, going back needs no other.
         let first = index.ask(new, app.clone(), now);
         assert_eq!(first, Answer::MissFirst(TemplateMiss::None));
         assert_eq!(index.ask(old, app.clone(), now), Answer::Hit(id(1)));
-        assert_eq!(index.built(new, id(2)), [id(1)]);
+        assert_eq!(index.built(new, id(2), now), [id(1)]);
         assert_eq!(index.ask(new, app.clone(), now), Answer::Hit(id(2)));
         let again = index.ask(old, app.clone(), now);
         assert_eq!(again, Answer::MissFirst(TemplateMiss::None));
@@ -447,9 +524,9 @@ mod tests {
         assert_eq!(other, Answer::MissFirst(TemplateMiss::None));
         let _first = index.ask(old, Some(app.clone()), now);
         assert!(index.forget(&app).is_empty(), "it is being built");
-        assert_eq!(index.built(old, id(1)), [id(1)]);
+        assert_eq!(index.built(old, id(1), now), [id(1)]);
         let _first = index.ask(new, Some(app.clone()), now);
-        assert!(index.built(new, id(2)).is_empty());
+        assert!(index.built(new, id(2), now).is_empty());
         assert_eq!(index.forget(&app), [id(2)]);
         assert_eq!(
             index.ask(key(1), None, now),

@@ -9,7 +9,8 @@
 mod build;
 mod index;
 
-use std::collections::BTreeSet;
+use core::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,14 +20,14 @@ use spore_wire::cause::chain;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     NodeEvent, Owner, Purpose, Resources, Source, StartVm, StopMode, TemplateMiss, TemplateOf,
-    TemplateStatus, VmFailureKind, VmPhase, VmStatus,
+    TemplateStage, TemplateStatus, VmFailureKind, VmPhase, VmStatus,
 };
 use spore_wire::snapshot::{PUBLIC_ACCOUNT, SnapshotInfo, SnapshotKind};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use self::build::build_all;
-use self::index::{Answer, AppOf, Host, Index, Key};
+use self::index::{AGE_MAX, Answer, AppOf, Host, Index, Key};
 use crate::hypervisor::Machine;
 use crate::node::Node;
 use crate::snapshot::Cascade;
@@ -44,6 +45,8 @@ const BUILDER: &str = "template";
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Resolved {
     hit: Option<SnapshotId>,
+    /// Of what kind of template it is, if it may begin from one.
+    key: Option<Key>,
     /// Why it is booted although it could have begun from a template.
     pub(crate) missed: Option<TemplateMiss>,
     /// What is to be built because of it.
@@ -56,11 +59,12 @@ impl Resolved {
         self.hit.is_some()
     }
 
-    const fn missed(why: TemplateMiss, wanted: Option<(Key, Plan)>) -> Self {
+    const fn unsupported() -> Self {
         Self {
             hit: None,
-            missed: Some(why),
-            wanted,
+            key: None,
+            missed: Some(TemplateMiss::Unsupported),
+            wanted: None,
         }
     }
 }
@@ -90,6 +94,8 @@ pub(crate) struct Wanted {
 pub(crate) struct Templates {
     index: Mutex<Index>,
     queue: mpsc::Sender<Wanted>,
+    /// What each VM could have begun from, until it is over.
+    of_vms: Mutex<BTreeMap<VmId, Key>>,
     hits: AtomicU64,
     misses: AtomicU64,
 }
@@ -101,6 +107,7 @@ impl Templates {
         let templates = Self {
             index: Mutex::default(),
             queue,
+            of_vms: Mutex::default(),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         };
@@ -117,6 +124,7 @@ impl Templates {
         &self,
         info: &SnapshotInfo,
         host: impl Fn(Resources) -> Host,
+        now_s: u64,
     ) -> Vec<SnapshotId> {
         let Some(meta) = info.meta.as_ref() else {
             // Whoever it was of: that is not this cache's to remove.
@@ -135,10 +143,14 @@ impl Templates {
         };
         let (account, image, size) = (&meta.account, meta.image, meta.resources);
         let key = |host: &Host| Key::of(account, image, size, release, host);
-        if info.damage.is_some() || key(&then) != key(&now) {
+        let age = Duration::from_secs(now_s.saturating_sub(meta.made_at_s));
+        let left = AGE_MAX.saturating_sub(age);
+        if info.damage.is_some() || key(&then) != key(&now) || left.is_zero() {
             return vec![info.id];
         }
-        self.index().found(key(&now), app.map(app_of), info.id)
+        let until = Instant::now() + left;
+        self.index()
+            .found(key(&now), app.map(app_of), info.id, until)
     }
 
     /// What a VM begins from that may begin from a template.
@@ -148,7 +160,7 @@ impl Templates {
             TemplateOf::Account | TemplateOf::Everybody => (None, None),
             // There is nothing that such a start could begin from, or leave to others.
             TemplateOf::Release if start.has_secrets() || !start.begins_warm() => {
-                return Resolved::missed(TemplateMiss::Unsupported, None);
+                return Resolved::unsupported();
             }
             TemplateOf::Release => (release_of(start), Some(app_of(&start.owner))),
         };
@@ -159,14 +171,27 @@ impl Templates {
             image: start.image,
             resources: start.resources,
         };
-        match self.index().ask(key, app, Instant::now()) {
-            Answer::Hit(id) => Resolved {
-                hit: Some(id),
-                ..Resolved::default()
-            },
-            Answer::MissFirst(why) => Resolved::missed(why, Some((key, plan))),
-            Answer::Miss(why) => Resolved::missed(why, None),
+        let (hit, missed, wanted) = match self.index().ask(key, app, Instant::now()) {
+            Answer::Hit(id) => (Some(id), None, None),
+            Answer::MissFirst(why) => (None, Some(why), Some((key, plan))),
+            Answer::Miss(why) => (None, Some(why), None),
+        };
+        Resolved {
+            hit,
+            key: Some(key),
+            missed,
+            wanted,
         }
+    }
+
+    fn of_vms(&self) -> MutexGuard<'_, BTreeMap<VmId, Key>> {
+        self.of_vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How far the template is that this VM began from, or could have.
+    pub(crate) fn stage(&self, vm: VmId) -> Option<TemplateStage> {
+        let key = self.of_vms().get(&vm).copied()?;
+        self.index().stage(key)
     }
 
     /// The start that this was for is on its way, or was refused. What it wanted is built behind
@@ -180,6 +205,9 @@ impl Templates {
                 _ => &self.hits,
             };
             count.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(key) = resolved.key.filter(|_key| taken) {
+            self.of_vms().insert(start.vm, key);
         }
         let Some((key, plan)) = resolved.wanted else {
             return;
@@ -209,6 +237,9 @@ impl Templates {
     pub(crate) async fn watch(&self, mut forks: Watch) {
         loop {
             let NodeEvent::Vm(status) = forks.next().await;
+            if status.phase.is_over() {
+                self.of_vms().remove(&status.vm);
+            }
             self.fared(&status);
         }
     }
@@ -233,6 +264,13 @@ impl Templates {
 }
 
 impl Node {
+    /// How far the template is that a VM began from, or could have begun from; `None` when there
+    /// is none to be, and of VMs of an earlier daemon.
+    #[must_use]
+    pub fn template_stage(&self, vm: VmId) -> Option<TemplateStage> {
+        self.templates().stage(vm)
+    }
+
     /// The templates that starts begin from: nobody else knows that they are needed.
     #[must_use]
     pub fn template_ids(&self) -> Vec<SnapshotId> {
@@ -249,9 +287,9 @@ impl Node {
             return Ok(());
         }
         for info in self.snapshots().templates().await? {
-            let useless = self
-                .templates()
-                .found(&info, |resources| self.host_of(resources));
+            let now_s = self.host().config.clock.realtime().as_secs();
+            let host = |resources| self.host_of(resources);
+            let useless = self.templates().found(&info, host, now_s);
             for id in useless {
                 self.forget_template(&info.account, id).await;
             }
@@ -277,7 +315,7 @@ impl Node {
             let host = self.host_of(machine.resources);
             self.templates().resolve(start, of, &host)
         } else {
-            Resolved::missed(TemplateMiss::Unsupported, None)
+            Resolved::unsupported()
         };
         start.source = resolved.hit.map_or(Source::Boot, Source::Snapshot);
         resolved

@@ -7,7 +7,7 @@ use spore_node::config::KillPoint;
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::id::SnapshotId;
 use spore_wire::node::{
-    NodeEvent, Purpose, Source, StartVm, TemplateMiss, TemplateOf, VmPhase, VmStatus,
+    NodeEvent, Purpose, Source, StartVm, TemplateMiss, TemplateOf, TemplateStage, VmPhase, VmStatus,
 };
 use tokio::time::Instant;
 
@@ -49,6 +49,16 @@ fn the_first_start_boots_and_later_ones_of_any_account_fork() {
             (first.source, first.missed),
             (Source::Boot, Some(TemplateMiss::None))
         );
+        let mut stages = Vec::new();
+        while stages.last() != Some(&TemplateStage::Ready) {
+            let stage = bench.node.template_stage(vm(1)).unwrap();
+            if stages.last() != Some(&stage) {
+                stages.push(stage);
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(stages.is_sorted(), "{stages:?}");
+        assert!(stages.contains(&TemplateStage::Booting), "{stages:?}");
         templates(&bench, 1).await;
         let mut other = warm(2, "other");
         other.owner.account = "neighbour".to_owned();
@@ -72,6 +82,7 @@ fn the_first_start_boots_and_later_ones_of_any_account_fork() {
         for number in [1, 3, 2, 4, 5] {
             stop(&bench, number).await;
         }
+        assert_eq!(bench.node.template_stage(vm(1)), None, "it is over");
         bench.nothing_is_left();
     });
 }

@@ -19,6 +19,7 @@ use spore_api::release::{CreateRelease, ReleaseState};
 use super::Context;
 use super::logs::shown;
 use super::output::{Format, Look};
+use super::status::template_text;
 use super::steps::Steps;
 use super::upload::{build, upload};
 use crate::manifest::{ImageChoice, Manifest};
@@ -123,6 +124,10 @@ pub(super) async fn finish(context: &Context, name: &AppName, ended: Operation) 
                 .unwrap_or_default();
             output.note(&format!("{name}{release} is live"));
             output.line(&output.paint(Look::Strong, &app.url))?;
+            let template = app.vm.as_ref().and_then(|vm| vm.template);
+            if let Some(template) = template {
+                output.note(&format!("template {}", template_text(template)));
+            }
         }
     }
     Ok(0)

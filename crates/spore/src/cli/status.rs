@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use spore_api::app::App;
+use spore_api::app::{App, AppTemplate};
 use spore_api::name::AppName;
 use spore_api::release::{Release, ReleaseState};
 
 use super::Context;
-use super::output::{Cell, Format, Look, moment, time_text};
+use super::output::{Cell, Format, Look, bytes_text, moment, time_text};
 use super::ps::state;
 
 /// The most releases that are shown.
@@ -50,6 +50,14 @@ async fn platform(context: &Context) -> Result<u8> {
         "{} ready; {} starts began from one, {} were booted",
         status.templates.ready, status.templates.hits, status.templates.misses
     );
+    let memories = &status.memories;
+    let memories = format!(
+        "{} of {}; {} forks found theirs there, {} read it",
+        bytes_text(memories.bytes),
+        bytes_text(memories.budget_bytes),
+        memories.hits,
+        memories.misses
+    );
     output.facts(&[
         ("version", Cell::new(&status.version)),
         (
@@ -66,6 +74,7 @@ async fn platform(context: &Context) -> Result<u8> {
         ("vms", Cell::new(status.vms.to_string())),
         ("memory", Cell::new(memory)),
         ("templates", Cell::new(templates)),
+        ("snapshot memory", Cell::new(memories)),
         (
             "up",
             Cell::new(time_text(Duration::from_millis(status.uptime_ms))),
@@ -120,6 +129,9 @@ fn facts(app: &App) -> Vec<(&'static str, Cell)> {
         if !vm.phases.is_empty() {
             facts.push(("wake", Cell::new(super::power::phases(vm))));
         }
+        if let Some(template) = vm.template {
+            facts.push(("template", Cell::new(template_text(template))));
+        }
         if vm.awake_for_ms > 0 {
             let time = time_text(Duration::from_millis(vm.awake_for_ms));
             facts.push((
@@ -132,6 +144,17 @@ fn facts(app: &App) -> Vec<(&'static str, Cell)> {
         facts.push(("last failure", Cell::new(failure).look(Look::Bad)));
     }
     facts
+}
+
+/// What a template's stage means for the next wake.
+pub(super) const fn template_text(template: AppTemplate) -> &'static str {
+    match template {
+        AppTemplate::Waiting => "to be built, in the background; the next wake boots until then",
+        AppTemplate::Booting => "being built: its VM boots; the next wake boots until then",
+        AppTemplate::Writing => "being built: it is written; the next wake boots until then",
+        AppTemplate::Ready => "ready: the next wake forks it",
+        AppTemplate::Failed => "not built, and tried again later; the daemon's log says why",
+    }
 }
 
 fn newest(mut releases: Vec<Release>) -> Vec<Release> {

@@ -26,7 +26,8 @@ use spore_wire::cause::chain;
 use spore_wire::guest::{AgentErrorCode, Exec, OutputKind, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, VmStatus,
+    ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, TemplateStage,
+    VmStatus,
 };
 use spore_wire::snapshot::SnapshotInfo;
 use tokio::io::AsyncReadExt;
@@ -267,6 +268,10 @@ impl Nodes for Host {
         blocking(move || node.log_remove(&account, &app))
             .await?
             .map_err(|error| log_error(&error))
+    }
+
+    async fn template_stage(&self, vm: VmId) -> Result<Option<TemplateStage>, NodesError> {
+        Ok(self.node.template_stage(vm))
     }
 
     async fn node_status(&self) -> Result<NodeStatus, NodesError> {

@@ -141,7 +141,7 @@ pub(crate) const NOTES: &str = r#"{"name":"notes","account":"me",
   "vm":{"id":"abcdefghijklmnopqrstuvwxyz","boundary":"none",
   "boundary_text":"none (qemu-tcg)","phases":[
     {"name":"prepare","ms":12.5},{"name":"boot","ms":1800.0},{"name":"app","ms":700.25}],
-    "awake_for_ms":600000},
+    "awake_for_ms":600000,"template":"booting"},
   "created_at":"2026-01-02T03:04:05.678Z"}"#;
 const SLEEPY: &str = r#"{"name":"sleepy","account":"me","url":"http://sleepy.localhost:8080/",
   "state":"failing","enabled":true,
@@ -150,7 +150,9 @@ const SPEC: &str = r#"{"image":"debian/python3","command":["python3","app.py"],"
 const STATUS: &str = r#"{"version":"0.1.0","base":"localhost","gateway":"127.0.0.1:8080",
   "hypervisor":"qemu 7.2","boundary":"none","boundary_text":"none (qemu-tcg)",
   "kernel":"6.1.0-41-cloud-amd64","apps":2,"vms":1,"memory_mib_total":8192,
-  "memory_mib_used":256,"templates":{"ready":1,"hits":41,"misses":2},"uptime_ms":7260000,
+  "memory_mib_used":256,"templates":{"ready":1,"hits":41,"misses":2},
+  "memories":{"hits":40,"misses":1,"evictions":0,"bytes":268435456,"held_bytes":0,
+    "budget_bytes":1073741824},"uptime_ms":7260000,
   "warnings":["software emulation is not a security boundary"]}"#;
 const LOGS: &str = concat!(
     r#"{"at":"2026-01-02T03:04:05.1Z","vm":"v","release":2,"from":"stdout","text":"listening"}"#,

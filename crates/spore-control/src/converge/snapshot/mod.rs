@@ -55,8 +55,8 @@ pub(crate) enum SnapshotError {
     /// What it holds would be in the snapshot.
     #[error(
         "{of} holds secrets, and so would a snapshot of it and all that is forked from that: say \
-         `--allow-secrets` (`allow_secrets`) to have it all the same; its memory is encrypted on \
-         the disk then, what it wrote to its scratch disk is not"
+         `--allow-secrets` (`allow_secrets`) to have it all the same; it is encrypted on the disk \
+         then"
     )]
     HoldsSecrets { of: String },
     /// It goes on once, and by itself.
