@@ -6,7 +6,6 @@ use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 use spore_api::image::{self, GcReport, GcRequest, ImageFrom};
 use spore_api::name::ImageName;
-use spore_api::page::Page;
 
 use super::Context;
 use super::output::{Cell, Format, bytes_text, moment};
@@ -86,20 +85,9 @@ async fn list(context: &Context) -> Result<u8> {
         .images()
         .await
         .context("cannot list the images")?;
-    let output = &context.output;
-    if output.format() == Format::Json {
-        output.json(&Page {
-            items: images,
-            next: None,
-        })?;
-        return Ok(0);
-    }
-    if images.is_empty() {
-        output.note("no images yet. Build one: spore image build NAME --packages python3");
-        return Ok(0);
-    }
-    let rows: Vec<Vec<Cell>> = images.iter().map(row).collect();
-    output.table(&["NAME", "ID", "SIZE", "APPS", "MADE"], &rows)?;
+    let headings = ["NAME", "ID", "SIZE", "APPS", "MADE"];
+    let none = "no images yet. Build one: spore image build NAME --packages python3";
+    context.output.list(&images, &headings, row, none)?;
     Ok(0)
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use serde::Serialize;
+use spore_api::page::Page;
 
 use super::failure::Failure;
 use crate::config::{Colour, Screen};
@@ -169,6 +170,26 @@ impl Output {
             (Stream::Pipe, _) | (_, Format::Json) => ProgressBar::hidden(),
             _ => ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10)),
         }
+    }
+
+    /// All there are of a kind: a page for programs, a row each for people, or this note.
+    pub(crate) fn list<T: Serialize>(
+        &self,
+        items: &[T],
+        headings: &[&str],
+        row: impl Fn(&T) -> Vec<Cell>,
+        none: &str,
+    ) -> io::Result<()> {
+        if self.format == Format::Json {
+            let items = items.iter().collect();
+            return self.json(&Page { items, next: None });
+        }
+        if items.is_empty() {
+            self.note(none);
+            return Ok(());
+        }
+        let rows: Vec<Vec<Cell>> = items.iter().map(row).collect();
+        self.table(headings, &rows)
     }
 
     /// Rows under headings, aligned; the last column may be as wide as it likes.

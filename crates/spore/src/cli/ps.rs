@@ -3,10 +3,9 @@
 use anyhow::{Context as _, Result};
 use clap::Args;
 use spore_api::app::{App, AppState};
-use spore_api::page::Page;
 
 use super::Context;
-use super::output::{Cell, Format, Look};
+use super::output::{Cell, Look};
 
 /// List apps
 #[derive(Debug, Args)]
@@ -20,20 +19,9 @@ impl Ps {
             .apps()
             .await
             .context("cannot list the apps")?;
-        let output = &context.output;
-        if output.format() == Format::Json {
-            output.json(&Page {
-                items: apps,
-                next: None,
-            })?;
-            return Ok(0);
-        }
-        if apps.is_empty() {
-            output.note("no apps yet. Deploy one: spore deploy FOLDER");
-            return Ok(0);
-        }
-        let rows: Vec<Vec<Cell>> = apps.iter().map(row).collect();
-        output.table(&["NAME", "STATE", "RELEASE", "BOUNDARY", "URL"], &rows)?;
+        let headings = ["NAME", "STATE", "RELEASE", "BOUNDARY", "URL"];
+        let none = "no apps yet. Deploy one: spore deploy FOLDER";
+        context.output.list(&apps, &headings, row, none)?;
         Ok(0)
     }
 }

@@ -3,7 +3,6 @@
 use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 use spore_api::name::SandboxId;
-use spore_api::page::Page;
 use spore_api::sandbox::{self, RollbackSandbox, SandboxState};
 
 use super::Context;
@@ -75,18 +74,13 @@ async fn list(context: &Context) -> Result<u8> {
     let sandboxes = context.client.sandboxes().await;
     let items = sandboxes.context("cannot list the sandboxes")?;
     let output = &context.output;
-    if output.format() == Format::Json {
-        output.json(&Page { items, next: None })?;
-        return Ok(0);
-    }
-    if items.is_empty() {
-        output.note("no sandboxes. Open some: spore fork APP|TAG -n 3");
-        return Ok(0);
-    }
-    let rows: Vec<Vec<Cell>> = items.iter().map(row).collect();
-    output.table(&["ID", "STATE", "FROM", "OPENED"], &rows)?;
+    let headings = ["ID", "STATE", "FROM", "OPENED"];
+    let none = "no sandboxes. Open some: spore fork APP|TAG -n 3";
+    output.list(&items, &headings, row, none)?;
     for sandbox in &items {
-        if let Some(reason) = &sandbox.ended {
+        if let Some(reason) = &sandbox.ended
+            && output.format() == Format::Text
+        {
             let reason = super::output::harmless(reason);
             output.note(&format!("{} has ended: {reason}", sandbox.id));
         }

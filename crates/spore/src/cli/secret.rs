@@ -12,7 +12,6 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use spore_api::limits::SECRET_BYTES_MAX;
 use spore_api::name::{AppName, SecretName};
-use spore_api::page::Page;
 use spore_api::secret::PutSecret;
 use thiserror::Error;
 use zeroize::{Zeroize as _, Zeroizing};
@@ -170,19 +169,6 @@ impl Ls {
         let (app, output) = (self.which.app, &context.output);
         let secrets = context.client.secrets(&app).await;
         let secrets = secrets.with_context(|| format!("cannot list the secrets of {app}"))?;
-        if output.format() == Format::Json {
-            output.json(&Page {
-                items: secrets,
-                next: None,
-            })?;
-            return Ok(0);
-        }
-        if secrets.is_empty() {
-            output.note(&format!(
-                "{app} has no secrets. Set one: spore secret set {app} NAME"
-            ));
-            return Ok(0);
-        }
         let row = |secret: &spore_api::secret::Secret| {
             let used = if secret.used { "yes" } else { "no" };
             vec![
@@ -191,8 +177,8 @@ impl Ls {
                 Cell::new(used),
             ]
         };
-        let rows: Vec<Vec<Cell>> = secrets.iter().map(row).collect();
-        output.table(&["NAME", "SET", "USED"], &rows)?;
+        let none = format!("{app} has no secrets. Set one: spore secret set {app} NAME");
+        output.list(&secrets, &["NAME", "SET", "USED"], row, &none)?;
         Ok(0)
     }
 }

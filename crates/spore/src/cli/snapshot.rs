@@ -3,7 +3,6 @@
 use anyhow::{Context as _, Result};
 use clap::{Args, Subcommand};
 use spore_api::image::GcRequest;
-use spore_api::page::Page;
 use spore_api::snapshot::{self, RemoveSnapshot, SnapshotKind};
 
 use super::Context;
@@ -84,20 +83,9 @@ impl Snapshot {
 async fn list(context: &Context) -> Result<u8> {
     let snapshots = context.client.snapshots().await;
     let items = snapshots.context("cannot list the snapshots")?;
-    let output = &context.output;
-    if output.format() == Format::Json {
-        output.json(&Page { items, next: None })?;
-        return Ok(0);
-    }
-    if items.is_empty() {
-        output.note("no snapshots yet. Take one: spore checkpoint APP --tag TAG");
-        return Ok(0);
-    }
-    let rows: Vec<Vec<Cell>> = items.iter().map(row).collect();
-    output.table(
-        &["TAG", "ID", "OF", "SIZE", "DEPTH", "SANDBOXES", "TAKEN"],
-        &rows,
-    )?;
+    let headings = ["TAG", "ID", "OF", "SIZE", "DEPTH", "SANDBOXES", "TAKEN"];
+    let none = "no snapshots yet. Take one: spore checkpoint APP --tag TAG";
+    context.output.list(&items, &headings, row, none)?;
     Ok(0)
 }
 
