@@ -341,13 +341,18 @@ async fn exec(State(memory): State<Memory>, uri: Uri, upgrade: WebSocketUpgrade)
     }
     upgrade
         .protocols([SUBPROTOCOL])
-        .on_upgrade(move |socket| run(memory, socket))
+        .on_upgrade(async move |mut socket| {
+            run(memory, &mut socket).await;
+            // A connection that is closed with something unread takes back what was said last.
+            socket.send(Message::Close(None)).await.ok();
+            while let Some(Ok(_unread)) = socket.recv().await {}
+        })
 }
 
 /// `cat` gives its input back, `exit N` ends with N, `die` by signal 9, `late` by its time,
 /// `refuse` by an error, `wait` ends with the number of the first signal, anything else writes its
 /// arguments.
-async fn run(memory: Memory, mut socket: WebSocket) {
+async fn run(memory: Memory, socket: &mut WebSocket) {
     let Some(Ok(Message::Text(text))) = socket.recv().await else {
         return;
     };
@@ -362,14 +367,14 @@ async fn run(memory: Memory, mut socket: WebSocket) {
                 };
                 match (bytes[0], &bytes[1..]) {
                     (0, []) => break,
-                    (0, rest) => send(&mut socket, Channel::Stdout, rest).await,
+                    (0, rest) => send(socket, Channel::Stdout, rest).await,
                     _ => {}
                 }
             }
             ExecExit::Code { code: 0 }
         }
         ["wait"] => {
-            send(&mut socket, Channel::Stdout, b"ready\n").await;
+            send(socket, Channel::Stdout, b"ready\n").await;
             loop {
                 let Some(Ok(Message::Binary(bytes))) = socket.recv().await else {
                     return;
@@ -387,27 +392,17 @@ async fn run(memory: Memory, mut socket: WebSocket) {
         ["late"] => ExecExit::Timeout,
         ["refuse"] => {
             let error = ApiError::new(ErrorCode::AppFailed, "there is no program `refuse`");
-            send(
-                &mut socket,
-                Channel::Error,
-                &serde_json::to_vec(&error).unwrap(),
-            )
-            .await;
+            send(socket, Channel::Error, &serde_json::to_vec(&error).unwrap()).await;
             return;
         }
         ["vanish"] => return,
         other => {
-            send(&mut socket, Channel::Stdout, other.join(" ").as_bytes()).await;
-            send(&mut socket, Channel::Stderr, b"aside\n").await;
+            send(socket, Channel::Stdout, other.join(" ").as_bytes()).await;
+            send(socket, Channel::Stderr, b"aside\n").await;
             ExecExit::Code { code: 0 }
         }
     };
-    send(
-        &mut socket,
-        Channel::Exit,
-        &serde_json::to_vec(&exit).unwrap(),
-    )
-    .await;
+    send(socket, Channel::Exit, &serde_json::to_vec(&exit).unwrap()).await;
 }
 
 async fn send(socket: &mut WebSocket, channel: Channel, bytes: &[u8]) {
