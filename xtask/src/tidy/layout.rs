@@ -12,8 +12,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("spore-api", &[]),
     ("spore-wire", &[]),
     ("spore-guest", &["spore-wire"]),
+    ("spore-seal", &[]),
     ("spore-vmm", &["spore-wire"]),
-    ("spore-node", &["spore-wire"]),
+    ("spore-node", &["spore-seal", "spore-wire"]),
     ("spore-control", &["spore-api", "spore-wire"]),
     ("spore-gateway", &["spore-api", "spore-wire"]),
     (

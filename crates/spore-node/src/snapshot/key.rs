@@ -9,16 +9,9 @@
 
 use std::collections::BTreeMap;
 
-use chacha20poly1305::aead::{Aead as _, KeyInit as _, Payload};
-use chacha20poly1305::{XChaCha20Poly1305, XNonce};
+pub(super) use spore_seal::{NONCE_BYTES, TAG_BYTES};
 use spore_wire::id::SnapshotId;
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
-
-/// The bytes of a nonce.
-pub(super) const NONCE_BYTES: usize = 24;
-
-/// What encryption adds to a text.
-pub(super) const TAG_BYTES: usize = 16;
 
 /// The key of one snapshot.
 #[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
@@ -51,13 +44,7 @@ impl SnapshotKey {
 
     /// `text` under a given nonce, which must be new for this key.
     pub(super) fn seal_with(&self, nonce: [u8; NONCE_BYTES], bound: &[u8], text: &[u8]) -> Vec<u8> {
-        let payload = Payload {
-            msg: text,
-            aad: bound,
-        };
-        self.cipher()
-            .encrypt(&XNonce::from(nonce), payload)
-            .expect("only texts over 256 GiB are refused")
+        spore_seal::seal(&self.0, nonce, bound, text)
     }
 
     /// What `seal_with` was given, or `None` when key, nonce, bond or text are others.
@@ -67,12 +54,7 @@ impl SnapshotKey {
         bound: &[u8],
         sealed: &[u8],
     ) -> Option<Zeroizing<Vec<u8>>> {
-        let payload = Payload {
-            msg: sealed,
-            aad: bound,
-        };
-        let text = self.cipher().decrypt(&XNonce::from(nonce), payload).ok()?;
-        Some(Zeroizing::new(text))
+        spore_seal::open(&self.0, nonce, bound, sealed)
     }
 
     /// `text` under a random nonce, which goes before it.
@@ -88,10 +70,6 @@ impl SnapshotKey {
     pub(super) fn open(&self, bound: &[u8], sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         let (nonce, sealed) = sealed.split_first_chunk::<NONCE_BYTES>()?;
         self.open_with(*nonce, bound, sealed)
-    }
-
-    fn cipher(&self) -> XChaCha20Poly1305 {
-        XChaCha20Poly1305::new((&self.0).into())
     }
 }
 
