@@ -134,6 +134,7 @@ async fn sandboxes_outlive_the_daemon() -> Result<()> {
     ensure!(ask(&platform, &sandboxes[0])? == "2", "it went on");
     platform.cli(&["sandbox", "rollback", &sandboxes[0]])?;
     ensure!(ask(&platform, &sandboxes[0])? == "1", "it is back");
+    a_rollback_that_is_cut_off_happened_or_did_not(&mut platform, &sandboxes[0]).await?;
     platform.cli(&["sandbox", "rm", &sandboxes[0], &sandboxes[1]])?;
     let left = platform.json(&["snapshot", "ls"])?;
     let of_me = |item: &serde_json::Value| item["account"] == "me";
@@ -143,6 +144,34 @@ async fn sandboxes_outlive_the_daemon() -> Result<()> {
         "what was taken for it went too: {left}"
     );
     platform.end()
+}
+
+/// The daemon dies while the new VM is there beside the old one: the next one has one of the two
+/// under the sandbox's id, and nothing of the other.
+async fn a_rollback_that_is_cut_off_happened_or_did_not(
+    platform: &mut Platform,
+    sandbox: &str,
+) -> Result<()> {
+    let before = platform.vm_pids()?.len();
+    let mut rolling = platform.command("sandbox");
+    let mut rolling = rolling
+        .args(["rollback", sandbox])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let begun = until(120, || {
+        Ok(platform.vm_pids()?.len() > before || rolling.try_wait()?.is_some())
+    })
+    .await;
+    platform.kill_daemon()?;
+    rolling.wait()?;
+    begun?;
+    platform.start_daemon().await?;
+    until(240, || Ok(ask(platform, sandbox).is_ok())).await?;
+    // It was asked once since, where it was or where it is back.
+    let told = ask(platform, sandbox)?;
+    ensure!(["2", "3"].contains(&told.as_str()), "it counts {told}");
+    until(120, || Ok(platform.vm_pids()?.len() == before)).await
 }
 
 /// Whoever asked for it is killed as soon as there is a VM of it.
