@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use spore_wire::gateway::Phase;
-use spore_wire::id::VmId;
+use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::node::{StartVm, TemplateMiss};
 use thiserror::Error;
 
@@ -47,6 +47,12 @@ pub struct Record {
     /// Whether what it was forked from holds some.
     #[serde(default)]
     pub inherited: SecretsKept,
+    /// Whether its guest may have run, of one that began where another stood.
+    #[serde(default)]
+    pub ran: bool,
+    /// The snapshot that it ends for, if it is whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealing: Option<SnapshotId>,
     /// What it is made of.
     pub machine: Machine,
     /// How far it got.
@@ -93,6 +99,8 @@ impl Record {
             start,
             secrets,
             inherited: SecretsKept::None,
+            ran: false,
+            sealing: None,
             machine,
             milestone: Milestone::Preparing,
             prepared: None,

@@ -3,6 +3,7 @@
 //! Used by the `spore` program, which connects it to the control plane. Never decides *that* a VM
 //! should run, and never runs a tenant's code outside a VM.
 
+mod app_log;
 pub mod capacity;
 pub mod cgroup;
 pub mod clock;

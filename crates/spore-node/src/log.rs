@@ -55,6 +55,9 @@ pub struct LogLine {
     pub from: OutputKind,
     /// Masked.
     pub text: String,
+    /// Whether it is the platform's own word, and not the app's.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub of_platform: bool,
     /// Lines that were dropped before this one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub dropped: u64,
@@ -519,6 +522,7 @@ mod tests {
             at_us: 0,
             from: OutputKind::Stdout,
             text: format!("line {sequence}"),
+            of_platform: false,
             dropped: 0,
         }
     }

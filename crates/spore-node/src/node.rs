@@ -23,11 +23,12 @@ use crate::capacity::{Ask, Capacity, CapacityLimits, Egress, NoRoom};
 use crate::config::{Config, Images};
 use crate::hypervisor::{Hypervisor, Machine, ReleaseError, Swept, VmStats};
 use crate::journal::{Journal, JournalError, Record};
-use crate::log::{Follow, LogError, LogLine, LogStore, is_name};
+use crate::log::{LogStore, is_name};
 use crate::snapshot::StoreError;
 use crate::snapshot::key::{Keys, SnapshotKey};
 use crate::snapshot::memory::{NoImageRoom, Pin};
 use crate::snapshots::{Snapshots, SnapshotsError};
+use crate::take::asleep;
 use crate::template::{Resolved, Templates};
 use crate::vm::actor::{self, Access, ActorHandle, Adopted, Given, Host, Secrets, VmRequest};
 use crate::vm::board::{Board, Watch};
@@ -323,15 +324,16 @@ impl Node {
             images,
             templates: Arc::new(templates),
         };
-        node.adopt(usable, &mut adoption).await;
+        node.adopt(usable, &mut adoption).await?;
         node.serve_templates(wanted).await?;
         drop(unless_given_up.disarm());
         Ok((node, adoption))
     }
 
-    async fn adopt(&self, records: Vec<Record>, adoption: &mut Adoption) {
+    async fn adopt(&self, records: Vec<Record>, adoption: &mut Adoption) -> Result<(), OpenError> {
         let mut actors = Vec::new();
         for record in records {
+            let record = asleep(&self.host, record)?;
             let vm = record.start.vm;
             lock(&self.host.capacity).adopt(vm, ask_of(&record.start));
             let first = VmEvent::Adopt(record.milestone);
@@ -361,6 +363,7 @@ impl Node {
                 adoption.released.push((vm, reason));
             }
         }
+        Ok(())
     }
 
     /// Ends this daemon's part and leaves the VMs as they are, for the next daemon to adopt.
@@ -696,41 +699,6 @@ impl Node {
         let access = self.access(vm)?;
         let stats = access.vm.stats().await;
         stats.map_err(|source| VmError::Stats { vm, source })
-    }
-
-    /// The last lines of an app, over all its VMs. Blocks, as everything about logs.
-    ///
-    /// # Errors
-    /// [`LogError`].
-    pub fn log_tail(
-        &self,
-        account: &str,
-        app: &str,
-        lines: usize,
-    ) -> Result<Vec<LogLine>, LogError> {
-        self.host.logs.app(account, app)?.tail(lines)
-    }
-
-    /// The last lines of an app and every line after them. A follower that is too slow is told how
-    /// many it missed.
-    ///
-    /// # Errors
-    /// [`LogError`].
-    pub fn log_follow(
-        &self,
-        account: &str,
-        app: &str,
-        lines: usize,
-    ) -> Result<(Vec<LogLine>, Follow), LogError> {
-        self.host.logs.app(account, app)?.follow(lines)
-    }
-
-    /// Removes the log of an app that is gone.
-    ///
-    /// # Errors
-    /// [`LogError`].
-    pub fn log_remove(&self, account: &str, app: &str) -> Result<(), LogError> {
-        self.host.logs.remove(account, app)
     }
 
     pub(crate) const fn templates(&self) -> &Arc<Templates> {

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use spore_wire::id::{ImageId, SnapshotId};
+use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{Resources, Source, StartVm};
 use spore_wire::snapshot::{Shape, SnapshotInfo, SnapshotKind};
 use thiserror::Error;
@@ -55,7 +55,9 @@ pub struct SnapshotConfig {
 /// What a VM wants to begin from, and what it is itself.
 #[derive(Debug)]
 pub(crate) struct Wanted {
+    pub(crate) vm: VmId,
     pub(crate) account: String,
+    pub(crate) app: String,
     pub(crate) id: SnapshotId,
     pub(crate) keys: Keys,
     pub(crate) shape: Shape,
@@ -79,7 +81,9 @@ impl Wanted {
             return None;
         };
         Some(Self {
+            vm: start.vm,
             account: start.owner.account.clone(),
+            app: start.owner.app.clone(),
             id,
             keys,
             shape,
@@ -125,9 +129,17 @@ pub enum SourceError {
         /// Of the snapshot.
         actual: String,
     },
-    /// Only its own VM may go on from it.
-    #[error("snapshot {0} is that of a suspended VM, and this version starts nothing from it")]
-    Suspended(SnapshotId),
+    /// One VM goes on from it, and another one has, or may have.
+    #[error(
+        "the VM {by} went on from the suspended snapshot {id}, or may have: nobody else does, so \
+         start the VM without it"
+    )]
+    Claimed {
+        /// Which.
+        id: SnapshotId,
+        /// Who went on.
+        by: VmId,
+    },
     /// Its disk is another driver's.
     #[error("the disk of snapshot {0} is not in a form that this node knows: make it again")]
     Disk(SnapshotId),
@@ -344,6 +356,30 @@ impl Snapshots {
         Ok(gone)
     }
 
+    /// Removes the suspended VM's snapshot that `vm` went on from, if it did from one.
+    pub(crate) async fn drop_claimed(
+        &self,
+        account: &str,
+        id: SnapshotId,
+        vm: VmId,
+    ) -> Result<(), SnapshotsError> {
+        let (store, account) = (self.store.clone(), account.to_owned());
+        let dropped = blocking(move || match store.claimed_by(&account, id) {
+            Ok(Some(by)) if by == vm => store.remove(Removal {
+                account: &account,
+                id,
+                cascade: Cascade::Refuse,
+                in_use: &BTreeSet::new(),
+            }),
+            Ok(_) | Err(StoreError::Missing(_)) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        });
+        for id in dropped.await? {
+            self.memories.forget(id);
+        }
+        Ok(())
+    }
+
     /// The images that snapshots need. Blocks.
     pub(crate) fn images(&self) -> Result<BTreeSet<ImageId>, StoreError> {
         self.store.images()
@@ -388,6 +424,14 @@ fn open(store: &SnapshotStore, wanted: Wanted) -> Result<(Arc<Opened>, Keys), So
         Err(error) => return Err(unusable(error)),
     };
     check(opened.header(), &wanted)?;
+    if opened.header().meta.kind == SnapshotKind::Suspend {
+        // On the disk before anything of it runs, and once for all.
+        let claimed = store.claim(&wanted.account, id, wanted.vm);
+        claimed.map_err(|error| match error {
+            StoreError::Claimed { id, by } => SourceError::Claimed { id, by },
+            error => unusable(error),
+        })?;
+    }
     Ok((Arc::new(opened), wanted.keys))
 }
 
@@ -404,8 +448,8 @@ fn check(header: &Header, wanted: &Wanted) -> Result<(), SourceError> {
             actual,
         }),
     };
-    if meta.kind == SnapshotKind::Suspend {
-        return Err(SourceError::Suspended(id));
+    if let (SnapshotKind::Suspend, Some(owner)) = (meta.kind, &meta.taken_of) {
+        differs("app", wanted.app.clone(), owner.app.clone())?;
     }
     let (is, was) = (&wanted.resources, &meta.resources);
     differs("vCPUs", is.cpus.to_string(), was.cpus.to_string())?;

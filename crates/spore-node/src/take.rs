@@ -5,6 +5,7 @@
 //! itself comes after it runs again.
 
 use core::time::Duration;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -20,28 +21,31 @@ use tokio::sync::oneshot;
 use tokio::task;
 
 use crate::disk::overlay::DiskKey;
-use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, CapturedScratch};
-use crate::hypervisor::memory_image::{CapturedMemory, MemoryImage};
+use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, CapturedScratch, Turn};
+use crate::hypervisor::memory_image::{CapturedMemory, MemoryImage, MemoryImageError};
 use crate::journal::{Record, SecretsKept};
-use crate::node::{Node, VmError};
+use crate::node::{Node, OpenError, VmError};
 use crate::snapshot::header::{DiskBacking, Header, Protection};
 use crate::snapshot::key::SnapshotKey;
 use crate::snapshot::pages::PAGE_BYTES;
 use crate::snapshot::staging::{FrozenLayer, Order, Staged};
-use crate::snapshot::{SnapshotStore, StoreError};
-use crate::snapshots::{LAYER_FORMAT, Snapshots};
+use crate::snapshot::{Cascade, Removal, SnapshotStore, StoreError};
+use crate::snapshots::{LAYER_FORMAT, Snapshots, SnapshotsError};
 use crate::template::release_of;
-use crate::vm::actor::{Access, Taking, VmRequest};
-use crate::vm::capture::Captured;
+use crate::vm::actor::{Access, Host, Taking, VmRequest};
+use crate::vm::capture::What;
+use crate::vm::state::Milestone;
 
 /// A snapshot to be taken.
 #[derive(Debug)]
 pub struct Take {
     /// Chosen by control, never used before.
     pub id: SnapshotId,
-    /// What it is for: a VM goes on behind a checkpoint, and ends with a template.
+    /// What it is for: a VM goes on behind a checkpoint, and ends with a template or when it is
+    /// suspended.
     pub kind: SnapshotKind,
-    /// What encrypts it. Needed when the VM, or what it began from, holds secrets.
+    /// What encrypts it. Needed when the VM, or what it began from, holds secrets, and of one that
+    /// is suspended always.
     pub key: Option<SnapshotKey>,
     /// Seconds since the Unix epoch.
     pub made_at_s: u64,
@@ -82,6 +86,9 @@ pub enum TakeError {
          encrypted, so give a key"
     )]
     HoldsSecrets(VmId),
+    /// A VM that goes on from it holds what its visitors told it.
+    #[error("the snapshot of a suspended VM must be encrypted, so give a key")]
+    NoKey,
     /// The disk or the account's share of it is full.
     #[error("there is no room for the snapshot")]
     NoSpace(#[source] StoreError),
@@ -128,10 +135,12 @@ impl From<StoreError> for TakeError {
 
 impl Node {
     /// Takes a snapshot of a ready VM. A checkpoint's VM stands still for a moment and goes on; a
-    /// template's ends. The snapshot is whole and on the disk when this is done.
+    /// template's ends, and so does one that is suspended, once its snapshot is on the disk: if
+    /// that fails, it goes on. The snapshot is whole and on the disk when this is done.
     ///
     /// # Errors
-    /// [`TakeError`]; nothing is left of the snapshot then.
+    /// [`TakeError`]; nothing is left of the snapshot then. Of a VM that was killed while it was
+    /// being suspended, it may be filed all the same.
     pub async fn take(&self, vm: VmId, take: Take) -> Result<Taken, TakeError> {
         let access = self.ready(vm).map_err(|error| match error {
             VmError::NotReady { vm, phase } => TakeError::NotReady { vm, phase },
@@ -140,27 +149,44 @@ impl Node {
         let afterwards = match take.kind {
             SnapshotKind::Checkpoint => Afterwards::GoesOn,
             SnapshotKind::Template => Afterwards::Ends,
-            SnapshotKind::Suspend => {
-                let reason = "this version suspends no VM";
-                return Err(TakeError::Unsupported { vm, reason });
-            }
+            SnapshotKind::Suspend if take.key.is_none() => return Err(TakeError::NoKey),
+            SnapshotKind::Suspend => Afterwards::Sleeps,
         };
         let key = match &take.key {
             Some(_) => Some(DiskKey::random().map_err(TakeError::Random)?),
             None => None,
         };
         let staged = self.stage(&access, take).await?;
-        let turn = access.vm.prepare_capture(key).await;
+        // Below the disk of a VM that continues nothing there may be files that are gone.
+        let below = (!staged.continues()).then_some(Below::Nothing);
+        let turn = access.vm.prepare_capture(key, below).await;
         let turn = turn.map_err(|error| failed(vm, &error))?;
+        let mut sealing = Some(Sealing {
+            snapshots: self.snapshots().clone(),
+            vm,
+            staged,
+            turn,
+        });
+        let into = match afterwards {
+            Afterwards::Sleeps => sealing.take(),
+            Afterwards::GoesOn | Afterwards::Ends => None,
+        };
         let (answer, answered) = oneshot::channel();
-        let taking = Taking::new(vm, afterwards, answer);
+        let taking = Box::new(Taking::new(vm, afterwards, into, answer));
         let actor = self.actor(vm).ok_or(TakeError::Ended(vm))?;
         let sent = actor.requests.send(VmRequest::Capture(taking)).await;
         sent.map_err(|_ended| TakeError::Ended(vm))?;
         let captured = answered.await.map_err(|_ended| TakeError::Ended(vm))??;
-        let sealed = seal(self.snapshots().clone(), vm, staged, captured).await;
-        drop(turn);
-        sealed
+        let info = match (captured.what, sealing) {
+            (What::Sealed(info), _) => *info,
+            (What::Captured(capture), Some(sealing)) => sealing.seal(*capture).await?,
+            (What::Captured(_), None) => return Err(TakeError::Ended(vm)),
+        };
+        Ok(Taken {
+            info,
+            frozen: captured.frozen,
+            pause: captured.pause,
+        })
     }
 
     /// Everything that can be refused before the VM stands still.
@@ -192,6 +218,28 @@ impl Node {
     }
 }
 
+/// A VM that was being suspended when its daemon died has ended if its snapshot is whole: from now
+/// on another one goes on from that. Else it goes on itself.
+pub(crate) fn asleep(host: &Host, mut record: Record) -> Result<Record, OpenError> {
+    let Some(id) = record.sealing else {
+        return Ok(record);
+    };
+    let account = &record.start.owner.account;
+    match host.snapshots.store().header(account, id) {
+        Err(StoreError::Missing(_)) => {}
+        Err(error @ StoreError::File { .. }) => {
+            return Err(SnapshotsError::from(error).into());
+        }
+        // A damaged one was whole once.
+        Ok(_) | Err(_) => {
+            record.milestone = Milestone::EndingStopped;
+            record.sealing = None;
+            host.journal.write(&record)?;
+        }
+    }
+    Ok(record)
+}
+
 /// What is known of a VM before it is captured.
 struct Facts {
     record: Arc<Record>,
@@ -206,11 +254,17 @@ impl Facts {
     fn stage(self, store: &SnapshotStore, take: Take) -> Result<Staged, TakeError> {
         let start = &self.record.start;
         let parent = match start.source {
-            Source::Snapshot(id) => Some(store.find(&start.owner.account, id)?),
+            Source::Snapshot(id) => match store.find(&start.owner.account, id) {
+                // It is removed once its VM runs, or soon is.
+                Ok(parent) if parent.meta.kind == SnapshotKind::Suspend => None,
+                Err(StoreError::Missing(_)) => None,
+                found => Some(found?),
+            },
             _ => None,
         };
         let of_parent = |what: fn(&Header) -> bool| parent.as_ref().is_some_and(what);
         let holds_secrets = self.record.secrets == SecretsKept::Elsewhere
+            || self.record.inherited == SecretsKept::Elsewhere
             || of_parent(|parent| parent.meta.holds_secrets);
         let sealed = of_parent(|parent| parent.protection == Protection::Sealed);
         if (holds_secrets || sealed) && take.key.is_none() {
@@ -251,44 +305,78 @@ impl Facts {
     }
 }
 
-/// Files what was captured.
-async fn seal(
+/// Where something captured is filed.
+#[derive(Debug)]
+pub(crate) struct Sealing {
     snapshots: Snapshots,
     vm: VmId,
     staged: Staged,
-    captured: Captured,
-) -> Result<Taken, TakeError> {
-    let Captured {
-        capture,
-        frozen,
-        pause,
-    } = captured;
-    let store = snapshots.store().clone();
-    let Capture {
-        memory,
-        state,
-        scratch,
-    } = capture;
-    let scratch = match scratch {
-        Some(copy) => Some(copy.finished().await.map_err(|error| failed(vm, &error))?),
-        None => None,
-    };
-    let sealing = task::spawn_blocking(move || {
-        let whole = fill(staged, memory, &state, scratch);
-        whole.and_then(|(header, image)| {
-            let info = store.info(&header.meta.account, header.meta.id)?;
-            Ok((info, image))
-        })
-    });
-    let (info, image) = sealing.await.map_err(TakeError::Worker)??;
-    if let Some(image) = image {
-        snapshots.memories().offer(info.id, &image);
+    /// Until it is filed, nobody else captures that VM.
+    turn: Turn,
+}
+
+impl Sealing {
+    pub(crate) const fn id(&self) -> SnapshotId {
+        self.staged.id()
     }
-    Ok(Taken {
-        info,
-        frozen,
-        pause,
-    })
+
+    /// Files what was captured. What was begun ends, also when this is dropped.
+    pub(crate) async fn seal(self, capture: Capture) -> Result<SnapshotInfo, TakeError> {
+        let Self {
+            snapshots,
+            vm,
+            staged,
+            turn,
+        } = self;
+        let store = snapshots.store().clone();
+        let Capture {
+            memory,
+            state,
+            scratch,
+        } = capture;
+        let scratch = match scratch {
+            Some(copy) => Some(copy.finished().await.map_err(|error| failed(vm, &error))?),
+            None => None,
+        };
+        let sealing = task::spawn_blocking(move || file(&store, staged, memory, &state, scratch));
+        let (info, image) = sealing.await.map_err(TakeError::Worker)??;
+        drop(turn);
+        // What is suspended is out of memory, and not in the clear.
+        let is_shared = info.meta.as_ref().map(|meta| meta.kind) != Some(SnapshotKind::Suspend);
+        if let (Some(image), true) = (image, is_shared) {
+            snapshots.memories().offer(info.id, &image);
+        }
+        Ok(info)
+    }
+}
+
+type Filed = (SnapshotInfo, Option<Arc<MemoryImage>>);
+
+/// Blocks.
+fn file(
+    store: &SnapshotStore,
+    staged: Staged,
+    memory: CapturedMemory,
+    state: &File,
+    scratch: Option<CapturedScratch>,
+) -> Result<Filed, StoreError> {
+    let (account, id) = (staged.account().to_owned(), staged.id());
+    let filled = fill(staged, memory, state, scratch);
+    let filed = filled.and_then(|image| Ok((store.info(&account, id)?, image)));
+    if filed.is_err() {
+        // It may have its place, and whoever it was taken of goes on.
+        let left = store.remove(Removal {
+            account: &account,
+            id,
+            cascade: Cascade::Refuse,
+            in_use: &BTreeSet::new(),
+        });
+        match left {
+            Ok(_) | Err(StoreError::Missing(_)) => {}
+            Err(error) => tracing::warn!(%id, error = chain(&error), "half a snapshot is left"),
+        }
+    }
+    filed
 }
 
 /// Blocks. The whole memory is given back where there is one: forks may begin at once.
@@ -297,7 +385,23 @@ fn fill(
     memory: CapturedMemory,
     state: &File,
     scratch: Option<CapturedScratch>,
-) -> Result<(Header, Option<Arc<MemoryImage>>), StoreError> {
+) -> Result<Option<Arc<MemoryImage>>, StoreError> {
+    let id = staged.id();
+    let memory = match memory {
+        // What its VM began from is not there any more.
+        CapturedMemory::Changed { base, pages } if !staged.continues() => {
+            let bytes = base.bytes();
+            let changed = CapturedMemory::Changed { base, pages };
+            let whole = changed.merge();
+            let failed = |error: MemoryImageError| StoreError::Memory {
+                id,
+                bytes,
+                source: error.into(),
+            };
+            CapturedMemory::Whole(whole.map_err(failed)?)
+        }
+        memory => memory,
+    };
     let image = match memory {
         CapturedMemory::Whole(image) => {
             staged.image(&image)?;
@@ -325,7 +429,8 @@ fn fill(
         };
         staged.disk(&layer, backing)?;
     }
-    Ok((staged.seal()?, image))
+    staged.seal()?;
+    Ok(image)
 }
 
 fn failed(vm: VmId, error: &CaptureError) -> TakeError {

@@ -22,6 +22,9 @@ pub enum Afterwards {
     GoesOn,
     /// It is killed, which saves the copy of its memory.
     Ends,
+    /// It stays paused until what was captured is on the disk, and is killed then. If it does not
+    /// get there, it goes on.
+    Sleeps,
 }
 
 /// A VM as it stood while it was paused.

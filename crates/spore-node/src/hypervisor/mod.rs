@@ -41,7 +41,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-use self::fork::{Afterwards, Capture, CaptureError, ForkError, ForkFrom, PauseError, Turn};
+use self::fork::{Afterwards, Below, Capture, CaptureError, ForkError, ForkFrom, PauseError, Turn};
 use crate::disk::overlay::DiskKey;
 use crate::egress::launch::LaunchError;
 
@@ -152,10 +152,15 @@ pub trait Vm: Send + Sync + 'static {
     /// Does what of a capture can be done while the guest runs, so that it stands still for less;
     /// the capture comes while the turn is held. With a key, what is copied of its scratch disk is
     /// encrypted with it. A capture that nobody prepared for prepares itself, and encrypts nothing.
+    /// With `below`, that is what the copy is over, and else what the driver finds best.
     ///
     /// # Errors
     /// [`CaptureError`]; the VM goes on.
-    async fn prepare_capture(&self, _key: Option<DiskKey>) -> Result<Turn, CaptureError> {
+    async fn prepare_capture(
+        &self,
+        _key: Option<DiskKey>,
+        _below: Option<Below>,
+    ) -> Result<Turn, CaptureError> {
         Ok(Turn::default())
     }
 

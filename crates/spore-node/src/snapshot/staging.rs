@@ -231,8 +231,22 @@ pub(super) fn disk_layers(chain: &[Header]) -> Vec<(usize, usize)> {
 }
 
 impl Staged {
-    fn id(&self) -> SnapshotId {
+    /// Which.
+    #[must_use]
+    pub const fn id(&self) -> SnapshotId {
         self.meta.id
+    }
+
+    /// Whose.
+    #[must_use]
+    pub fn account(&self) -> &str {
+        &self.meta.account
+    }
+
+    /// Whether it holds only what differs from another one.
+    #[must_use]
+    pub const fn continues(&self) -> bool {
+        self.meta.parent.is_some()
     }
 
     /// A page that differs from what the snapshot continues. They ascend.

@@ -35,7 +35,7 @@ use super::effect::{self, AppView, Gain, Outcome};
 use super::guest::{AgentLink, LinkEvent, Patience, SessionTimes, chain, clean};
 pub(crate) use super::handle::{Access, ActorHandle, Adopted, Given, Secrets, VmRequest};
 use super::mask::Masking;
-use super::state::{BootStep, Ending, Failure, Milestone, ThawStep, VmEffect, VmEvent, VmState};
+use super::state::{BootStep, Ending, Failure, ThawStep, VmEffect, VmEvent, VmState};
 use super::supervise;
 use super::tasks::{Scope, Tasks};
 use crate::capacity::Capacity;
@@ -300,6 +300,7 @@ impl Actor {
         match effect {
             VmEffect::Journal(milestone) => self.journal(milestone)?,
             VmEffect::RemoveJournal => {
+                self.give_up_claim();
                 let removed = self.host.journal.remove(self.record.start.vm);
                 if let Err(error) = removed {
                     // The next start releases it again, which harms nobody.
@@ -319,23 +320,6 @@ impl Actor {
         Ok(())
     }
 
-    fn journal(&mut self, milestone: Milestone) -> Result<(), Failure> {
-        self.record.milestone = milestone;
-        let Err(error) = self.host.journal.write(&self.record) else {
-            return Ok(());
-        };
-        let message = chain(&error);
-        if matches!(self.state, VmState::Leaving(_) | VmState::Releasing(_)) {
-            // Nothing is worse than to leave it running.
-            tracing::error!(vm = %self.record.start.vm, %message, "a VM ends unjournaled");
-            return Ok(());
-        }
-        Err(Failure {
-            kind: VmFailureKind::Boot,
-            message,
-        })
-    }
-
     fn ask(&mut self, effect: VmEffect) {
         match effect {
             VmEffect::ConnectAgent => self.connect_agent(),
@@ -348,10 +332,15 @@ impl Actor {
             taking.begun(effect);
         }
         let span = tracing::debug_span!("effect", name = ?effect);
+        let begun = Instant::now();
+        let future = match effect {
+            VmEffect::Seal => self.seal(),
+            _ => effect::begin(self, effect),
+        };
         self.asking = Some(Asking {
             effect,
-            begun: Instant::now(),
-            future: effect::begin(self, effect).instrument(span).boxed(),
+            begun,
+            future: future.instrument(span).boxed(),
         });
     }
 
@@ -365,6 +354,11 @@ impl Actor {
             Gain::Capture(capture) => {
                 if let Some(taking) = &mut self.taking {
                     taking.has(capture);
+                }
+            }
+            Gain::Sealed(sealed) => {
+                if let Some(taking) = &mut self.taking {
+                    taking.is_sealed(sealed);
                 }
             }
             Gain::Turn(permit) => self.turn = Some(permit),
@@ -415,7 +409,7 @@ impl Actor {
             VmEffect::Attach if !self.record.start.source.is_boot() => "fork",
             VmEffect::Boot | VmEffect::Attach => "boot",
             VmEffect::ConnectAgent => "agent",
-            VmEffect::Thaw | VmEffect::OpenNetwork => "thaw",
+            VmEffect::Thaw | VmEffect::DropSource | VmEffect::OpenNetwork => "thaw",
             VmEffect::StartApp | VmEffect::AwaitReady => "app",
             _ => return,
         };
@@ -531,7 +525,7 @@ impl Actor {
     fn request(&mut self, request: VmRequest) {
         match request {
             VmRequest::Stop(mode) => self.events.push_back(VmEvent::Stop(mode)),
-            VmRequest::Capture(taking) => self.capture(taking),
+            VmRequest::Capture(taking) => self.capture(*taking),
             VmRequest::Secrets(secrets) => {
                 let unknown = self.secrets.borrow().is_none();
                 if unknown && self.record.secrets == SecretsKept::Elsewhere {

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use spore_wire::id::VmId;
+use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::node::VmFailureKind;
+use spore_wire::snapshot::SnapshotInfo;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
@@ -20,7 +21,7 @@ use super::state::{VmEffect, VmEvent, VmState};
 use crate::config::VmLimits;
 use crate::hypervisor::Vm;
 use crate::hypervisor::fork::{Afterwards, Capture};
-use crate::take::TakeError;
+use crate::take::{Sealing, TakeError};
 
 /// How often a guest is asked to run again before its VM is given up.
 const UNFREEZE_TRIES: u32 = 3;
@@ -28,17 +29,29 @@ const UNFREEZE_TRIES: u32 = 3;
 /// What a VM was, and how long it stood still for that.
 #[derive(Debug)]
 pub(crate) struct Captured {
-    pub(crate) capture: Capture,
+    pub(crate) what: What,
     /// From the request to the tenant's processes to their running again.
     pub(crate) frozen: Duration,
     /// Of it, the whole guest.
     pub(crate) pause: Duration,
 }
 
+/// What a capture comes to.
+#[derive(Debug)]
+pub(crate) enum What {
+    /// The caller's to seal.
+    Captured(Box<Capture>),
+    /// A snapshot on the disk, for which the VM has ended.
+    Sealed(Box<SnapshotInfo>),
+}
+
 /// A capture that somebody asked for.
 #[derive(Debug)]
 pub(crate) struct Taking {
     afterwards: Afterwards,
+    /// Where it is sealed before the VM ends.
+    into: Option<Sealing>,
+    sealed: Option<Box<SnapshotInfo>>,
     answer: oneshot::Sender<Result<Captured, TakeError>>,
     vm: VmId,
     frozen_at: Option<Instant>,
@@ -51,10 +64,13 @@ impl Taking {
     pub(crate) const fn new(
         vm: VmId,
         afterwards: Afterwards,
+        into: Option<Sealing>,
         answer: oneshot::Sender<Result<Captured, TakeError>>,
     ) -> Self {
         Self {
             afterwards,
+            into,
+            sealed: None,
             answer,
             vm,
             frozen_at: None,
@@ -66,6 +82,11 @@ impl Taking {
 
     pub(super) const fn afterwards(&self) -> Afterwards {
         self.afterwards
+    }
+
+    /// The snapshot for which the VM is to end.
+    pub(super) fn snapshot(&self) -> Option<SnapshotId> {
+        self.into.as_ref().map(Sealing::id)
     }
 
     pub(super) fn refuse(self, error: TakeError) {
@@ -92,12 +113,26 @@ impl Taking {
         self.result.get_or_insert(result);
     }
 
+    pub(super) fn is_sealed(&mut self, sealed: Result<Box<SnapshotInfo>, TakeError>) {
+        match sealed {
+            Ok(info) => self.sealed = Some(info),
+            Err(error) => self.result = Some(Err(error)),
+        }
+    }
+
     /// The VM runs again, or ends.
     pub(super) fn over(self) {
         let vm = self.vm;
-        let result = self.result.unwrap_or(Err(TakeError::Ended(vm)));
-        let captured = result.map(|capture| Captured {
-            capture,
+        let ended = || TakeError::Ended(vm);
+        let what = match (self.sealed, self.result) {
+            (Some(info), _) => Ok(What::Sealed(info)),
+            // It was asked to stop, or is gone.
+            (None, None) => Err(ended()),
+            (None, Some(Ok(_))) if self.afterwards == Afterwards::Sleeps => Err(ended()),
+            (None, Some(result)) => result.map(|capture| What::Captured(Box::new(capture))),
+        };
+        let captured = what.map(|what| Captured {
+            what,
             frozen: self.frozen_at.map_or(Duration::ZERO, |at| at.elapsed()),
             pause: self.pause,
         });
@@ -119,6 +154,30 @@ impl Actor {
                 phase: self.state.phase(),
             });
         }
+    }
+}
+
+impl Actor {
+    /// Begins to put what was captured on the disk; the VM stands still until that is done. What
+    /// was begun ends, whatever becomes of the VM.
+    pub(super) fn seal(&mut self) -> BoxFuture<'static, Outcome> {
+        let taking = self.taking.as_mut();
+        let Some((into, Some(Ok(capture)))) =
+            taking.and_then(|taking| Some((taking.into.take()?, taking.result.take())))
+        else {
+            unreachable!("nothing was captured to be sealed");
+        };
+        async move {
+            let sealed = into.seal(capture).await.map(Box::new);
+            Outcome {
+                event: match sealed {
+                    Ok(_) => VmEvent::Sealed,
+                    Err(_) => VmEvent::CaptureFailed,
+                },
+                gain: Gain::Sealed(sealed),
+            }
+        }
+        .boxed()
     }
 }
 

@@ -185,6 +185,7 @@ impl Keeper {
                     sequence: record.sequence,
                     at_us: record.at_us,
                     from: record.from,
+                    of_platform: false,
                     dropped: core::mem::take(&mut dropped),
                     ..lines.of
                 };
@@ -228,6 +229,7 @@ impl Keeper {
             at_us: 0,
             from: OutputKind::Stdout,
             text: String::new(),
+            of_platform: false,
             dropped: 0,
         }
     }

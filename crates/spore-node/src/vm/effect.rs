@@ -12,8 +12,9 @@ use futures_util::future::BoxFuture;
 use spore_wire::generation::{GENERATION, GENERATION_FORKS};
 use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw, ThawStep};
 use spore_wire::id::VmId;
-use spore_wire::node::{FAREWELL_MAX, Process, STOP_GRACE_DEFAULT, VmFailureKind};
+use spore_wire::node::{FAREWELL_MAX, Process, STOP_GRACE_DEFAULT, Source, VmFailureKind};
 use spore_wire::secret::SecretBytes;
+use spore_wire::snapshot::SnapshotInfo;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
@@ -48,6 +49,8 @@ pub(super) enum Gain {
     Vm(Arc<dyn Vm>),
     /// What a capture gave, or why it gave nothing.
     Capture(Result<Capture, TakeError>),
+    /// What was sealed, or why nothing was.
+    Sealed(Result<Box<SnapshotInfo>, TakeError>),
 }
 
 /// How an effect ended.
@@ -92,9 +95,11 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
         VmEffect::Resume => resume(actor.vm.clone(), limits).boxed(),
         VmEffect::Farewell => farewell().boxed(),
         VmEffect::AwaitReady => await_ready(actor.app.subscribe(), record, limits).boxed(),
+        VmEffect::DropSource => drop_source(host, record).boxed(),
         VmEffect::Freeze | VmEffect::Pause | VmEffect::Capture | VmEffect::Unfreeze => {
             capture::begin(actor, effect)
         }
+        VmEffect::Seal => unreachable!("the actor gives what is sealed away"),
         VmEffect::Thaw | VmEffect::OpenNetwork | VmEffect::StartApp | VmEffect::Shutdown => {
             let (Some(vm), Some(link)) = (actor.vm.clone(), actor.link.clone()) else {
                 unreachable!("{effect:?} without a VM that was attached");
@@ -206,6 +211,21 @@ async fn fork(host: Arc<Host>, record: Record, keys: Keys) -> Outcome {
         Ok(Err(outcome)) => outcome,
         Err(_elapsed) => failed(VmFailureKind::Boot, slow("forking the VM", limit)),
     }
+}
+
+/// A snapshot that only this VM may begin from has served: what is in it lives on in the VM alone.
+async fn drop_source(host: Arc<Host>, record: Record) -> Outcome {
+    let start = &record.start;
+    if let Source::Snapshot(id) = start.source {
+        let dropped = host
+            .snapshots
+            .drop_claimed(&start.owner.account, id, start.vm);
+        if let Err(error) = dropped.await {
+            // Its claim keeps everybody from it until it is collected.
+            tracing::warn!(%id, error = %chain(&error), "what a VM went on from is left");
+        }
+    }
+    VmEvent::SourceDropped.into()
 }
 
 async fn resume(vm: Option<Arc<dyn Vm>>, limits: VmLimits) -> Outcome {

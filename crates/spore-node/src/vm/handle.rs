@@ -42,7 +42,7 @@ pub(crate) enum VmRequest {
     /// The app's secrets, again: an adopted VM's actor does not know them.
     Secrets(Arc<Secrets>),
     /// Capture it.
-    Capture(Taking),
+    Capture(Box<Taking>),
 }
 
 /// The ways into a VM that runs.

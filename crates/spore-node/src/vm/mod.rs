@@ -12,6 +12,7 @@ mod effect;
 pub mod guest;
 mod handle;
 pub mod mask;
+mod record;
 pub mod state;
 mod supervise;
 pub(crate) mod tasks;

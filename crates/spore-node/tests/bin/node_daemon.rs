@@ -19,11 +19,13 @@ use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
 use spore_node::journal::Journal;
 use spore_node::node::Node;
+use spore_node::snapshot::key::SnapshotKey;
 use spore_node::take::Take;
 use spore_node::vm::state::VmEffect;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{NodeEvent, Source, StartVm, StopMode, VmPhase};
-use spore_wire::snapshot::SnapshotKind;
+use spore_wire::secret::SecretBytes;
+use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
 use tokio::io::AsyncReadExt as _;
 
 use self::orders::{Answer, End, Orders, Point, Sighting, Task};
@@ -65,11 +67,14 @@ async fn main() -> Outcome<()> {
             tokio::time::timeout(HANG, live(&node, start, *end, &journals, &log)).await??;
             Err(format!("{effect} {point:?} was never reached").into())
         }
-        Task::GoOn => {
+        Task::GoOn { like } => {
             log.edit(|sighting| sighting.adopted = !adoption.adopted.is_empty())?;
+            let suspended = suspended(&node).await?;
+            log.edit(|sighting| sighting.suspended = suspended.len())?;
             for status in node.list() {
                 tokio::time::timeout(HANG, go_on(&node, status.vm, &log)).await??;
             }
+            go_on_from(&node, suspended, like, &log).await?;
             node.detach().await;
             qemu.close()?;
             Ok(())
@@ -147,6 +152,13 @@ async fn live(
             node.take(vm, taken_as(id, SnapshotKind::Checkpoint))
                 .await?;
         }
+        End::Suspend => {
+            let take = Take {
+                key: Some(SnapshotKey::from_bytes([7; 32])),
+                ..taken_as(SnapshotId::random()?, SnapshotKind::Suspend)
+            };
+            node.take(vm, take).await?;
+        }
         End::Stop => node.stop(vm, StopMode::Graceful).await?,
         End::Crash => {
             let record = journals
@@ -175,6 +187,39 @@ async fn go_on(node: &Node, vm: VmId, log: &SightingFile) -> Outcome<()> {
     }
     let ended = node.stopped(vm).await?;
     log.edit(|sighting| sighting.ended = Some(ended.phase))
+}
+
+/// Snapshots of suspended VMs.
+async fn suspended(node: &Node) -> Outcome<Vec<SnapshotInfo>> {
+    let mut all = node.snapshots().list("me").await?;
+    all.retain(|info| {
+        let kind = info.meta.as_ref().map(|meta| meta.kind);
+        kind == Some(SnapshotKind::Suspend)
+    });
+    Ok(all)
+}
+
+/// Starts the VM that goes on from each, and ends it.
+async fn go_on_from(
+    node: &Node,
+    all: Vec<SnapshotInfo>,
+    like: &StartVm,
+    log: &SightingFile,
+) -> Outcome<()> {
+    for info in all {
+        let vm = VmId::random()?;
+        node.start(StartVm {
+            vm,
+            source: Source::Snapshot(info.id),
+            keys: vec![(info.id, SecretBytes::new(vec![7; 32]))],
+            ..like.clone()
+        })?;
+        tokio::time::timeout(HANG, go_on(node, vm, log)).await??;
+    }
+    match suspended(node).await?.is_empty() {
+        true => Ok(()),
+        false => Err("what was gone on from is left".into()),
+    }
 }
 
 /// Waits until the VM is ready, or will never be.

@@ -45,8 +45,9 @@ pub(crate) enum Task {
         point: Point,
         end: End,
     },
-    /// What an earlier daemon left is adopted, brought to ready and stopped.
-    GoOn,
+    /// What an earlier daemon left is adopted, brought to ready and stopped; what it suspended goes
+    /// on, made as `like` is.
+    GoOn { like: Box<StartVm> },
 }
 
 /// On which side of the effect.
@@ -65,6 +66,8 @@ pub(crate) enum End {
     Crash,
     /// A snapshot of it is taken.
     Take,
+    /// It is suspended.
+    Suspend,
 }
 
 /// What a daemon saw of the VM.
@@ -76,6 +79,9 @@ pub(crate) struct Sighting {
     pub(crate) boot_id: Option<String>,
     /// What the app said on its port, once it was ready.
     pub(crate) answer: Option<Answer>,
+    /// Snapshots of suspended VMs that it found.
+    #[serde(default)]
+    pub(crate) suspended: usize,
     /// How it ended, once nothing of it was left.
     pub(crate) ended: Option<VmPhase>,
 }

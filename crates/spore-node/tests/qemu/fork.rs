@@ -84,8 +84,8 @@ pub(crate) async fn capture(
     afterwards: Afterwards,
     from: Option<&ForkFrom>,
 ) -> Taken {
-    let turn = of.held.prepare_capture(None).await.unwrap();
-    let busy = of.held.prepare_capture(None).await.unwrap_err();
+    let turn = of.held.prepare_capture(None, None).await.unwrap();
+    let busy = of.held.prepare_capture(None, None).await.unwrap_err();
     assert!(matches!(busy, CaptureError::Busy), "{busy}");
     assert_eq!(of.agent.ask(Request::Freeze).await, Ok(Reply::Done));
     let begun = Instant::now();

@@ -43,7 +43,7 @@ for (my $count = 1; accept(my $client, $server); $count++) {
 "#;
 
 /// Kill points at which a VM goes on: behind the journal of its identity, before it is ended.
-const GOING_ON_MIN: usize = 18 + 5 + 8;
+const GOING_ON_MIN: usize = 20 + 5 + 8 + 4;
 
 /// Kill points that are under way at once.
 const LANES: usize = 2;
@@ -126,6 +126,7 @@ fn die_at(host: &TestHost, world: &World, effect: VmEffect, point: Point) -> Fat
         point,
         end: match effect {
             VmEffect::Journal(Milestone::EndingFailed) => End::Crash,
+            effect if effect.is_of_suspends() => End::Suspend,
             effect if effect.is_of_captures() => End::Take,
             _ => End::Stop,
         },
@@ -142,14 +143,16 @@ fn die_at(host: &TestHost, world: &World, effect: VmEffect, point: Point) -> Fat
     let milestone = record.as_ref().map(|record| record.milestone);
     let identity = record.and_then(|record| record.identity);
     let lives = identity.as_ref().is_some_and(is_alive);
-    let goes_on = lives && milestone.is_some_and(is_adopted);
-
-    let (second, status, log) = run_daemon(host, world, Task::GoOn);
+    let like = Box::new(counter(vm));
+    let (second, status, log) = run_daemon(host, world, Task::GoOn { like });
+    // One that was being suspended is its snapshot, if that was whole, or itself.
+    let is_suspended = second.suspended > 0;
+    let goes_on = lives && !is_suspended && milestone.is_some_and(is_adopted);
     let journaled = format!("{what}, journaled {milestone:?}, alive: {lives}");
     assert!(status.success(), "{journaled}: {status}\n{log}");
     assert_eq!(second.adopted, goes_on, "{journaled}\n{log}");
     assert_eq!(left(host), Vec::<String>::new(), "{journaled}\n{log}");
-    if !goes_on {
+    if !goes_on && !is_suspended {
         return Fate::Removed;
     }
     assert_eq!(second.ended, Some(VmPhase::Stopped), "{journaled}\n{log}");
@@ -157,7 +160,7 @@ fn die_at(host: &TestHost, world: &World, effect: VmEffect, point: Point) -> Fat
         // It was on its way to its end, which it reached.
         return Fate::Removed;
     }
-    if first.boot_id.is_some() {
+    if first.boot_id.is_some() && goes_on {
         assert_eq!(second.boot_id, first.boot_id, "{journaled}");
     }
     let answer = second.answer.unwrap();
@@ -182,6 +185,7 @@ const fn is_adopted(milestone: Milestone) -> bool {
             | Milestone::Thawed
             | Milestone::Open
             | Milestone::Started
+            | Milestone::Sealing
             | Milestone::Draining
     )
 }

@@ -15,8 +15,11 @@ use spore_node::config::{Config, Images, KillPoint, KillPoints};
 use spore_node::hypervisor::sim::SimHost;
 use spore_node::hypervisor::{Hypervisor as _, Machine};
 use spore_node::node::{Adoption, Node};
+use spore_node::snapshot::key::SnapshotKey;
 use spore_node::snapshot::staging::Order;
-use spore_node::snapshot::{NoStorePoints, Settings, SnapshotStore, StoreError};
+use spore_node::snapshot::{
+    NoStorePoints, Settings, SnapshotStore, StoreError, StorePoint, StorePoints,
+};
 use spore_node::take::Take;
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::generation::GENERATION;
@@ -112,6 +115,15 @@ pub(crate) struct Crash {
     pub(crate) in_points: AtomicU32,
     pub(crate) happened: Notify,
     pub(crate) panic_at: Mutex<Option<VmEffect>>,
+    /// The store fails there, once.
+    pub(crate) break_at: Mutex<Option<StorePoint>>,
+}
+
+impl StorePoints for Crash {
+    fn reached(&self, _id: SnapshotId, point: StorePoint) {
+        let breaks = self.break_at.lock().unwrap().take_if(|at| *at == point);
+        assert!(breaks.is_none(), "the disk is broken, in a test");
+    }
 }
 
 #[async_trait]
@@ -150,6 +162,7 @@ pub(crate) async fn open(host: &SimHost, folder: &Path, crash: &Arc<Crash>) -> (
     config.clock = Arc::new(VirtualClock(Instant::now()));
     file_snapshot(host, folder, Arc::clone(&config.clock));
     config.kill_points = Arc::clone(crash) as Arc<dyn KillPoints>;
+    config.snapshots.points = Arc::clone(crash) as Arc<dyn StorePoints>;
     Node::open(config, Arc::new(host.hypervisor()), Arc::new(AnyImage))
         .await
         .unwrap()
@@ -195,6 +208,24 @@ impl Bench {
             }
         }
         journal
+    }
+
+    /// What the next daemon must make of a VM that is journaled so and runs.
+    pub(crate) fn must_adopt(&self, vm: VmId, milestone: Milestone) -> bool {
+        match milestone {
+            // Its snapshot has its place, or not.
+            Milestone::Sealing => {
+                let journal = self
+                    .folder
+                    .path()
+                    .join(format!("run/vms/{vm}/journal.json"));
+                let record: serde_json::Value =
+                    serde_json::from_slice(&std::fs::read(journal).unwrap()).unwrap();
+                let id = record["sealing"].as_str().unwrap();
+                !self.folder.path().join("snapshots/me").join(id).exists()
+            }
+            milestone => must_adopt(milestone),
+        }
     }
 
     /// What must be true when all VMs are over.
@@ -261,6 +292,14 @@ pub(crate) const fn taken_as(id: SnapshotId, kind: SnapshotKind) -> Take {
     }
 }
 
+/// One for which its VM ends, to go on from it.
+pub(crate) fn suspended_as(id: SnapshotId) -> Take {
+    Take {
+        key: Some(SnapshotKey::from_bytes([7; 32])),
+        ..taken_as(id, SnapshotKind::Suspend)
+    }
+}
+
 pub(crate) fn fork(vm: VmId, app: &str) -> StartVm {
     StartVm {
         source: Source::Snapshot(snapshot()),
@@ -319,8 +358,7 @@ pub(crate) fn exec(argv: &[&str]) -> Exec {
     }
 }
 
-/// What the next daemon must make of a VM that is journaled so and runs.
-pub(crate) const fn must_adopt(milestone: Milestone) -> bool {
+const fn must_adopt(milestone: Milestone) -> bool {
     matches!(
         milestone,
         Milestone::Booted

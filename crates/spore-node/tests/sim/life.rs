@@ -13,7 +13,7 @@ use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::node::{Source, StartVm, StopMode};
 use spore_wire::snapshot::SnapshotKind;
 
-use crate::bench::{Bench, Crash, fork, must_adopt, on_virtual_time, open, start, taken_as, vm};
+use crate::bench::{Bench, Crash, fork, on_virtual_time, open, start, suspended_as, taken_as, vm};
 
 /// Numbers from a seed.
 struct Chance(u64);
@@ -141,13 +141,14 @@ fn begin(chance: &mut Chance, number: u8, takes: usize) -> StartVm {
 fn take(chance: &mut Chance, bench: &Bench, vm: VmId, takes: usize) -> Answer {
     let number = u8::try_from(takes + 1).unwrap();
     let id = SnapshotId::from_bytes([number; 16]);
-    let kind = match chance.below(4) {
-        0 => SnapshotKind::Template,
-        _ => SnapshotKind::Checkpoint,
+    let taking = match chance.below(5) {
+        0 => taken_as(id, SnapshotKind::Template),
+        1 => suspended_as(id),
+        _ => taken_as(id, SnapshotKind::Checkpoint),
     };
     let node = bench.node.clone();
     tokio::spawn(async move {
-        let taken = node.take(vm, taken_as(id, kind)).await;
+        let taken = node.take(vm, taking).await;
         taken.map(|taken| taken.info.id)
     })
 }
@@ -177,6 +178,11 @@ async fn crash_and_check(bench: &mut Bench, points: u32) {
     }
     bench.node.detach().await;
     let journal = bench.journal();
+    let goes_on: BTreeSet<VmId> = journal
+        .iter()
+        .filter(|(vm, milestone)| bench.must_adopt(**vm, **milestone))
+        .map(|(vm, _milestone)| *vm)
+        .collect();
     let before = bench.host.running();
     let crash = Arc::new(Crash::default());
     let (node, adoption) = open(&bench.host, bench.folder.path(), &crash).await;
@@ -187,7 +193,7 @@ async fn crash_and_check(bench: &mut Bench, points: u32) {
         assert!(known.is_some(), "{vm} is lost, journaled {milestone:?}");
         // One that ends by itself while it is being adopted is rightly released.
         let lives = before.contains_key(vm) && !bench.host.died().contains(vm);
-        if lives && must_adopt(*milestone) {
+        if lives && goes_on.contains(vm) {
             assert!(
                 adoption.adopted.contains(vm),
                 "{vm} was not adopted, {milestone:?}"

@@ -7,6 +7,7 @@
 mod bench;
 mod forks;
 mod life;
+mod suspends;
 mod takes;
 mod templates;
 
@@ -25,8 +26,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::Instant;
 
 use bench::{
-    Bench, exec, fork, must_adopt, on_virtual_time, start, taken_as, until, until_phase, vm, walk,
-    with_secret,
+    Bench, exec, fork, on_virtual_time, start, suspended_as, taken_as, until, until_phase, vm,
+    walk, with_secret,
 };
 
 #[test]
@@ -498,7 +499,8 @@ fn daemon_killed_at_every_effect_readopts_the_same_vm() {
                 drive_into(&bench, effect).await;
                 let journal = bench.journal().get(&vm(1)).copied();
                 let before = bench.host.running().get(&vm(1)).cloned();
-                let expected = before.is_some() && journal.is_some_and(must_adopt);
+                let expected = before.is_some()
+                    && journal.is_some_and(|milestone| bench.must_adopt(vm(1), milestone));
                 let adoption = bench.restart().await;
                 let what = format!("{} {point:?}, journaled {journal:?}", effect.name());
                 assert_eq!(!adoption.adopted.is_empty(), expected, "{what}");
@@ -546,7 +548,11 @@ async fn drive_into(bench: &Bench, effect: VmEffect) {
     if effect == VmEffect::Journal(Milestone::EndingFailed) {
         bench.host.crash_vm(vm(1));
     } else if effect.is_of_captures() {
-        let taking = taken_as(SnapshotId::from_bytes([1; 16]), SnapshotKind::Checkpoint);
+        let id = SnapshotId::from_bytes([1; 16]);
+        let taking = match effect.is_of_suspends() {
+            true => suspended_as(id),
+            false => taken_as(id, SnapshotKind::Checkpoint),
+        };
         let node = bench.node.clone();
         drop(tokio::spawn(async move { node.take(vm(1), taking).await }));
     } else if effect == VmEffect::Farewell {

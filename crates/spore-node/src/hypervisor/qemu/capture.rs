@@ -32,7 +32,8 @@ use super::vm::{Handed, Order, QemuVm};
 use crate::disk::overlay::DiskKey;
 use crate::hypervisor::Vm as _;
 use crate::hypervisor::fork::{
-    Afterwards, Capture, CaptureError, CapturedScratch, PauseError, ScratchCopy, ScratchLayer, Turn,
+    Afterwards, Below, Capture, CaptureError, CapturedScratch, PauseError, ScratchCopy,
+    ScratchLayer, Turn,
 };
 use crate::hypervisor::memory_image::{CapturedMemory, MemoryDraft, MemoryImage, SEALED};
 
@@ -79,17 +80,25 @@ impl QemuVm {
     }
 
     /// Takes the place of what was prepared for before.
-    pub(super) async fn make_ready(&self, key: Option<DiskKey>) -> Result<Turn, CaptureError> {
+    pub(super) async fn make_ready(
+        &self,
+        key: Option<DiskKey>,
+        below: Option<Below>,
+    ) -> Result<Turn, CaptureError> {
         let turn = Arc::clone(&self.turn).try_lock_owned();
         let turn = Turn::of(turn.map_err(|_held| CaptureError::Busy)?);
         let mut ready = self.ready.lock().await;
         // One whose turn ended before it was captured.
         *ready = None;
-        *ready = Some(self.prepared(key).await?);
+        *ready = Some(self.prepared(key, below).await?);
         Ok(turn)
     }
 
-    async fn prepared(&self, key: Option<DiskKey>) -> Result<Ready, CaptureError> {
+    async fn prepared(
+        &self,
+        key: Option<DiskKey>,
+        below: Option<Below>,
+    ) -> Result<Ready, CaptureError> {
         let alone = Arc::clone(&self.copying).try_lock_owned();
         let alone = alone.map_err(|_held| CaptureError::Busy)?;
         let machine = self.rooms.machine(self.vm).map_err(step("its record"))?;
@@ -110,6 +119,7 @@ impl QemuVm {
             state: to,
             scratch: cloned.map_err(step("a file for its scratch disk"))?,
             key: key.as_ref().map(DiskKey::passphrase),
+            below,
         };
         let below = ask(&self.orders, |answer| Order::Prepare(handed, answer));
         let below = below.await.flatten().map_err(step("handing it files"))?;
@@ -133,7 +143,7 @@ impl QemuVm {
         let ready = self.ready.lock().await.take();
         let ready = match ready {
             Some(ready) => ready,
-            None => self.prepared(None).await?,
+            None => self.prepared(None, None).await?,
         };
         let Ready {
             state,
@@ -167,6 +177,9 @@ impl QemuVm {
             self.exited().await;
         } else if scratch.is_none() {
             drop(self.orders.send(Order::Forget).await);
+        } else if afterwards == Afterwards::Sleeps {
+            // It stands still until the copy is on the disk.
+            drop(self.orders.send(Order::Hasten).await);
         }
         let memory = match memory {
             Copied::Done(memory) => memory,
@@ -257,7 +270,7 @@ impl Memory {
             (Self::Booted { file, bytes }, Afterwards::Ends) => {
                 Ok(Copied::Its(MemoryDraft::from_file(file, bytes)))
             }
-            (Self::Booted { file, bytes }, Afterwards::GoesOn) => {
+            (Self::Booted { file, bytes }, Afterwards::GoesOn | Afterwards::Sleeps) => {
                 let mut draft = MemoryDraft::new(bytes)?;
                 draft.copy(file.as_fd())?;
                 let image = draft.seal()?;

@@ -122,6 +122,8 @@ pub(super) struct Handed {
     pub(super) scratch: Option<File>,
     /// What that file is locked with.
     pub(super) key: Option<Zeroizing<String>>,
+    /// What that copy is over, where that is not the VMM's to say.
+    pub(super) below: Option<Below>,
 }
 
 impl QemuVm {
@@ -241,8 +243,12 @@ impl Vm for QemuVm {
         self.run_state("resume", Order::Resume).await
     }
 
-    async fn prepare_capture(&self, key: Option<DiskKey>) -> Result<Turn, CaptureError> {
-        self.make_ready(key).await
+    async fn prepare_capture(
+        &self,
+        key: Option<DiskKey>,
+        below: Option<Below>,
+    ) -> Result<Turn, CaptureError> {
+        self.make_ready(key, below).await
     }
 
     async fn capture(&self, afterwards: Afterwards) -> Result<Capture, CaptureError> {
@@ -438,7 +444,10 @@ impl Watcher {
         if let Some(scratch) = &handed.scratch {
             let key = handed.key.as_ref().map(|key| key.as_str());
             copy::add(monitor, scratch.as_fd(), key).await?;
-            over = Some(copy::below(monitor).await?);
+            over = Some(match handed.below {
+                Some(below) => below,
+                None => copy::below(monitor).await?,
+            });
         }
         self.handed = Some((state, over));
         Ok(over.unwrap_or(Below::Nothing))

@@ -2,18 +2,22 @@
 //!
 //! ```text
 //!   Ready ─Capture─▶ Freeze ─▶ Pause ─▶ Take ──goes on──▶ Resume ─▶ Unfreeze ─▶ Ready | Draining
-//!                      │         └─failed──┼─────────────────▲         ▲
-//!                      └─refused or slow───┼───────────────────────────┘
+//!                      │         └─failed──┼─────────────────▲ ▲       ▲
+//!                      └─refused or slow───┼─────────────────│─│───────┘
+//!                                          ├──sleeps─▶ Seal ─┘ failed
+//!                                          │             └──sealed──▶ Releasing(Stopped)
 //!                                          └──ends──▶ Releasing(Stopped)
 //! ```
 //!
 //! Whatever goes wrong on the way there, the VM runs again; one that does not is ended, since
 //! nobody would ever find out that it stands still. A VM that ends with its capture is journaled as
-//! ending before it is taken: its driver kills it for that.
+//! ending before it is taken: its driver kills it for that. One that sleeps is journaled with its
+//! snapshot before that is sealed: the next daemon finds it whole, and ends the VM, or does not,
+//! and lets the VM go on. Never both.
 
 use spore_wire::node::StopMode;
 
-use super::{Ending, Milestone, VmEffect, VmEvent, VmState, drain, ending_of, stronger};
+use super::{Ending, Milestone, VmEffect, VmEvent, VmState, drain, ending_of, stronger, to_ready};
 use crate::hypervisor::fork::Afterwards;
 
 /// The steps of [`VmState::Capturing`].
@@ -25,6 +29,8 @@ pub enum CaptureStep {
     Pause,
     /// It is copied.
     Take,
+    /// The copy is put on the disk, and the VM waits for it.
+    Seal,
     /// The guest is let run.
     Resume,
     /// The tenant's processes are.
@@ -78,8 +84,11 @@ pub(super) fn capturing(
     let state = capturing.at(at);
     let ends = afterwards == Afterwards::Ends && at == CaptureStep::Take;
     match (at, event) {
-        // Its driver kills it, which is told before the capture is whole.
-        (_, VmEvent::Exited(_) | VmEvent::Failed(_)) if ends => (state, Vec::new()),
+        // Its driver kills it, which is told before the capture is whole. Of one that sleeps, all
+        // is captured, and who waits for its agent waits for one that stands still.
+        (_, VmEvent::Exited(_) | VmEvent::Failed(_)) if ends || at == CaptureStep::Seal => {
+            (state, Vec::new())
+        }
         (_, VmEvent::Exited(failure)) => state.end(ending_of(stop, failure)),
         (_, VmEvent::Failed(failure)) if stop.is_some() => state.end(ending_of(stop, failure)),
         (_, VmEvent::Failed(failure)) => state.fail(failure),
@@ -96,7 +105,7 @@ pub(super) fn capturing(
         (CaptureStep::Freeze, VmEvent::CaptureFailed) => to_unfreeze(capturing),
         (CaptureStep::Pause, VmEvent::Paused) => {
             let effects = match afterwards {
-                Afterwards::GoesOn => vec![VmEffect::Capture],
+                Afterwards::GoesOn | Afterwards::Sleeps => vec![VmEffect::Capture],
                 Afterwards::Ends => {
                     vec![
                         VmEffect::Journal(Milestone::EndingStopped),
@@ -109,13 +118,21 @@ pub(super) fn capturing(
         (CaptureStep::Take, VmEvent::Captured | VmEvent::CaptureFailed) if ends => {
             state.end(Ending::Stopped)
         }
-        (CaptureStep::Pause, VmEvent::CaptureFailed)
+        (CaptureStep::Take, VmEvent::Captured)
+            if afterwards == Afterwards::Sleeps && stop.is_none() =>
+        {
+            let effects = vec![VmEffect::Journal(Milestone::Sealing), VmEffect::Seal];
+            (capturing.at(CaptureStep::Seal), effects)
+        }
+        (CaptureStep::Seal, VmEvent::Sealed) => state.end(Ending::Stopped),
+        (CaptureStep::Pause | CaptureStep::Seal, VmEvent::CaptureFailed)
         | (CaptureStep::Take, VmEvent::Captured | VmEvent::CaptureFailed) => {
             (capturing.at(CaptureStep::Resume), vec![VmEffect::Resume])
         }
         (CaptureStep::Resume, VmEvent::Resumed) => to_unfreeze(capturing),
         (CaptureStep::Unfreeze, VmEvent::Unfrozen) => match stop {
-            None => (VmState::Ready, vec![VmEffect::Report]),
+            // It may have been journaled as about to sleep.
+            None => to_ready(),
             Some(_) => drain(),
         },
         (at, other) => unreachable!("{other:?} while it is captured ({at:?})"),

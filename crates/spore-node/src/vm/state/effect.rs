@@ -30,6 +30,8 @@ pub enum VmEffect {
     ConnectAgent,
     /// Renew the guest. Asks.
     Thaw,
+    /// Remove what only this VM may begin from: it has. Asks.
+    DropSource,
     /// Open the network. Asks.
     OpenNetwork,
     /// Start the app. Asks.
@@ -42,6 +44,8 @@ pub enum VmEffect {
     Pause,
     /// Copy what makes the VM what it is. Asks.
     Capture,
+    /// Put what was captured on the disk. Asks.
+    Seal,
     /// Let the tenant's processes run. Asks.
     Unfreeze,
     /// Ask the guest to power off and wait for it. Asks.
@@ -56,7 +60,7 @@ pub enum VmEffect {
 
 impl VmEffect {
     /// Every effect, in the order of a life: what a test that kills the daemon enumerates.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 35] = [
         Self::Journal(Milestone::Preparing),
         Self::TakeTurn,
         Self::Prepare,
@@ -71,6 +75,7 @@ impl VmEffect {
         Self::ConnectAgent,
         Self::Thaw,
         Self::Journal(Milestone::Thawed),
+        Self::DropSource,
         Self::OpenNetwork,
         Self::Journal(Milestone::Open),
         Self::StartApp,
@@ -79,6 +84,8 @@ impl VmEffect {
         Self::Freeze,
         Self::Pause,
         Self::Capture,
+        Self::Journal(Milestone::Sealing),
+        Self::Seal,
         Self::Unfreeze,
         Self::Report,
         Self::Journal(Milestone::Draining),
@@ -103,6 +110,7 @@ impl VmEffect {
             Self::Journal(Milestone::Thawed) => "journal_thawed",
             Self::Journal(Milestone::Open) => "journal_open",
             Self::Journal(Milestone::Started) => "journal_started",
+            Self::Journal(Milestone::Sealing) => "journal_sealing",
             Self::Journal(Milestone::Draining) => "journal_draining",
             Self::Journal(Milestone::EndingStopped) => "journal_ending_stopped",
             Self::Journal(Milestone::EndingFailed) => "journal_ending_failed",
@@ -116,12 +124,14 @@ impl VmEffect {
             Self::Resume => "resume",
             Self::ConnectAgent => "connect_agent",
             Self::Thaw => "thaw",
+            Self::DropSource => "drop_source",
             Self::OpenNetwork => "open_network",
             Self::StartApp => "start_app",
             Self::AwaitReady => "await_ready",
             Self::Freeze => "freeze",
             Self::Pause => "pause",
             Self::Capture => "capture",
+            Self::Seal => "seal",
             Self::Unfreeze => "unfreeze",
             Self::Shutdown => "shutdown",
             Self::Farewell => "farewell",
@@ -142,10 +152,17 @@ impl VmEffect {
     /// Whether only a VM that is captured has it.
     #[must_use]
     pub const fn is_of_captures(self) -> bool {
-        matches!(
+        let goes_on = matches!(
             self,
             Self::Freeze | Self::Pause | Self::Capture | Self::Unfreeze
-        )
+        );
+        goes_on || self.is_of_suspends()
+    }
+
+    /// Whether only a VM that is suspended has it.
+    #[must_use]
+    pub const fn is_of_suspends(self) -> bool {
+        matches!(self, Self::Seal | Self::Journal(Milestone::Sealing))
     }
 
     /// Whether its result comes back as an event.

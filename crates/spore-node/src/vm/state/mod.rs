@@ -39,6 +39,8 @@
 //! - A fork's first instruction runs only once it is journaled as running, and its guest is
 //!   renewed before it is anything else: until then it believes that it is its source.
 //! - A VM that was captured runs again or is ended; only a stop that kills cuts a capture off.
+//! - What only one VM may begin from is removed once that VM was renewed, before it reaches
+//!   anything.
 //! - `Prepare`, `Boot` and `Fork` are never cut off: a stop waits for them, since a driver cut in
 //!   the middle might go on making things behind the release.
 
@@ -153,6 +155,8 @@ pub enum BootStep {
 pub enum ThawStep {
     /// Clock, entropy, names.
     Thaw,
+    /// What only this VM may begin from is removed.
+    Source,
     /// The tap opens and the policy is read back.
     Network,
     /// The app's process is started.
@@ -181,6 +185,8 @@ pub enum Milestone {
     Open,
     /// The app was started, or the VM is ready without one.
     Started,
+    /// It stands still while its snapshot is put on the disk; once that is whole, it has ended.
+    Sealing,
     /// It was asked to stop.
     Draining,
     /// It is being removed because it was stopped.
@@ -257,6 +263,8 @@ pub enum VmEvent {
     AgentUp(AgentSeen),
     /// `Thaw` is done.
     Thawed,
+    /// `DropSource` is done.
+    SourceDropped,
     /// `OpenNetwork` is done.
     NetworkOpen(Work),
     /// `StartApp` is done.
@@ -271,6 +279,8 @@ pub enum VmEvent {
     Paused,
     /// `Capture` is done.
     Captured,
+    /// `Seal` is done.
+    Sealed,
     /// One of them was not.
     CaptureFailed,
     /// `Unfreeze` is done.
@@ -623,7 +633,7 @@ fn agent_up(adopted: Option<Milestone>, seen: AgentSeen) -> (VmState, Vec<VmEffe
     if reached < Milestone::Open {
         let thawed = reached == Milestone::Thawed || (adopted.is_some() && seen.thawed);
         return if thawed {
-            to_network()
+            to_source()
         } else {
             (
                 VmState::Thawing { at: ThawStep::Thaw },
@@ -672,16 +682,25 @@ fn to_ready() -> (VmState, Vec<VmEffect>) {
     )
 }
 
+fn to_source() -> (VmState, Vec<VmEffect>) {
+    (
+        VmState::Thawing {
+            at: ThawStep::Source,
+        },
+        vec![
+            VmEffect::Journal(Milestone::Thawed),
+            VmEffect::Report,
+            VmEffect::DropSource,
+        ],
+    )
+}
+
 fn to_network() -> (VmState, Vec<VmEffect>) {
     (
         VmState::Thawing {
             at: ThawStep::Network,
         },
-        vec![
-            VmEffect::Journal(Milestone::Thawed),
-            VmEffect::Report,
-            VmEffect::OpenNetwork,
-        ],
+        vec![VmEffect::OpenNetwork],
     )
 }
 
@@ -703,7 +722,8 @@ fn thawing(at: ThawStep, event: VmEvent) -> (VmState, Vec<VmEffect>) {
         (_, VmEvent::Exited(failure)) => state.end(Ending::Failed(failure)),
         (ThawStep::App | ThawStep::Ready, VmEvent::Stop(StopMode::Graceful)) => drain(),
         (_, VmEvent::Stop(_)) => state.end(Ending::Stopped),
-        (ThawStep::Thaw, VmEvent::Thawed) => to_network(),
+        (ThawStep::Thaw, VmEvent::Thawed) => to_source(),
+        (ThawStep::Source, VmEvent::SourceDropped) => to_network(),
         (ThawStep::Network, VmEvent::NetworkOpen(Work::Nothing)) => to_ready(),
         (ThawStep::Network, VmEvent::NetworkOpen(Work::Inherited)) => to_await(),
         (ThawStep::Network, VmEvent::NetworkOpen(Work::App)) => (

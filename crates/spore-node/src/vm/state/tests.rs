@@ -38,6 +38,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
             1 => Just(Move::Unsound),
             2 => Just(Move::Capture(Afterwards::GoesOn)),
             1 => Just(Move::Capture(Afterwards::Ends)),
+            2 => Just(Move::Capture(Afterwards::Sleeps)),
             2 => Just(Move::Crash),
         ],
         0..60,
@@ -70,6 +71,8 @@ struct World {
     thawed: bool,
     open: bool,
     app: bool,
+    /// Its snapshot is whole: another VM may go on from it.
+    sealed: bool,
     doomed: bool,
     finals: u32,
     releases: u32,
@@ -83,6 +86,14 @@ fn failure() -> Failure {
 }
 
 impl World {
+    fn release(&mut self) {
+        self.made = false;
+        self.runs = false;
+        self.paused = false;
+        self.frozen = false;
+        self.releases += 1;
+    }
+
     fn complete_capture(&mut self, effect: VmEffect) -> VmEvent {
         match effect {
             VmEffect::Freeze => {
@@ -96,6 +107,10 @@ impl World {
             VmEffect::Capture => {
                 self.runs &= !self.doomed;
                 VmEvent::Captured
+            }
+            VmEffect::Seal => {
+                self.sealed = true;
+                VmEvent::Sealed
             }
             _ => {
                 self.frozen = false;
@@ -152,7 +167,11 @@ impl Run {
         let world = &mut self.world;
         match effect {
             VmEffect::Journal(milestone) => {
-                assert!(world.journal <= Some(milestone), "the journal goes back");
+                let wakes = world.journal == Some(Milestone::Sealing)
+                    && milestone == Milestone::Started
+                    && !world.sealed;
+                let goes_back = world.journal > Some(milestone);
+                assert!(wakes || !goes_back, "the journal goes back");
                 world.doomed |= milestone >= Milestone::EndingStopped;
                 world.journal = Some(milestone);
             }
@@ -162,11 +181,13 @@ impl Run {
             }
             VmEffect::Resume => {
                 assert!(world.journal >= Some(Milestone::Running));
+                assert!(!world.sealed, "it goes on twice");
                 assert!(world.attached, "nobody holds it");
             }
             VmEffect::ConnectAgent => assert!(!world.paused, "it cannot answer"),
             VmEffect::Attach => assert!(world.journal >= Some(Milestone::Booted)),
             VmEffect::Thaw => assert!(!world.thawed, "thawed twice"),
+            VmEffect::DropSource => assert!(world.journal >= Some(Milestone::Thawed)),
             VmEffect::OpenNetwork => assert!(world.thawed, "opened before the thaw"),
             VmEffect::StartApp => {
                 assert!(world.thawed && world.open && !world.app);
@@ -195,6 +216,23 @@ impl Run {
                 }
             }
             VmEffect::AwaitReady => assert_ne!(self.work, Work::Nothing),
+            VmEffect::Freeze | VmEffect::Pause | VmEffect::Capture | VmEffect::Seal => {
+                self.begin_capture(effect);
+            }
+            VmEffect::Unfreeze => assert!(!world.paused, "it cannot answer"),
+            VmEffect::Shutdown => assert!(!world.paused && !world.frozen, "it cannot end"),
+            VmEffect::TakeTurn | VmEffect::Release => {}
+            VmEffect::Farewell => {
+                assert!(world.runs, "nobody is there to wait for");
+                assert_eq!(self.state.phase(), VmPhase::Draining);
+                assert_eq!(world.journal, Some(Milestone::EndingFailed));
+            }
+        }
+    }
+
+    fn begin_capture(&self, effect: VmEffect) {
+        let world = &self.world;
+        match effect {
             VmEffect::Freeze => assert!(!world.frozen && !world.paused),
             VmEffect::Pause => assert!(world.frozen && !world.paused),
             VmEffect::Capture => {
@@ -208,13 +246,9 @@ impl Run {
                 );
                 assert!(world.doomed || !ends, "killed without a word");
             }
-            VmEffect::Unfreeze => assert!(!world.paused, "it cannot answer"),
-            VmEffect::Shutdown => assert!(!world.paused && !world.frozen, "it cannot end"),
-            VmEffect::TakeTurn | VmEffect::Release => {}
-            VmEffect::Farewell => {
-                assert!(world.runs, "nobody is there to wait for");
-                assert_eq!(self.state.phase(), VmPhase::Draining);
-                assert_eq!(world.journal, Some(Milestone::EndingFailed));
+            _ => {
+                assert!(world.frozen && world.paused, "sealed while it runs");
+                assert_eq!(world.journal, Some(Milestone::Sealing));
             }
         }
     }
@@ -265,6 +299,7 @@ impl Run {
                 world.thawed = true;
                 VmEvent::Thawed
             }
+            VmEffect::DropSource => VmEvent::SourceDropped,
             VmEffect::OpenNetwork => {
                 world.open = true;
                 VmEvent::NetworkOpen(self.work)
@@ -274,17 +309,15 @@ impl Run {
                 VmEvent::AppStarted
             }
             VmEffect::AwaitReady => VmEvent::AppReady,
-            VmEffect::Freeze | VmEffect::Pause | VmEffect::Capture | VmEffect::Unfreeze => {
-                world.complete_capture(effect)
-            }
+            VmEffect::Freeze
+            | VmEffect::Pause
+            | VmEffect::Capture
+            | VmEffect::Seal
+            | VmEffect::Unfreeze => world.complete_capture(effect),
             VmEffect::Shutdown => VmEvent::ShutDown,
             VmEffect::Farewell => VmEvent::FarewellOver,
             VmEffect::Release => {
-                world.made = false;
-                world.runs = false;
-                world.paused = false;
-                world.frozen = false;
-                world.releases += 1;
+                world.release();
                 VmEvent::Released
             }
             VmEffect::Journal(_) | VmEffect::RemoveJournal | VmEffect::Report | VmEffect::Kill => {
@@ -312,7 +345,7 @@ impl Run {
                     self.complete(effect);
                     self.feed(VmEvent::CaptureFailed);
                 }
-                Some(VmEffect::Capture) => self.feed(VmEvent::CaptureFailed),
+                Some(VmEffect::Capture | VmEffect::Seal) => self.feed(VmEvent::CaptureFailed),
                 Some(_) => self.feed(VmEvent::Failed(failure())),
             },
             Move::Exit => {
@@ -340,6 +373,11 @@ impl Run {
         self.pending = None;
         self.world.attached = false;
         self.state = VmState::Absent;
+        if self.world.sealed && self.world.journal == Some(Milestone::Sealing) {
+            // The node finds the snapshot.
+            self.world.journal = Some(Milestone::EndingStopped);
+            self.world.doomed = true;
+        }
         match self.world.journal {
             Some(milestone) => self.feed(VmEvent::Adopt(milestone)),
             // What is journaled as nothing is left as nothing.
@@ -415,7 +453,10 @@ fn run_from(begin: Begin, effect: VmEffect) -> Run {
     let mut run = Run::new(begin, Work::App);
     while run.pending != Some(effect) {
         run.make(Move::Succeed);
-        run.make(Move::Capture(Afterwards::GoesOn));
+        run.make(Move::Capture(match effect.is_of_suspends() {
+            true => Afterwards::Sleeps,
+            false => Afterwards::GoesOn,
+        }));
     }
     run
 }
@@ -468,11 +509,14 @@ fn a_daemon_killed_under_any_effect_after_the_identity_adopts_the_vm() {
             while run.state != VmState::Ready && !run.state.is_over() {
                 run.make(Move::Succeed);
             }
-            assert_eq!(run.state == VmState::Ready, known, "{effect:?}");
+            // What is left of it is its snapshot.
+            let sleeps = done && effect == VmEffect::Seal;
+            let goes_on = known && !sleeps;
+            assert_eq!(run.state == VmState::Ready, goes_on, "{effect:?}");
             seen += 1;
         }
     }
-    assert_eq!(seen, 18 + 20 + 2 * 8);
+    assert_eq!(seen, 20 + 22 + 2 * 10);
 }
 
 #[test]
@@ -526,7 +570,7 @@ fn a_fork_of_an_earlier_daemon_is_thawed_unless_it_was_under_its_own_name() {
             run.make(Move::Succeed);
         }
         let next = match thawed {
-            true => VmEffect::OpenNetwork,
+            true => VmEffect::DropSource,
             false => VmEffect::Thaw,
         };
         assert_eq!(run.pending, Some(next));
@@ -714,6 +758,56 @@ fn a_vm_that_ends_with_its_capture_is_journaled_so_and_its_end_cuts_nothing_off(
         run.make(Move::Succeed);
         assert_eq!(run.state, VmState::Stopped);
     }
+}
+
+#[test]
+fn a_vm_that_sleeps_ends_once_its_snapshot_is_whole_and_goes_on_if_it_is_not() {
+    let mut run = run_to_capture(VmEffect::Seal, Afterwards::Sleeps);
+    assert_eq!(run.world.journal, Some(Milestone::Sealing));
+    run.make(Move::Succeed);
+    assert_eq!(run.pending, Some(VmEffect::Release));
+    run.make(Move::Succeed);
+    assert_eq!(run.state, VmState::Stopped);
+
+    let mut run = run_to_capture(VmEffect::Seal, Afterwards::Sleeps);
+    run.make(Move::Fail);
+    for effect in [VmEffect::Resume, VmEffect::Unfreeze] {
+        assert_eq!(run.pending, Some(effect));
+        run.make(Move::Succeed);
+    }
+    assert_eq!(run.state, VmState::Ready);
+    assert_eq!(run.world.journal, Some(Milestone::Started));
+}
+
+#[test]
+fn whatever_a_daemon_left_of_a_vm_that_was_to_sleep_it_is_its_snapshot_or_itself() {
+    for sealed in [true, false] {
+        let mut run = run_to_capture(VmEffect::Seal, Afterwards::Sleeps);
+        run.world.sealed = sealed;
+        run.crash();
+        while run.pending.is_some() {
+            run.make(Move::Succeed);
+        }
+        let state = match sealed {
+            true => VmState::Stopped,
+            false => VmState::Ready,
+        };
+        assert_eq!(run.state, state);
+    }
+}
+
+#[test]
+fn a_vm_that_is_to_sleep_and_to_stop_does_what_it_can_still_do() {
+    let mut run = run_to_capture(VmEffect::Capture, Afterwards::Sleeps);
+    run.make(Move::Stop(StopMode::Graceful));
+    run.make(Move::Succeed);
+    assert_eq!(run.pending, Some(VmEffect::Resume), "it is asked to stop");
+    let mut run = run_to_capture(VmEffect::Seal, Afterwards::Sleeps);
+    run.make(Move::Exit);
+    run.make(Move::Unsound);
+    assert_eq!(run.pending, Some(VmEffect::Seal), "all of it is captured");
+    run.make(Move::Stop(StopMode::Kill));
+    assert_eq!(run.pending, Some(VmEffect::Release));
 }
 
 #[test]
