@@ -38,6 +38,8 @@ pub struct App {
 pub enum AppState {
     /// No VM; the next request wakes it.
     Asleep,
+    /// No VM; the next request wakes it as it was, with what it held in memory.
+    Suspended,
     /// A VM is on its way to ready.
     Waking,
     /// It serves.

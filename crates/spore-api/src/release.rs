@@ -114,6 +114,9 @@ impl Default for IdleSpec {
 pub enum IdleMode {
     /// Its VM is stopped.
     Stop,
+    /// Its VM is put on the disk, encrypted, and goes on from there at the next request: what it
+    /// holds in memory stays.
+    Suspend,
     /// It stays awake; it is woken again when it dies.
     Never,
 }

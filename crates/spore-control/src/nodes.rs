@@ -14,7 +14,8 @@ use spore_api::log::LogLine;
 use spore_wire::guest::{Exec, Exit, WindowSize, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    ImageInfo, ImageKind, ImageRecipe, NodeStatus, StartVm, StopMode, TemplateStage, VmStatus,
+    ImageInfo, ImageKind, ImageRecipe, NodeStatus, Owner, StartVm, StopMode, TemplateStage,
+    VmStatus,
 };
 use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::SnapshotInfo;
@@ -125,6 +126,19 @@ pub trait Nodes: Send + Sync + 'static {
     /// When it cannot be taken; nothing is left of it then, and the VM goes on all the same.
     async fn checkpoint(&self, take: TakeSnapshot) -> Result<TakenSnapshot, NodesError>;
 
+    /// Suspends a VM: it ends when its snapshot is on the disk, and another one may go on from
+    /// that, once. Needs a key.
+    ///
+    /// # Errors
+    /// When it cannot be suspended; then it goes on.
+    async fn suspend(&self, take: TakeSnapshot) -> Result<(), NodesError>;
+
+    /// Adds a line of the platform's own to an app's log.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    async fn note(&self, note: Note) -> Result<(), NodesError>;
+
     /// The snapshots of an account, by their ids.
     ///
     /// # Errors
@@ -207,6 +221,17 @@ pub struct TakeSnapshot {
     pub key: Option<SecretBytes>,
     /// Seconds since the Unix epoch.
     pub made_at_s: u64,
+}
+
+/// What the platform has to tell an app's owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// Of which app.
+    pub owner: Owner,
+    /// Of which VM.
+    pub vm: VmId,
+    /// What.
+    pub text: String,
 }
 
 /// A snapshot that was taken.

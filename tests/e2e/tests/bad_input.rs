@@ -68,8 +68,8 @@ const REFUSED: [(&str, &str, &str); 30] = [
     ("port = 8000", "port = 8000\n[resources]\ndisk = 5", "size"),
     (
         "port = 8000",
-        "port = 8000\n[idle]\nmode = \"suspend\"",
-        "not in this version",
+        "port = 8000\n[idle]\nmode = \"doze\"",
+        "\"suspend\"",
     ),
     ("port = 8000", "port = 8000\n[idle]\nafter = \"1\"", "unit"),
     (

@@ -54,12 +54,21 @@ pub fn on_virtual_time<T>(future: impl Future<Output = Result<T>>) -> Result<T> 
     runtime.block_on(future)
 }
 
+/// Whether apps are suspended in the life of this seed: in every fourth.
+#[must_use]
+pub fn suspends(seed: u64) -> bool {
+    seed.is_multiple_of(4)
+}
+
 /// A life under way.
 pub(crate) struct Life {
     pub(crate) world: World,
     pub(crate) chance: Chance,
     /// When the gateway comes back.
     gateway_back: Option<Instant>,
+    /// Whether apps may keep what they hold in memory. Then files are written on threads, whose
+    /// order no seed decides.
+    suspends: bool,
 }
 
 impl Life {
@@ -78,6 +87,7 @@ impl Life {
             world,
             chance,
             gateway_back: None,
+            suspends: suspends(seed),
         })
     }
 
@@ -184,7 +194,11 @@ impl Life {
         };
         // One app may never sleep: there is always room for a second one and for its switch.
         let never = app == "ant" && self.chance.happens(300);
-        let mode = if never { "never" } else { "stop" };
+        let mode = match never {
+            true => "never",
+            false if self.suspends && self.chance.happens(700) => "suspend",
+            false => "stop",
+        };
         let idle_ms = 1_000 + self.chance.below(IDLE_MS - 1_000);
         let body = spec(program, idle_ms, mode, secrets);
         self.world.trace.say(format!("{app} is to run {program}"));

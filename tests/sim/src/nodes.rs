@@ -1,7 +1,7 @@
 //! The node as control sees it: a thin translation, through the daemon's fuse.
 //!
-//! What an app's owner does inside a VM (programs, files, logs), images and snapshots are not part
-//! of the simulation and are refused.
+//! What an app's owner does inside a VM (programs, files, logs), images and checkpoints are not
+//! part of the simulation and are refused.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,20 +10,26 @@ use async_trait::async_trait;
 use spore_api::log::LogLine;
 use spore_api::name::AccountName;
 use spore_control::nodes::{
-    ByteStream, CollectMode, ExecSession, LogsWanted, Nodes, NodesError, Removal, Room,
+    ByteStream, CollectMode, ExecSession, LogsWanted, Nodes, NodesError, Note, Removal, Room,
     SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, vm_feed,
 };
 use spore_control::store::record::app::{AppRecord, app_key};
 use spore_control::store::record::load;
 use spore_control::store::{SharedStore, StoreError};
 use spore_node::node::{Node, StartError, VmError};
+use spore_node::snapshot::key::SnapshotKey;
+use spore_node::snapshot::{Cascade, StoreError as SnapshotStoreError};
+use spore_node::snapshots::SnapshotsError;
+use spore_node::take::Take;
+use spore_wire::cause::chain;
 use spore_wire::guest::{Exec, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
-    ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, StartVm, StopMode, TemplateStage,
+    ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, Source, StartVm, StopMode,
+    TemplateStage, VmPhase,
     VmStatus,
 };
-use spore_wire::snapshot::SnapshotInfo;
+use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
 use tokio::sync::mpsc;
 
 use crate::fuse::Fuse;
@@ -69,6 +75,9 @@ impl SimNodes {
     fn heard(&self, status: &VmStatus) {
         let (vm, app, phase) = (status.vm, &status.owner.app, status.phase);
         self.trace.say(format!("node: {vm} of {app} is {phase:?}"));
+        if let (Source::Snapshot(id), VmPhase::Ready) = (status.source, phase) {
+            self.watcher.went_on(id, vm);
+        }
         if let Some(failure) = &status.failure {
             let text = &failure.message;
             self.trace.say(format!("node: {vm}: {text}"));
@@ -97,7 +106,7 @@ impl Nodes for SimNodes {
             self.trace.say(format!("start {vm}: {error}"));
             let message = error.to_string();
             match error {
-                StartError::NoRoom(_) => {
+                StartError::NoRoom(_) | StartError::NoImageRoom(_) => {
                     self.trace.count("no room");
                     NodesError::NoCapacity { message }
                 }
@@ -205,20 +214,67 @@ impl Nodes for SimNodes {
         Err(not_here())
     }
 
-    async fn snapshots(&self, _account: String) -> Result<Vec<SnapshotInfo>, NodesError> {
-        Err(not_here())
+    async fn suspend(&self, take: TakeSnapshot) -> Result<(), NodesError> {
+        let (vm, id) = (take.vm, take.id);
+        self.fuse.pass(|| format!("before suspending {vm}")).await;
+        self.watcher.suspends(id);
+        let key = take
+            .key
+            .and_then(|key| SnapshotKey::from_slice(key.expose()));
+        let take = Take {
+            id,
+            kind: SnapshotKind::Suspend,
+            key,
+            made_at_s: take.made_at_s,
+        };
+        let taken = self.node.take(vm, take).await;
+        self.fuse.pass(|| format!("after suspending {vm}")).await;
+        match taken {
+            Ok(_) => {
+                self.trace.say(format!("{vm} is suspended to {id}"));
+                self.trace.count("suspended");
+                Ok(())
+            }
+            Err(error) => {
+                self.trace.say(format!("{vm} is not suspended: {error}"));
+                self.trace.count("not suspended");
+                Err(failed(&error))
+            }
+        }
     }
 
-    async fn snapshot(
-        &self,
-        _account: String,
-        _id: SnapshotId,
-    ) -> Result<SnapshotInfo, NodesError> {
-        Err(not_here())
+    async fn note(&self, note: Note) -> Result<(), NodesError> {
+        self.fuse.pass(|| "a note".to_owned()).await;
+        self.trace
+            .say(format!("note of {}: {}", note.vm, note.text));
+        self.trace.count("notes");
+        let noted = self.node.note(&note.owner, note.vm, note.text);
+        noted.map_err(|error| failed(&error))
     }
 
-    async fn remove_snapshot(&self, _removal: Removal) -> Result<Vec<SnapshotId>, NodesError> {
-        Err(not_here())
+    async fn snapshots(&self, account: String) -> Result<Vec<SnapshotInfo>, NodesError> {
+        let listed = self.node.snapshots().list(&account).await;
+        listed.map_err(|error| failed(&error))
+    }
+
+    async fn snapshot(&self, account: String, id: SnapshotId) -> Result<SnapshotInfo, NodesError> {
+        self.fuse.pass(|| format!("snapshot {id}")).await;
+        let info = self.node.snapshots().info(&account, id).await;
+        info.map_err(|error| snapshot_error(&error))
+    }
+
+    async fn remove_snapshot(&self, removal: Removal) -> Result<Vec<SnapshotId>, NodesError> {
+        self.fuse
+            .pass(|| format!("before removing {}", removal.id))
+            .await;
+        let (account, in_use) = (removal.account.as_str(), removal.in_use);
+        let snapshots = self.node.snapshots();
+        let removed = snapshots.remove(account, removal.id, Cascade::Refuse, in_use);
+        let removed = removed.await;
+        self.fuse
+            .pass(|| format!("after removing {}", removal.id))
+            .await;
+        removed.map_err(|error| snapshot_error(&error))
     }
 
     async fn compact_snapshot(
@@ -252,6 +308,23 @@ impl Nodes for SimNodes {
 
     async fn node_status(&self) -> Result<NodeStatus, NodesError> {
         Ok(self.node.node_status())
+    }
+}
+
+fn failed(error: &(impl core::error::Error + 'static)) -> NodesError {
+    NodesError::Failed {
+        message: chain(error),
+    }
+}
+
+fn snapshot_error(error: &SnapshotsError) -> NodesError {
+    let message = chain(error);
+    match error {
+        SnapshotsError::Store(SnapshotStoreError::Missing(_)) => NodesError::NotFound { message },
+        SnapshotsError::Store(SnapshotStoreError::InUse(_) | SnapshotStoreError::Busy(_)) => {
+            NodesError::Conflict { message }
+        }
+        _ => NodesError::Failed { message },
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use spore_node::hypervisor::sim::SimHost;
-use spore_wire::id::VmId;
+use spore_wire::id::{SnapshotId, VmId};
 
 use crate::trace::Trace;
 
@@ -37,6 +37,10 @@ struct Held {
     /// VMs that control ended for their owner, whatever was in flight.
     forced: BTreeSet<VmId>,
     told: BTreeSet<String>,
+    /// Of suspended apps.
+    suspended: BTreeSet<SnapshotId>,
+    /// Who went on from which of them.
+    went_on: BTreeMap<SnapshotId, VmId>,
     violations: usize,
 }
 
@@ -58,6 +62,23 @@ impl Watcher {
     /// Control asked for a VM.
     pub fn asked(&self, vm: VmId, owner: Owner) {
         self.held().owners.insert(vm, owner);
+    }
+
+    /// An app's VM is to be suspended to this.
+    pub fn suspends(&self, to: SnapshotId) {
+        self.held().suspended.insert(to);
+    }
+
+    /// A VM began from a snapshot and serves; others begin from templates too.
+    pub fn went_on(&self, from: SnapshotId, vm: VmId) {
+        if !self.held().suspended.contains(&from) {
+            return;
+        }
+        let first = *self.held().went_on.entry(from).or_insert(vm);
+        if first != vm {
+            self.once(format!("{vm} goes on from {from}, and {first} did before"));
+        }
+        self.0.trace.count("went on");
     }
 
     /// Whose VM this is.

@@ -62,7 +62,8 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Puts an app to sleep now; the next request wakes it.
+/// Puts an app to sleep now; the next request starts it anew. What a suspended one held in memory
+/// is gone.
 #[utoipa::path(post, path = "/api/v1/apps/{app}/stop", tag = "apps",
     params(("app" = String, Path)), responses((status = 200, body = App)))]
 pub(super) async fn stop(
@@ -71,6 +72,7 @@ pub(super) async fn stop(
 ) -> Result<Answer<App>, Fault> {
     exists(&api, &app).await?;
     api.converge.sleep(&app).await?;
+    api.converge.forget_suspended(&app).await?;
     shown(&api.converge, &app).await
 }
 
@@ -203,6 +205,7 @@ pub(super) const fn state_of(record: &AppRecord, standing: Standing) -> AppState
         _ if record.release.is_none() => AppState::New,
         Standing::Waking => AppState::Waking,
         Standing::Failing => AppState::Failing,
+        Standing::Asleep if record.suspended.is_some() => AppState::Suspended,
         Standing::Asleep => AppState::Asleep,
     }
 }

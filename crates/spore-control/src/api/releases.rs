@@ -179,10 +179,10 @@ fn spec(rules: Rules) -> ReleaseSpec {
         },
         idle: IdleSpec {
             after_ms: rules.idle_after_ms,
-            mode: if rules.sleeps {
-                IdleMode::Stop
-            } else {
-                IdleMode::Never
+            mode: match (rules.sleeps, rules.suspends) {
+                (false, _) => IdleMode::Never,
+                (true, false) => IdleMode::Stop,
+                (true, true) => IdleMode::Suspend,
             },
         },
         health: HealthSpec {

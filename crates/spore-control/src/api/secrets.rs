@@ -60,6 +60,8 @@ pub(super) async fn set(
     let name: SecretName = name.parse()?;
     let value = SecretBytes::new(body.value.into_bytes());
     let record = api.converge.set_secret(&app, &name, &value).await?;
+    // What is suspended holds the value that was.
+    api.converge.forget_suspended(&app).await?;
     api.converge.refresh(&app).await?;
     let used = api.converge.secrets_in_use(&app).await?;
     Ok(Answer(public(name, &record, &used)))
@@ -84,6 +86,7 @@ pub(super) async fn remove(
         .when(&key, stored.version)
         .delete(&key);
     api.converge.inner.store.commit(transaction).await?;
+    api.converge.forget_suspended(&app).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

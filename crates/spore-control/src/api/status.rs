@@ -83,7 +83,14 @@ pub(super) async fn metrics(
         return Err(Fault::new(ErrorCode::Forbidden, message));
     }
     let states = [
-        "asleep", "waking", "awake", "draining", "disabled", "new", "failing",
+        "asleep",
+        "suspended",
+        "waking",
+        "awake",
+        "draining",
+        "disabled",
+        "new",
+        "failing",
     ];
     let mut apps: BTreeMap<_, _> = states.map(|state| (state, 0)).into();
     for (app, record) in api.converge.all_apps().await? {

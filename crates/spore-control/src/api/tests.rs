@@ -534,12 +534,6 @@ async fn bad_input_is_refused_with_the_field_and_what_would_be_right() {
             "`spec.protocol`",
         ),
         (
-            |b| b["spec"]["idle"] = json!({"mode": "suspend"}),
-            422,
-            "invalid",
-            "`spec.idle.mode`",
-        ),
-        (
             |b| b["spec"]["resources"] = json!({"cpu": 1}),
             422,
             "invalid",

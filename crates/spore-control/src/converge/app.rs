@@ -129,6 +129,7 @@ impl Converge {
             Effect::Start { vm, release, begin } => self.spawn_start(app, vm, release, begin),
             Effect::Remind { vm, release } => self.spawn_remind(app, vm, release),
             Effect::Stop { vm, mode } => self.spawn_stop(app, vm, mode),
+            Effect::Suspend { vm, release } => self.spawn_suspend(app, vm, release),
             Effect::Close { vm, force } => {
                 let app = app.key();
                 self.inner.door.send(ToGateway::Reap { app, vm, force });
@@ -144,6 +145,11 @@ impl Converge {
                     phases,
                 });
                 self.answer(app, &Ok(vm));
+                // What runs is what there is: nothing begins where it stood before.
+                if let Err(error) = self.forget_suspended(app).await {
+                    let error = chain(&error);
+                    tracing::warn!(%app, error, "what an app went on from is forgotten later");
+                }
             }
             Effect::WakeFailed(failure) => self.wake_failed(app, failure),
             Effect::Gone { vm, reason } => {
@@ -272,6 +278,7 @@ pub(super) fn target_of(release: &ReleaseRecord) -> Target {
         release: release.number,
         idle_after_ms: rules.sleeps.then_some(rules.idle_after_ms),
         ready_ms: rules.health_timeout_ms,
+        suspends: rules.suspends,
     }
 }
 

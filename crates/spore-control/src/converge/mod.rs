@@ -44,6 +44,7 @@ mod route;
 pub(crate) mod sandbox;
 pub(crate) mod snapshot;
 mod start;
+mod suspend;
 #[cfg(test)]
 mod tests;
 mod trace;

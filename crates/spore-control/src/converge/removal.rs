@@ -12,6 +12,7 @@ use crate::store::record::encode;
 use crate::store::record::release::releases_of;
 use crate::store::record::removal::{REMOVALS, RemovalRecord, names_of, removal_key};
 use crate::store::record::secret::secrets_of;
+use crate::store::record::snapshot_key::snapshot_key_key;
 use crate::store::{CommitError, StoreError, Transaction, every};
 use spore_wire::cause::chain;
 
@@ -110,8 +111,17 @@ impl Converge {
                     transaction = transaction.delete(entry.key);
                 }
             }
+            let suspended = stored.record.suspended.map(|suspended| suspended.snapshot);
+            if let Some(id) = suspended {
+                transaction = transaction.delete(snapshot_key_key(account, id));
+            }
             match store.commit(transaction).await {
-                Ok(_) => return Ok(true),
+                Ok(_) => {
+                    if let Some(id) = suspended {
+                        self.remove_suspended(account, id).await;
+                    }
+                    return Ok(true);
+                }
                 Err(CommitError::Conflict { .. }) => {}
                 Err(CommitError::Store(error)) => return Err(error),
             }

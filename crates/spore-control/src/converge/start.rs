@@ -64,11 +64,29 @@ impl Converge {
         if begin == Begin::Cold {
             start.source = Source::Boot;
         }
+        if let Some((id, keys)) = self.goes_on_from(app, vm, release, begin).await? {
+            let goes_on = StartVm {
+                source: Source::Snapshot(id),
+                keys,
+                ..start.clone()
+            };
+            match self.ask(goes_on).await {
+                Err(error @ NodesError::Snapshot { .. }) => {
+                    let why = error.to_string();
+                    self.begins_anew(app, vm, release, &why).await?;
+                }
+                asked => return asked.map_err(|error| refused(&error)),
+            }
+        }
         self.begin(start).await
     }
 
     /// Has the node begin a VM. One that it may have begun although it did not say so is stopped.
     pub(super) async fn begin(&self, start: StartVm) -> Result<(), Failure> {
+        self.ask(start).await.map_err(|error| refused(&error))
+    }
+
+    async fn ask(&self, start: StartVm) -> Result<(), NodesError> {
         let vm = start.vm;
         let Err(error) = self.inner.nodes.start(start).await else {
             return Ok(());
@@ -81,7 +99,7 @@ impl Converge {
             let stopped = self.inner.nodes.stop(vm, StopMode::Kill).await;
             tracing::debug!(%vm, ?stopped, "stopped a start that failed");
         }
-        Err(refused(&error))
+        Err(error)
     }
 
     /// Tells the node the secrets of a VM that it adopted: its journal holds none, and without

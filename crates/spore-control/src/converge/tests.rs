@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use spore_wire::gateway::{Activity, FromGateway, ToGateway};
 use spore_wire::id::VmId;
-use spore_wire::node::VmFailureKind;
+use spore_wire::node::{Source, StartVm, VmFailureKind};
 
 use super::AppRef;
 use super::deploy::{DeployError, Named, NewRelease};
 use super::removal::RemovalError;
 use crate::clock::{HostClock, KernelChance};
 use crate::fake::{Act, FakeDoor, FakeNodes, MoodyStore, config};
+use crate::nodes::{CollectMode, NodesError};
 use crate::operations::{Operations, Outcome};
 use crate::secrets::{KeyFile, KeyProvider};
 use crate::store::memory::MemoryStore;
@@ -763,4 +764,162 @@ async fn a_thousand_sleeping_apps_cost_no_slot_and_little_memory() {
         grown / 1024
     );
     assert!(grown < 64 * 1024 * 1024, "{grown} bytes");
+}
+
+impl Bench {
+    async fn record(&self, app: &AppRef) -> AppRecord {
+        let stored = self.control.converge().app_record(app).await;
+        stored.unwrap().unwrap().record
+    }
+
+    async fn wake(&self, app: &AppRef) -> StartVm {
+        self.control.converge().wake(app).await.unwrap();
+        let state = self.nodes.state.lock().unwrap();
+        state.starts.last().unwrap().clone()
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.nodes.state.lock().unwrap().notes.clone()
+    }
+
+    async fn keys(&self) -> usize {
+        every(&*self.store, "snapshot-key/").await.unwrap().len()
+    }
+
+    fn snapshots(&self) -> usize {
+        self.nodes.state.lock().unwrap().snapshots.ids().len()
+    }
+}
+
+/// An app that was idle for its time and is suspended.
+async fn suspended() -> (Bench, AppRef) {
+    let (bench, notes) = (Bench::new().await, app("notes"));
+    let new = release(|new| new.rules.suspends = true);
+    let converge = bench.control.converge();
+    let id = converge.deploy(&notes, &new, None).await.unwrap();
+    bench.over(&notes, &id).await;
+    bench.settle(61_000).await;
+    assert_eq!(bench.nodes.running(), []);
+    (bench, notes)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_app_is_suspended_and_its_next_vm_goes_on_from_there_once() {
+    let (mut bench, notes) = suspended().await;
+    for _round in 0..3 {
+        let kept = bench.record(&notes).await.suspended.unwrap();
+        assert_eq!((bench.snapshots(), bench.keys().await), (1, 1));
+        // What an app goes on from is nothing to collect.
+        let converge = bench.control.converge();
+        let collected = converge.collect_snapshots(CollectMode::Remove).await;
+        assert_eq!(collected.unwrap().len(), 0);
+        bench = bench.crash().await;
+        let start = bench.wake(&notes).await;
+        assert_eq!(start.source, Source::Snapshot(kept.snapshot));
+        bench.settle(10).await;
+        assert_eq!(bench.record(&notes).await.suspended, None);
+        assert_eq!((bench.snapshots(), bench.keys().await), (0, 0));
+        assert_eq!(bench.notes(), Vec::<String>::new());
+        bench.settle(61_000).await;
+    }
+    assert!(bench.nodes.state.lock().unwrap().stops.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_app_that_cannot_be_suspended_is_stopped_and_its_owner_is_told() {
+    let (bench, notes) = (Bench::new().await, app("notes"));
+    let message = "the account's snapshots have no room".to_owned();
+    bench.nodes.state.lock().unwrap().snapshots.refuses =
+        Some(NodesError::SnapshotQuota { message });
+    let new = release(|new| new.rules.suspends = true);
+    let converge = bench.control.converge();
+    let id = converge.deploy(&notes, &new, None).await.unwrap();
+    bench.over(&notes, &id).await;
+    bench.settle(61_000).await;
+    assert_eq!(bench.nodes.running(), []);
+    assert_eq!(bench.record(&notes).await.suspended, None);
+    assert_eq!(bench.keys().await, 0);
+    let told = bench.notes().join("; ");
+    assert!(
+        told.contains("not suspended") && told.contains("no room"),
+        "{told}"
+    );
+    assert!(!matches!(
+        bench.wake(&notes).await.source,
+        Source::Snapshot(_)
+    ));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_gone_on_from_is_tried_twice_and_then_the_app_begins_anew() {
+    let (bench, notes) = suspended().await;
+    bench.nodes.act("notes", 1, Act::Hang);
+    let (converge, app) = (bench.control.converge().clone(), notes.clone());
+    let wake = tokio::spawn(async move { converge.wake(&app).await });
+    for tries in 1..=2 {
+        bench.settle(10).await;
+        let (vm, _) = bench.nodes.running()[0];
+        let source = bench.nodes.state.lock().unwrap().vms[&vm].source;
+        assert!(matches!(source, Source::Snapshot(_)), "{tries}");
+        bench.nodes.shelve_again();
+        if tries == 2 {
+            bench.nodes.act("notes", 1, Act::Ready(1));
+        }
+        bench.nodes.die(vm, VmFailureKind::Snapshot);
+    }
+    wake.await.unwrap().unwrap();
+    let source = bench
+        .nodes
+        .state
+        .lock()
+        .unwrap()
+        .starts
+        .last()
+        .unwrap()
+        .source;
+    assert_eq!(source, Source::Boot);
+    bench.settle(10).await;
+    assert_eq!(bench.record(&notes).await.suspended, None);
+    assert_eq!((bench.snapshots(), bench.keys().await), (0, 0));
+    let told = bench.notes().join("; ");
+    assert!(told.contains("started anew"), "{told}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_suspended_goes_with_its_app_and_with_a_new_release() {
+    let (bench, notes) = suspended().await;
+    bench.control.converge().remove(&notes).await.unwrap();
+    assert_eq!((bench.snapshots(), bench.keys().await), (0, 0));
+
+    let (bench, notes) = suspended().await;
+    assert_eq!(
+        bench.deploy(&notes).await.state,
+        StoredOperationState::Succeeded
+    );
+    let source = bench
+        .nodes
+        .state
+        .lock()
+        .unwrap()
+        .starts
+        .last()
+        .unwrap()
+        .source;
+    assert!(
+        !matches!(source, Source::Snapshot(_)),
+        "it is another release"
+    );
+    bench.settle(10).await;
+    assert_eq!(bench.record(&notes).await.suspended, None);
+    assert_eq!((bench.snapshots(), bench.keys().await), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_that_fails_leaves_what_is_suspended_as_it_is() {
+    let (bench, notes) = suspended().await;
+    bench.nodes.act("notes", 2, Act::Crash);
+    bench.deploy(&notes).await;
+    let kept = bench.record(&notes).await.suspended.unwrap();
+    let start = bench.wake(&notes).await;
+    assert_eq!(start.source, Source::Snapshot(kept.snapshot));
 }

@@ -17,7 +17,7 @@ use spore_wire::node::{
     Boundary, ImageInfo, ImageKind, ImageRecipe, MemoryStatus, NodeStatus, Purpose, Source,
     StartVm, StopMode, TemplateStage, TemplateStatus, VmFailure, VmFailureKind, VmPhase, VmStatus,
 };
-use spore_wire::snapshot::SnapshotInfo;
+use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Notify, mpsc};
 
@@ -26,7 +26,7 @@ use crate::converge::{AppRef, Converge};
 use crate::door::Door;
 use crate::nodes::{
     ByteStream, CollectMode, ExecInput, ExecOutput, ExecSession, LogsWanted, Nodes, NodesError,
-    Removal, Room, SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, VmPublisher, vm_feed,
+    Note, Removal, Room, SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, VmPublisher, vm_feed,
 };
 
 mod snapshots;
@@ -56,6 +56,8 @@ pub(crate) struct NodeState {
     pub(crate) acts: HashMap<(String, u64), Act>,
     pub(crate) vms: BTreeMap<VmId, VmStatus>,
     pub(crate) starts: Vec<StartVm>,
+    /// What owners were told.
+    pub(crate) notes: Vec<String>,
     pub(crate) stops: Vec<(VmId, StopMode)>,
     /// The most VMs that one app had at once.
     pub(crate) most_at_once: HashMap<String, usize>,
@@ -152,6 +154,11 @@ impl FakeNodes {
         });
     }
 
+    /// The last VM that went on from a suspended one's snapshot never ran.
+    pub(crate) fn shelve_again(&self) {
+        self.state.lock().unwrap().snapshots.serve_again();
+    }
+
     /// A VM that vanishes without a word.
     pub(crate) fn vanish(&self, vm: VmId) {
         self.state.lock().unwrap().vms.remove(&vm);
@@ -203,6 +210,9 @@ impl Nodes for FakeNodes {
         if key.1 == 0 {
             state.admit_sandbox()?;
             state.snapshots.open(&start)?;
+        } else if let Source::Snapshot(id) = start.source {
+            state.snapshots.open(&start)?;
+            state.snapshots.serve(id);
         }
         let message = "the host has no memory left: stop an app".to_owned();
         match act {
@@ -222,7 +232,10 @@ impl Nodes for FakeNodes {
             phases: Vec::new(),
             boundary: Boundary::None,
             hypervisor: "sim".to_owned(),
-            source: Source::Boot,
+            source: match start.source {
+                Source::Snapshot(id) => Source::Snapshot(id),
+                _ => Source::Boot,
+            },
             missed: None,
             is_warm: false,
             purpose: Purpose::Serve,
@@ -422,7 +435,34 @@ impl Nodes for FakeNodes {
         let status = status.cloned().ok_or(NodesError::NoVm { vm: take.vm })?;
         let of_vm = |start: &&StartVm| start.vm == take.vm;
         let start = state.starts.iter().find(of_vm).cloned();
-        state.snapshots.take(&take, &start.unwrap(), status.owner)
+        let kind = SnapshotKind::Checkpoint;
+        state
+            .snapshots
+            .take(&take, kind, &start.unwrap(), status.owner)
+    }
+
+    async fn suspend(&self, take: TakeSnapshot) -> Result<(), NodesError> {
+        {
+            let mut state = self.state.lock().unwrap();
+            let status = state.vms.get(&take.vm);
+            let status = status.cloned().ok_or(NodesError::NoVm { vm: take.vm })?;
+            let of_vm = |start: &&StartVm| start.vm == take.vm;
+            let start = state.starts.iter().find(of_vm).cloned().unwrap();
+            let kind = SnapshotKind::Suspend;
+            state.snapshots.take(&take, kind, &start, status.owner)?;
+        }
+        self.set(take.vm, |status| status.phase = VmPhase::Draining);
+        let node = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            node.set(take.vm, |status| status.phase = VmPhase::Stopped);
+        });
+        Ok(())
+    }
+
+    async fn note(&self, note: Note) -> Result<(), NodesError> {
+        self.state.lock().unwrap().notes.push(note.text);
+        Ok(())
     }
 
     async fn snapshots(&self, account: String) -> Result<Vec<SnapshotInfo>, NodesError> {

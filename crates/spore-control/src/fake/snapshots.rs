@@ -16,6 +16,7 @@ use crate::nodes::{
 #[derive(Default)]
 pub(crate) struct Shelf {
     all: BTreeMap<SnapshotId, (SnapshotInfo, Option<SecretBytes>)>,
+    served: Option<(SnapshotInfo, Option<SecretBytes>)>,
     /// What is told instead of a pause.
     pub(crate) refuses: Option<NodesError>,
 }
@@ -57,11 +58,14 @@ impl Shelf {
     /// What a start needs of it: the right account, and the keys of all that it continues.
     pub(super) fn open(&self, start: &StartVm) -> Result<(), NodesError> {
         let Source::Snapshot(id) = start.source else {
-            panic!("a sandbox begins from a snapshot");
+            panic!("it begins from a snapshot");
         };
         let mut next = Some(id);
         while let Some(id) = next {
-            let (info, key) = &self.all[&id];
+            let Some((info, key)) = self.all.get(&id) else {
+                let message = format!("there is no snapshot {id}");
+                return Err(NodesError::Snapshot { message });
+            };
             let account = &start.owner.account;
             assert!(info.account == *account || info.account == "public", "{id}");
             let given = start.keys.iter().find(|(of, _)| *of == id);
@@ -79,6 +83,7 @@ impl Shelf {
     pub(super) fn take(
         &mut self,
         take: &TakeSnapshot,
+        kind: SnapshotKind,
         start: &StartVm,
         owner: Owner,
     ) -> Result<TakenSnapshot, NodesError> {
@@ -86,10 +91,10 @@ impl Shelf {
             return Err(error.clone());
         }
         let parent = match start.source {
-            Source::Snapshot(id) => Some(id),
+            Source::Snapshot(id) => self.all.get(&id),
             _ => None,
         };
-        let parent = parent.map(|id| &self.all[&id].0);
+        let parent = parent.map(|(info, _)| info);
         let depth = parent.map_or(0, |parent| parent.depth + 1);
         let holds_secrets = take.key.is_some();
         let meta = SnapshotMeta {
@@ -99,7 +104,7 @@ impl Shelf {
                 account: parent.account.clone(),
                 id: parent.id,
             }),
-            kind: SnapshotKind::Checkpoint,
+            kind,
             shape: shape(),
             agent_generation: 2,
             guest: String::new(),
@@ -129,6 +134,17 @@ impl Shelf {
             pause: Duration::from_micros(2500),
             frozen: Duration::from_micros(9000),
         })
+    }
+
+    /// One VM went on from it.
+    pub(super) fn serve(&mut self, id: SnapshotId) {
+        self.served = self.all.remove(&id);
+    }
+
+    /// That VM never ran.
+    pub(super) fn serve_again(&mut self) {
+        let served = self.served.take();
+        self.all.extend(served.map(|served| (served.0.id, served)));
     }
 
     /// Files a snapshot of another account, or damages one.

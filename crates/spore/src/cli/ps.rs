@@ -43,6 +43,7 @@ fn row(app: &App) -> Vec<Cell> {
 pub(super) fn state(state: AppState) -> Cell {
     let (text, look) = match state {
         AppState::Asleep => ("asleep", Look::Faint),
+        AppState::Suspended => ("suspended", Look::Faint),
         AppState::Waking => ("waking", Look::Pending),
         AppState::Awake => ("awake", Look::Good),
         AppState::Draining => ("draining", Look::Pending),

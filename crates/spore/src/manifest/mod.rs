@@ -303,8 +303,8 @@ fn idle(root: &Table<'_>) -> Result<IdleSpec, DocumentError> {
         spec.mode = match entry.text()? {
             "stop" => IdleMode::Stop,
             "never" => IdleMode::Never,
-            "suspend" => return Err(entry.not_yet("Use \"stop\" or \"never\"")),
-            _ => return Err(entry.refused("use \"stop\" or \"never\"")),
+            "suspend" => IdleMode::Suspend,
+            _ => return Err(entry.refused("use \"stop\", \"suspend\" or \"never\"")),
         };
     }
     if let Some(entry) = table.get("after") {

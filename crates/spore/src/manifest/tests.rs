@@ -180,14 +180,9 @@ const REFUSED: &[(&str, usize, &str)] = &[
     ("[idle]\nafter = \"60\"", 6, "has no unit"),
     ("[idle]\nafter = \"-5s\"", 6, "is not a time"),
     (
-        "[idle]\nmode = \"suspend\"",
-        6,
-        "is not in this version. Use \"stop\" or \"never\"",
-    ),
-    (
         "[idle]\nmode = \"sometimes\"",
         6,
-        "use \"stop\" or \"never\"",
+        "use \"stop\", \"suspend\" or \"never\"",
     ),
     (
         "[idle]\nmode = \"never\"\nafter = \"60s\"",

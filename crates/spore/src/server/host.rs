@@ -13,7 +13,7 @@ use spore_api::log::{LogLine, LogSource};
 use spore_control::clock::rfc3339;
 use spore_control::nodes::{
     AfterTail, ByteStream, CollectMode, ExecInput, ExecOutput, ExecSession, LogsWanted, Nodes,
-    NodesError, Removal, Room, SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, vm_feed,
+    NodesError, Note, Removal, Room, SnapshotKeys, TakeSnapshot, TakenSnapshot, VmFeed, vm_feed,
 };
 use spore_node::image::debian::DebianError;
 use spore_node::image::packer::BuildError;
@@ -226,6 +226,18 @@ impl Nodes for Host {
         snapshots::checkpoint(&self.node, take).await
     }
 
+    async fn suspend(&self, take: TakeSnapshot) -> Result<(), NodesError> {
+        snapshots::suspend(&self.node, take).await
+    }
+
+    async fn note(&self, note: Note) -> Result<(), NodesError> {
+        let node = self.node.clone();
+        let Note { owner, vm, text } = note;
+        blocking(move || node.note(&owner, vm, text))
+            .await?
+            .map_err(|error| log_error(&error))
+    }
+
     async fn snapshots(&self, account: String) -> Result<Vec<SnapshotInfo>, NodesError> {
         let listed = self.node.snapshots().list(&account).await;
         listed.map_err(snapshots::error)
@@ -392,6 +404,7 @@ async fn tell_lines(
 fn api_line(line: &spore_node::log::LogLine, missed: u64) -> LogLine {
     let at_ms = i64::try_from(line.at_us / 1000).unwrap_or(i64::MAX);
     let from = match line.from {
+        _ if line.of_platform => LogSource::Platform,
         OutputKind::Stdout => LogSource::Stdout,
         OutputKind::Stderr => LogSource::Stderr,
     };

@@ -20,6 +20,19 @@ pub(super) async fn checkpoint(
     node: &Node,
     take: TakeSnapshot,
 ) -> Result<TakenSnapshot, NodesError> {
+    taken(node, take, SnapshotKind::Checkpoint).await
+}
+
+/// Takes one of a VM that ends for it.
+pub(super) async fn suspend(node: &Node, take: TakeSnapshot) -> Result<(), NodesError> {
+    taken(node, take, SnapshotKind::Suspend).await.map(drop)
+}
+
+async fn taken(
+    node: &Node,
+    take: TakeSnapshot,
+    kind: SnapshotKind,
+) -> Result<TakenSnapshot, NodesError> {
     let TakeSnapshot {
         vm,
         id,
@@ -28,7 +41,7 @@ pub(super) async fn checkpoint(
     } = take;
     let take = Take {
         id,
-        kind: SnapshotKind::Checkpoint,
+        kind,
         key: key.map(|key| read_key(id, &key)).transpose()?,
         made_at_s,
     };

@@ -9,7 +9,8 @@ use spore_wire::id::VmId;
 use spore_wire::node::{FAREWELL_MAX, StopMode, VmFailureKind, VmPhase, VmStatus};
 
 use super::{
-    Begin, Breaker, Deploy, Effect, Failure, Life, Moment, Origin, Stage, Target, Vm, failure_of,
+    Begin, Breaker, Deploy, Effect, Failure, Life, Moment, Origin, STOP_ALLOWANCE, Stage, Target,
+    Vm, failure_of,
 };
 use crate::config::Timing;
 
@@ -53,6 +54,10 @@ pub enum Event {
     Promoted(VmId),
     /// It could not be written down.
     NotPromoted(VmId, Failure),
+    /// A VM was suspended, and ends.
+    Suspended(VmId),
+    /// It could not be.
+    NotSuspended(VmId),
 }
 
 /// Whether a VM ended because of what it began from, before its app was ready.
@@ -126,7 +131,23 @@ impl Life {
                 self.fail_deploy(failure);
                 self.stop(vm, StopMode::Graceful, now, timing);
             }
+            Event::Suspended(vm) => {
+                if let Some(life) = self.is_suspending(vm) {
+                    life.stage = Stage::Stopping;
+                    life.until = now.after(timing.stop_grace + STOP_ALLOWANCE);
+                }
+            }
+            Event::NotSuspended(vm) => {
+                if self.is_suspending(vm).is_some() {
+                    self.stop(vm, StopMode::Graceful, now, timing);
+                }
+            }
         }
+    }
+
+    fn is_suspending(&mut self, vm: VmId) -> Option<&mut Vm> {
+        let life = self.vms.get_mut(&vm)?;
+        (life.stage == Stage::Suspending).then_some(life)
     }
 
     fn on_status(&mut self, status: VmStatus, now: Moment, timing: &Timing) {
@@ -150,6 +171,7 @@ impl Life {
             ready_at: None,
             idle_since: Some(now),
             lease_until: now,
+            suspends: false,
             told: false,
             status: None,
         });
@@ -201,9 +223,11 @@ impl Life {
             }
             Stage::Starting | Stage::Trying | Stage::Healthy => {}
             // It is closed or stopped already, or taken in by the next step.
-            Stage::Closing { force: true } | Stage::Leaving | Stage::Stopping | Stage::Found => {
-                return;
-            }
+            Stage::Closing { force: true }
+            | Stage::Leaving
+            | Stage::Suspending
+            | Stage::Stopping
+            | Stage::Found => return,
         }
         let told = life.told;
         if self.serving == Some(vm) {
@@ -248,7 +272,7 @@ impl Life {
                 self.breaker.failed(now, timing);
                 self.last_failure = Some(failure.clone().unwrap_or_else(ended));
             }
-            Stage::Found | Stage::Closing { .. } | Stage::Stopping => {
+            Stage::Found | Stage::Closing { .. } | Stage::Suspending | Stage::Stopping => {
                 if life.ready_at.is_some() {
                     self.breaker = Breaker::default();
                 }
@@ -256,7 +280,9 @@ impl Life {
         }
         if life.told {
             let reason = match (life.stage, failure) {
-                (Stage::Stopping | Stage::Closing { .. }, _) | (_, None) => "it was stopped".into(),
+                (Stage::Stopping | Stage::Suspending | Stage::Closing { .. }, _) | (_, None) => {
+                    "it was stopped".into()
+                }
                 (_, Some(failure)) => failure.message,
             };
             self.say(Effect::Gone { vm, reason });
@@ -299,6 +325,9 @@ impl Life {
             return;
         };
         match life.stage {
+            Stage::Closing { force: false } | Stage::Serving if life.suspends && !self.sleep => {
+                self.suspend(vm, now);
+            }
             Stage::Closing { .. } | Stage::Serving => {
                 self.stop(vm, StopMode::Graceful, now, timing);
             }
@@ -318,7 +347,7 @@ impl Life {
                 // An earlier daemon told of it: its end must be told too.
                 Some(life) => {
                     life.told = true;
-                    if life.stage == Stage::Stopping {
+                    if matches!(life.stage, Stage::Stopping | Stage::Suspending) {
                         self.say(Effect::Close { vm, force: true });
                     }
                 }
@@ -392,7 +421,7 @@ impl Life {
             if self
                 .vms
                 .get(&old)
-                .is_some_and(|life| life.stage != Stage::Stopping)
+                .is_some_and(|life| !matches!(life.stage, Stage::Stopping | Stage::Suspending))
             {
                 self.close(old, true, now.after(timing.drain));
             }

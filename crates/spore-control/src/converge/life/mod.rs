@@ -10,7 +10,7 @@
 //!            Start                Ready                  idle | sleep | replaced
 //!   (asleep) ─────▶ Starting ───────────────▶ Serving ─────────────────▶ Closing
 //!                     │  │                     │   ▲ ▲── Busy, no answer ───┘ │ Reaped, or
-//!                     │  │ Ready, a candidate  │   │                         │ drain over
+//!                     │  │ Ready, a candidate  │   │             (Suspending) │ drain over
 //!                     │  └──────▶ Healthy ─────┼───┘ Promoted                ▼
 //!                     │             │          │                         Stopping ──▶ over
 //!                     ▼ too long    ▼ refused  │                             ▲
@@ -94,6 +94,8 @@ pub struct Target {
     pub idle_after_ms: Option<u64>,
     /// How long its app may take to become ready.
     pub ready_ms: u64,
+    /// Whether it is suspended when it is put to sleep for being idle.
+    pub suspends: bool,
 }
 
 /// How a VM is to begin.
@@ -131,6 +133,14 @@ pub enum Effect {
         vm: VmId,
         /// How.
         mode: StopMode,
+    },
+    /// Suspend a VM that nothing is in flight to; answered by [`Event::Suspended`] or
+    /// [`Event::NotSuspended`].
+    Suspend {
+        /// Which.
+        vm: VmId,
+        /// What it runs.
+        release: u64,
     },
     /// Ask the gateway to close admission.
     Close {
@@ -248,6 +258,8 @@ pub(super) struct Vm {
     /// `None` while something is in flight.
     pub(super) idle_since: Option<Moment>,
     pub(super) lease_until: Moment,
+    /// Whether it was asked to close to be suspended.
+    pub(super) suspends: bool,
     /// Whether the gateway was told of it.
     pub(super) told: bool,
     pub(super) status: Option<VmStatus>,
@@ -279,6 +291,8 @@ pub(super) enum Stage {
     Closing { force: bool },
     /// Its node ends it; the gateway was asked to close.
     Leaving,
+    /// The node was asked to suspend it.
+    Suspending,
     /// The node was asked to stop it.
     Stopping,
 }
@@ -380,7 +394,9 @@ impl Life {
         let vm = shown.and_then(|vm| self.vms.get(&vm));
         let standing = match vm.map(|vm| vm.stage) {
             Some(Stage::Serving | Stage::Healthy) => Standing::Awake,
-            Some(Stage::Closing { .. } | Stage::Leaving | Stage::Stopping) => Standing::Draining,
+            Some(Stage::Closing { .. } | Stage::Leaving | Stage::Suspending | Stage::Stopping) => {
+                Standing::Draining
+            }
             Some(Stage::Starting | Stage::Trying | Stage::Found) => Standing::Waking,
             None if self.wake => Standing::Waking,
             None if self.breaker.failures > 0 => Standing::Failing,
@@ -433,6 +449,15 @@ impl Life {
         }
     }
 
+    fn suspend(&mut self, vm: VmId, now: Moment) {
+        if let Some(life) = self.vms.get_mut(&vm) {
+            life.stage = Stage::Suspending;
+            life.until = now.after(SUSPEND_ALLOWANCE);
+            let release = life.release;
+            self.say(Effect::Suspend { vm, release });
+        }
+    }
+
     fn close(&mut self, vm: VmId, force: bool, until: Moment) {
         if let Some(life) = self.vms.get_mut(&vm) {
             life.stage = Stage::Closing { force };
@@ -463,6 +488,9 @@ impl Life {
 
 /// What a graceful stop may take beyond the app's own grace: sync and power off.
 const STOP_ALLOWANCE: core::time::Duration = core::time::Duration::from_secs(20);
+
+/// What writing a VM's memory to the disk may take.
+const SUSPEND_ALLOWANCE: core::time::Duration = core::time::Duration::from_secs(300);
 
 /// How an app looks from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

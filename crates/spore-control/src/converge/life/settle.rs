@@ -80,7 +80,12 @@ impl Life {
             return;
         };
         let (target, operation) = (deploy.target, deploy.operation.clone());
-        let ending = |stage| matches!(stage, Stage::Closing { force: true } | Stage::Stopping);
+        let ending = |stage| {
+            matches!(
+                stage,
+                Stage::Closing { force: true } | Stage::Suspending | Stage::Stopping
+            )
+        };
         let Some(vm) = deploy.vm else {
             // A switch begins when what the last one left is over: never more than two VMs, and
             // never two of the release that is rolled back to. Their end is news of its own.
@@ -182,7 +187,7 @@ impl Life {
                 }
             }
             Stage::Closing { force: true } => self.stop(vm, StopMode::Graceful, now, timing),
-            Stage::Stopping => self.stop(vm, StopMode::Kill, now, timing),
+            Stage::Suspending | Stage::Stopping => self.stop(vm, StopMode::Kill, now, timing),
             Stage::Leaving => self.farewell_over(vm, now, timing),
             Stage::Found | Stage::Healthy | Stage::Serving => {}
         }
@@ -224,6 +229,9 @@ impl Life {
         let at = since.after_ms(after).max(life.lease_until);
         if at <= now {
             let until = now.after(timing.reap_answer);
+            if let Some(life) = self.vms.get_mut(&vm) {
+                life.suspends = live.suspends && life.release == live.release;
+            }
             self.close(vm, false, until);
             step.look_at(until);
         } else {
@@ -322,6 +330,7 @@ impl Life {
             ready_at: None,
             idle_since: Some(now),
             lease_until: now,
+            suspends: false,
             told: false,
             status: None,
         };

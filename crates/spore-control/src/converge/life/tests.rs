@@ -372,6 +372,15 @@ impl World {
                     self.on(Event::Lost(vm));
                 }
             }
+            Effect::Suspend { vm, .. } => {
+                prop_assert!(self.awake != Some(vm), "suspended while requests come");
+                if self.now.0.is_multiple_of(3) {
+                    self.on(Event::NotSuspended(vm));
+                } else if self.node.contains_key(&vm) {
+                    self.on(Event::Suspended(vm));
+                    self.tell(vm, VmPhase::Draining);
+                }
+            }
             Effect::Close { vm, force } => {
                 self.asked = Some((vm, force));
                 if force && self.awake == Some(vm) {
@@ -479,6 +488,7 @@ fn target(release: u64, sleeps: bool) -> Target {
     Target {
         release,
         idle_after_ms: sleeps.then_some(60_000),
+        suspends: release.is_multiple_of(2),
         ready_ms: 30_000,
     }
 }

@@ -503,14 +503,20 @@ impl Converge {
         }
     }
 
-    /// The snapshots of all accounts that a tag names or a sandbox began from.
+    /// The snapshots of all accounts that a tag names, a sandbox began from, or an app goes on
+    /// from.
     async fn snapshots_in_use(&self) -> Result<BTreeSet<SnapshotId>, StoreError> {
+        use crate::store::record::app::{APPS, AppRecord};
         use crate::store::record::sandbox::{SANDBOXES, SandboxRecord};
         use crate::store::record::tag::TAGS;
 
         let mut named = BTreeSet::new();
         for entry in every(&*self.inner.store, TAGS).await? {
             named.insert(decode::<TagRecord>(&entry)?.snapshot);
+        }
+        for entry in every(&*self.inner.store, APPS).await? {
+            let suspended = decode::<AppRecord>(&entry)?.suspended;
+            named.extend(suspended.map(|suspended| suspended.snapshot));
         }
         for entry in every(&*self.inner.store, SANDBOXES).await? {
             let record: SandboxRecord = decode(&entry)?;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use spore_api::name::{AccountName, AppName};
+use spore_wire::id::SnapshotId;
 
 use super::Record;
 
@@ -18,6 +19,20 @@ pub struct AppRecord {
     pub next_release: u64,
     /// The operation that tries a release now: at most one at a time.
     pub deploying: Option<String>,
+    /// What its next VM goes on from, or would: written before it is taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspended: Option<Suspended>,
+}
+
+/// The snapshot of a suspended app; its key is beside it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suspended {
+    /// Which, in the app's account.
+    pub snapshot: SnapshotId,
+    /// The release that goes on.
+    pub release: u64,
+    /// Whether a VM was to go on from it and did not get there.
+    pub tried: bool,
 }
 
 impl AppRecord {
@@ -30,6 +45,7 @@ impl AppRecord {
             release: None,
             next_release: 1,
             deploying: None,
+            suspended: None,
         }
     }
 }

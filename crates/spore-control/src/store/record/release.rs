@@ -51,6 +51,9 @@ pub struct Rules {
     pub idle_after_ms: u64,
     /// Whether it is put to sleep at all.
     pub sleeps: bool,
+    /// Whether what it holds in memory is kept meanwhile.
+    #[serde(default)]
+    pub suspends: bool,
     /// `None`: ready when the port accepts.
     pub health_path: Option<String>,
     /// How long it may take to become ready.
