@@ -75,7 +75,10 @@ impl World {
         for (program, script) in scripts() {
             host.set_script(program, script);
         }
-        let folder = tempfile::tempdir().context("no temp folder")?;
+        // Snapshots are written through to the disk, which a host that never goes down waits for
+        // in vain.
+        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_no_such| tempfile::tempdir());
+        let folder = folder.context("no temp folder")?;
         let store: SharedStore = Arc::new(MemoryStore::default());
         let keys = KeyFile::open_or_make(&folder.path().join("key"), &*store).await?;
         let image = ImageRecord {
