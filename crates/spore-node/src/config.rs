@@ -86,7 +86,7 @@ impl Config {
 pub struct VmLimits {
     /// Namespace, cgroup and disks.
     pub prepare: Duration,
-    /// From the VMM's start to its control socket.
+    /// From the VMM's start to its control socket; a fork's memory may take longer.
     pub boot: Duration,
     /// From then to the agent's first word.
     pub agent: Duration,
@@ -94,7 +94,7 @@ pub struct VmLimits {
     pub agent_of_fork: Duration,
     /// Until a tenant's processes stand still.
     pub freeze: Duration,
-    /// From a paused guest to what makes it what it is.
+    /// From a paused guest to what makes it what it is, beyond copying all of it.
     pub capture: Duration,
     /// One answer of the agent that takes no work.
     pub answer: Duration,

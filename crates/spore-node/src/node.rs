@@ -507,12 +507,13 @@ impl Node {
 
     /// Room for what `start` begins from, before anything is made.
     fn pin(&self, start: &StartVm) -> Result<Option<Pin>, StartError> {
+        if start.source.snapshot().is_some() && !self.host.hypervisor.caps().snapshots {
+            return Err(StartError::NoForks);
+        }
+        // One that goes on has its memory for itself.
         let Source::Snapshot(id) = start.source else {
             return Ok(None);
         };
-        if !self.host.hypervisor.caps().snapshots {
-            return Err(StartError::NoForks);
-        }
         let memories = self.host.snapshots.memories();
         Ok(Some(memories.pin(id, start.resources.memory_bytes())?))
     }

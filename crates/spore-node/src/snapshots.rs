@@ -23,7 +23,7 @@ use thiserror::Error;
 use tokio::task;
 
 use crate::clock::Clock;
-use crate::hypervisor::fork::{ForkFrom, Scratch, ScratchLayer};
+use crate::hypervisor::fork::{ForkFrom, ForkMemory, Scratch, ScratchLayer};
 use crate::image::store::GcMode;
 use crate::journal::{Journal, JournalError, SecretsKept};
 use crate::snapshot::header::{Header, Mismatch};
@@ -59,6 +59,8 @@ pub(crate) struct Wanted {
     pub(crate) account: String,
     pub(crate) app: String,
     pub(crate) id: SnapshotId,
+    /// Whether it goes on where another VM was suspended.
+    pub(crate) goes_on: bool,
     pub(crate) keys: Keys,
     pub(crate) shape: Shape,
     pub(crate) resources: Resources,
@@ -77,14 +79,13 @@ pub(crate) struct Found {
 impl Wanted {
     /// What `start` says that it wants; `None` wants to boot.
     pub(crate) fn of(start: &StartVm, keys: Keys, shape: Shape) -> Option<Self> {
-        let Source::Snapshot(id) = start.source else {
-            return None;
-        };
+        let id = start.source.snapshot()?;
         Some(Self {
             vm: start.vm,
             account: start.owner.account.clone(),
             app: start.owner.app.clone(),
             id,
+            goes_on: matches!(start.source, Source::Suspended(_)),
             keys,
             shape,
             resources: start.resources,
@@ -129,6 +130,12 @@ pub enum SourceError {
         /// Of the snapshot.
         actual: String,
     },
+    /// One VM goes on from a suspended one, and any number begin from others.
+    #[error(
+        "from the snapshot {0} of a suspended VM only that app goes on, by being woken: begin from \
+         another one"
+    )]
+    Kind(SnapshotId),
     /// One VM goes on from it, and another one has, or may have.
     #[error(
         "the VM {by} went on from the suspended snapshot {id}, or may have: nobody else does, so \
@@ -226,23 +233,33 @@ impl Snapshots {
     }
 
     /// Opens what a VM begins from. Compared once with what was written, and made once into a
-    /// memory that others share.
+    /// memory that others share; that of a suspended VM is for the one that goes on, which takes
+    /// no more of the host than a VM that boots.
     pub(crate) async fn source(&self, wanted: Wanted) -> Result<Found, SourceError> {
         let id = wanted.id;
         let (store, memories) = (self.store.clone(), &self.memories);
         let opening = task::spawn_blocking(move || open(&store, wanted));
         let (opened, keys) = opening.await.map_err(unusable)??;
-        let bytes = opened.header().memory.bytes;
         let secrets = match opened.header().meta.holds_secrets {
             true => SecretsKept::Elsewhere,
             false => SecretsKept::None,
         };
         let (from, with) = (Arc::clone(&opened), keys.clone());
-        let memory = memories.get_or_build(id, bytes, move || from.memory(&with));
-        let memory = memory.await.map_err(|error| match error {
-            CacheError::Build(error) => unusable(error),
-            error => unusable(error),
-        })?;
+        let memory = match opened.header().meta.kind {
+            SnapshotKind::Suspend => {
+                let own = task::spawn_blocking(move || from.own_memory(&with));
+                let own = own.await.map_err(unusable)?;
+                ForkMemory::Own(Arc::new(own.map_err(unusable)?))
+            }
+            SnapshotKind::Checkpoint | SnapshotKind::Template => {
+                let bytes = opened.header().memory.bytes;
+                let shared = memories.get_or_build(id, bytes, move || from.memory(&with));
+                ForkMemory::Shared(shared.await.map_err(|error| match error {
+                    CacheError::Build(error) => unusable(error),
+                    error => unusable(error),
+                })?)
+            }
+        };
         let rest = task::spawn_blocking(move || {
             let state = opened.state(&keys).map_err(unusable)?;
             Ok((state, scratch(&opened, &keys)?))
@@ -388,11 +405,9 @@ impl Snapshots {
     /// What VMs of which something is left began from.
     fn of_vms(&self) -> Result<BTreeSet<SnapshotId>, JournalError> {
         let records = self.journal.read_all()?.into_values().flatten();
-        let sources = records.filter_map(|record| match record.start.source {
-            Source::Snapshot(id) => Some(id),
-            _ => None,
-        });
-        Ok(sources.collect())
+        Ok(records
+            .filter_map(|record| record.start.source.snapshot())
+            .collect())
     }
 }
 
@@ -448,6 +463,9 @@ fn check(header: &Header, wanted: &Wanted) -> Result<(), SourceError> {
             actual,
         }),
     };
+    if wanted.goes_on != (meta.kind == SnapshotKind::Suspend) {
+        return Err(SourceError::Kind(id));
+    }
     if let (SnapshotKind::Suspend, Some(owner)) = (meta.kind, &meta.taken_of) {
         differs("app", wanted.app.clone(), owner.app.clone())?;
     }

@@ -22,12 +22,11 @@ use tokio::task;
 
 use crate::disk::overlay::DiskKey;
 use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, CapturedScratch, Turn};
-use crate::hypervisor::memory_image::{CapturedMemory, MemoryImage, MemoryImageError};
+use crate::hypervisor::memory_image::{CapturedMemory, MemoryImage};
 use crate::journal::{Record, SecretsKept};
 use crate::node::{Node, OpenError, VmError};
 use crate::snapshot::header::{DiskBacking, Header, Protection};
 use crate::snapshot::key::SnapshotKey;
-use crate::snapshot::pages::PAGE_BYTES;
 use crate::snapshot::staging::{FrozenLayer, Order, Staged};
 use crate::snapshot::{Cascade, Removal, SnapshotStore, StoreError};
 use crate::snapshots::{LAYER_FORMAT, Snapshots, SnapshotsError};
@@ -255,11 +254,10 @@ impl Facts {
         let start = &self.record.start;
         let parent = match start.source {
             Source::Snapshot(id) => match store.find(&start.owner.account, id) {
-                // It is removed once its VM runs, or soon is.
-                Ok(parent) if parent.meta.kind == SnapshotKind::Suspend => None,
                 Err(StoreError::Missing(_)) => None,
                 found => Some(found?),
             },
+            // That of a suspended VM is removed once another one runs.
             _ => None,
         };
         let of_parent = |what: fn(&Header) -> bool| parent.as_ref().is_some_and(what);
@@ -386,32 +384,23 @@ fn fill(
     state: &File,
     scratch: Option<CapturedScratch>,
 ) -> Result<Option<Arc<MemoryImage>>, StoreError> {
-    let id = staged.id();
-    let memory = match memory {
-        // What its VM began from is not there any more.
-        CapturedMemory::Changed { base, pages } if !staged.continues() => {
-            let bytes = base.bytes();
-            let changed = CapturedMemory::Changed { base, pages };
-            let whole = changed.merge();
-            let failed = |error: MemoryImageError| StoreError::Memory {
-                id,
-                bytes,
-                source: error.into(),
-            };
-            CapturedMemory::Whole(whole.map_err(failed)?)
-        }
-        memory => memory,
-    };
     let image = match memory {
         CapturedMemory::Whole(image) => {
             staged.image(&image)?;
             Some(image)
         }
+        CapturedMemory::Standing(memory) => {
+            staged.standing(&memory)?;
+            None
+        }
+        // What its VM began from is not there any more.
+        CapturedMemory::Changed { base, pages } if !staged.continues() => {
+            staged.changed(&base, &pages)?;
+            None
+        }
         CapturedMemory::Changed { pages, .. } => {
-            for (first, bytes) in pages.iter() {
-                for (page, bytes) in (first..).zip(bytes.chunks(PAGE_BYTES)) {
-                    staged.page(page, bytes)?;
-                }
+            for (page, bytes) in pages.each() {
+                staged.page(page, bytes)?;
             }
             None
         }

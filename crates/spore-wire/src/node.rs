@@ -97,6 +97,9 @@ pub enum Source {
     Template(TemplateOf),
     /// Where the VM stood that this snapshot was taken of: one of the owner's account, or public.
     Snapshot(SnapshotId),
+    /// Where the VM stood that was suspended to this snapshot of the same app. One VM goes on from
+    /// it, and has its memory for itself.
+    Suspended(SnapshotId),
 }
 
 /// Who may begin from a template.
@@ -154,6 +157,15 @@ impl Source {
     pub const fn is_boot(&self) -> bool {
         matches!(self, Self::Boot)
     }
+
+    /// The snapshot that it names, whichever way.
+    #[must_use]
+    pub const fn snapshot(&self) -> Option<SnapshotId> {
+        match *self {
+            Self::Snapshot(id) | Self::Suspended(id) => Some(id),
+            Self::Boot | Self::Template(_) => None,
+        }
+    }
 }
 
 /// What a VM gets of the host. Each is a hard cap.
@@ -167,11 +179,21 @@ pub struct Resources {
     pub disk_mib: u32,
 }
 
+/// What a slow and busy host copies to its disk or back in a second.
+const COPIED_MIB_PER_S: u32 = 16;
+
 impl Resources {
     /// Guest memory in bytes: of a VM, and of a snapshot that it begins from.
     #[must_use]
     pub const fn memory_bytes(&self) -> u64 {
         (self.memory_mib as u64) << 20
+    }
+
+    /// What copying its whole memory and disk may take before it counts as stuck.
+    #[must_use]
+    pub const fn copying(&self) -> Duration {
+        let mib = self.memory_mib.saturating_add(self.disk_mib);
+        Duration::from_secs((mib / COPIED_MIB_PER_S) as u64)
     }
 }
 

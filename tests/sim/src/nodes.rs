@@ -75,7 +75,7 @@ impl SimNodes {
     fn heard(&self, status: &VmStatus) {
         let (vm, app, phase) = (status.vm, &status.owner.app, status.phase);
         self.trace.say(format!("node: {vm} of {app} is {phase:?}"));
-        if let (Source::Snapshot(id), VmPhase::Ready) = (status.source, phase) {
+        if let (Source::Suspended(id), VmPhase::Ready) = (status.source, phase) {
             self.watcher.went_on(id, vm);
         }
         if let Some(failure) = &status.failure {
@@ -217,7 +217,6 @@ impl Nodes for SimNodes {
     async fn suspend(&self, take: TakeSnapshot) -> Result<(), NodesError> {
         let (vm, id) = (take.vm, take.id);
         self.fuse.pass(|| format!("before suspending {vm}")).await;
-        self.watcher.suspends(id);
         let key = take
             .key
             .and_then(|key| SnapshotKey::from_slice(key.expose()));

@@ -37,9 +37,7 @@ struct Held {
     /// VMs that control ended for their owner, whatever was in flight.
     forced: BTreeSet<VmId>,
     told: BTreeSet<String>,
-    /// Of suspended apps.
-    suspended: BTreeSet<SnapshotId>,
-    /// Who went on from which of them.
+    /// Who went on from which suspended one's snapshot.
     went_on: BTreeMap<SnapshotId, VmId>,
     violations: usize,
 }
@@ -64,21 +62,16 @@ impl Watcher {
         self.held().owners.insert(vm, owner);
     }
 
-    /// An app's VM is to be suspended to this.
-    pub fn suspends(&self, to: SnapshotId) {
-        self.held().suspended.insert(to);
-    }
-
-    /// A VM began from a snapshot and serves; others begin from templates too.
+    /// A VM that goes on where another was suspended serves, or is heard to do so again.
     pub fn went_on(&self, from: SnapshotId, vm: VmId) {
-        if !self.held().suspended.contains(&from) {
-            return;
+        let before = self.held().went_on.insert(from, vm);
+        match before {
+            None => self.0.trace.count("went on"),
+            Some(before) if before != vm => {
+                self.once(format!("{vm} goes on from {from}, and {before} did before"));
+            }
+            Some(_) => {}
         }
-        let first = *self.held().went_on.entry(from).or_insert(vm);
-        if first != vm {
-            self.once(format!("{vm} goes on from {from}, and {first} did before"));
-        }
-        self.0.trace.count("went on");
     }
 
     /// Whose VM this is.

@@ -13,6 +13,7 @@ use spore_wire::node::{StopMode, VmStatus};
 use tracing::{Instrument as _, Span};
 
 use super::life::{Admission, Begin, Effect, Event, Failure, Intent, Target};
+use super::start::resources_of;
 use super::{AppRef, Converge, Looking, Signal};
 use crate::clock::next_vm;
 use crate::nodes::NodesError;
@@ -274,11 +275,13 @@ impl Converge {
 /// What the state machine needs to know of a release.
 pub(super) fn target_of(release: &ReleaseRecord) -> Target {
     let rules = &release.rules;
+    let copying = resources_of(rules).copying().as_millis();
+    let copying = u64::try_from(copying).unwrap_or(u64::MAX);
     Target {
         release: release.number,
         idle_after_ms: rules.sleeps.then_some(rules.idle_after_ms),
         ready_ms: rules.health_timeout_ms,
-        suspends: rules.suspends,
+        suspend_ms: rules.suspends.then_some(copying),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::secrets::{Place, SecretsError};
 use crate::store::StoreError;
 use crate::store::record::image::{ImageOrigin, ImageRecord, image_key};
 use crate::store::record::load;
-use crate::store::record::release::{ReleaseRecord, StoredWarm};
+use crate::store::record::release::{ReleaseRecord, Rules, StoredWarm};
 use crate::store::record::secret::{SecretRecord, secret_key};
 
 /// What a start message has beside secrets, command and environment: what Spore sets itself, a
@@ -66,7 +66,7 @@ impl Converge {
         }
         if let Some((id, keys)) = self.goes_on_from(app, vm, release, begin).await? {
             let goes_on = StartVm {
-                source: Source::Snapshot(id),
+                source: Source::Suspended(id),
                 keys,
                 ..start.clone()
             };
@@ -141,11 +141,7 @@ impl Converge {
             },
             image: release.image,
             folder: release.folder,
-            resources: Resources {
-                cpus: rules.cpus,
-                memory_mib: rules.memory_mib,
-                disk_mib: rules.disk_mib,
-            },
+            resources: resources_of(&rules),
             process: Some(process),
             egress: rules.egress,
             source: Source::Template(template),
@@ -219,6 +215,15 @@ impl Converge {
             opened.push((name.to_string(), value));
         }
         Ok(opened)
+    }
+}
+
+/// What a VM of a release gets of its host.
+pub(super) const fn resources_of(rules: &Rules) -> Resources {
+    Resources {
+        cpus: rules.cpus,
+        memory_mib: rules.memory_mib,
+        disk_mib: rules.disk_mib,
     }
 }
 

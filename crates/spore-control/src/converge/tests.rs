@@ -815,7 +815,7 @@ async fn an_idle_app_is_suspended_and_its_next_vm_goes_on_from_there_once() {
         assert_eq!(collected.unwrap().len(), 0);
         bench = bench.crash().await;
         let start = bench.wake(&notes).await;
-        assert_eq!(start.source, Source::Snapshot(kept.snapshot));
+        assert_eq!(start.source, Source::Suspended(kept.snapshot));
         bench.settle(10).await;
         assert_eq!(bench.record(&notes).await.suspended, None);
         assert_eq!((bench.snapshots(), bench.keys().await), (0, 0));
@@ -846,7 +846,7 @@ async fn an_app_that_cannot_be_suspended_is_stopped_and_its_owner_is_told() {
     );
     assert!(!matches!(
         bench.wake(&notes).await.source,
-        Source::Snapshot(_)
+        Source::Suspended(_)
     ));
 }
 
@@ -860,7 +860,7 @@ async fn what_cannot_be_gone_on_from_is_tried_twice_and_then_the_app_begins_anew
         bench.settle(10).await;
         let (vm, _) = bench.nodes.running()[0];
         let source = bench.nodes.state.lock().unwrap().vms[&vm].source;
-        assert!(matches!(source, Source::Snapshot(_)), "{tries}");
+        assert!(matches!(source, Source::Suspended(_)), "{tries}");
         bench.nodes.shelve_again();
         if tries == 2 {
             bench.nodes.act("notes", 1, Act::Ready(1));
@@ -906,7 +906,7 @@ async fn what_is_suspended_goes_with_its_app_and_with_a_new_release() {
         .unwrap()
         .source;
     assert!(
-        !matches!(source, Source::Snapshot(_)),
+        !matches!(source, Source::Suspended(_)),
         "it is another release"
     );
     bench.settle(10).await;
@@ -921,5 +921,5 @@ async fn a_release_that_fails_leaves_what_is_suspended_as_it_is() {
     bench.deploy(&notes).await;
     let kept = bench.record(&notes).await.suspended.unwrap();
     let start = bench.wake(&notes).await;
-    assert_eq!(start.source, Source::Snapshot(kept.snapshot));
+    assert_eq!(start.source, Source::Suspended(kept.snapshot));
 }

@@ -210,7 +210,7 @@ impl Nodes for FakeNodes {
         if key.1 == 0 {
             state.admit_sandbox()?;
             state.snapshots.open(&start)?;
-        } else if let Source::Snapshot(id) = start.source {
+        } else if let Source::Suspended(id) = start.source {
             state.snapshots.open(&start)?;
             state.snapshots.serve(id);
         }
@@ -233,8 +233,8 @@ impl Nodes for FakeNodes {
             boundary: Boundary::None,
             hypervisor: "sim".to_owned(),
             source: match start.source {
-                Source::Snapshot(id) => Source::Snapshot(id),
-                _ => Source::Boot,
+                Source::Template(_) => Source::Boot,
+                source => source,
             },
             missed: None,
             is_warm: false,

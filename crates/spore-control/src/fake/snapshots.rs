@@ -57,10 +57,8 @@ impl Shelf {
 
     /// What a start needs of it: the right account, and the keys of all that it continues.
     pub(super) fn open(&self, start: &StartVm) -> Result<(), NodesError> {
-        let Source::Snapshot(id) = start.source else {
-            panic!("it begins from a snapshot");
-        };
-        let mut next = Some(id);
+        let mut next = start.source.snapshot();
+        assert!(next.is_some(), "it begins from a snapshot");
         while let Some(id) = next {
             let Some((info, key)) = self.all.get(&id) else {
                 let message = format!("there is no snapshot {id}");

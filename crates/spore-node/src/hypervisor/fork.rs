@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -12,7 +13,7 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
 
 use super::BootError;
-use super::memory_image::{CapturedMemory, MemoryImage, MemoryImageError};
+use super::memory_image::{CapturedMemory, MemoryDraft, MemoryImage, MemoryImageError};
 use crate::disk::overlay::DiskKey;
 
 /// What becomes of a VM behind its capture.
@@ -55,7 +56,7 @@ impl Capture {
             source: io::Error::other(error),
         })?;
         Ok(ForkFrom {
-            memory: merged?,
+            memory: ForkMemory::Shared(merged?),
             state: Arc::new(self.state),
             scratch,
         })
@@ -149,11 +150,41 @@ impl ScratchCopy {
     }
 }
 
-/// What a fork begins from; clones share it, and so do any number of forks.
+/// The memory that a fork begins with.
+#[derive(Clone, Debug)]
+pub enum ForkMemory {
+    /// Any number of forks share it, and each has what it changes.
+    Shared(Arc<MemoryImage>),
+    /// One fork has it for itself, as a VM that boots has its own.
+    Own(Arc<MemoryDraft>),
+}
+
+impl ForkMemory {
+    /// The file.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Shared(image) => image.fd(),
+            Self::Own(draft) => draft.fd(),
+        }
+    }
+
+    /// The guest's memory, holes included.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Shared(image) => image.bytes(),
+            Self::Own(draft) => draft.bytes(),
+        }
+    }
+}
+
+/// What a fork begins from; clones share it, and so do any number of forks unless the memory is
+/// one's alone.
 #[derive(Clone, Debug)]
 pub struct ForkFrom {
     /// The guest's memory.
-    pub memory: Arc<MemoryImage>,
+    pub memory: ForkMemory,
     /// Its devices, in the driver's own form.
     pub state: Arc<File>,
     /// Its scratch disk, over which each fork writes to a file of its own.

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!   MemoryDraft::new ──copy, write──▶ seal ──▶ MemoryImage
-//!        └── as a booting VM's memory ──its VMM is gone──▶ seal
+//!        └── as one VM's own memory ──its VMM is gone──▶ seal
 //! ```
 
 use std::fs::File;
@@ -198,10 +198,16 @@ impl MemoryDraft {
         Self { file, bytes }
     }
 
-    /// The file, for a VMM that boots in it.
+    /// The file, for a VMM whose guest has it for itself.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// The guest's memory, holes included.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// The file, to put layers into.
@@ -277,6 +283,13 @@ impl CapturedPages {
         })
     }
 
+    /// Each page's number and its bytes, in the order of the guest's memory.
+    pub(crate) fn each(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        let page_bytes = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
+        self.iter()
+            .flat_map(move |(first, bytes)| (first..).zip(bytes.chunks(page_bytes)))
+    }
+
     /// What was copied.
     #[must_use]
     pub fn len_bytes(&self) -> usize {
@@ -289,6 +302,8 @@ impl CapturedPages {
 pub enum CapturedMemory {
     /// All of it, of a VM that is over.
     Whole(Arc<MemoryImage>),
+    /// All of it, where it is: of a VM that stands still until this is on the disk.
+    Standing(MemoryDraft),
     /// What a VM that goes on differs in from what it was forked from.
     Changed {
         /// What it was forked from; of a booted VM an image of holes.
@@ -306,6 +321,11 @@ impl CapturedMemory {
     pub fn merge(self) -> Result<Arc<MemoryImage>, MemoryImageError> {
         let (base, pages) = match self {
             Self::Whole(image) => return Ok(image),
+            Self::Standing(memory) => {
+                let mut draft = MemoryDraft::new(memory.bytes())?;
+                draft.copy(memory.fd())?;
+                return Ok(Arc::new(draft.seal()?));
+            }
             Self::Changed { base, pages } => (base, pages),
         };
         let mut draft = MemoryDraft::new(base.bytes())?;

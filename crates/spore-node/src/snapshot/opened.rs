@@ -361,17 +361,29 @@ impl Opened {
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::NoKey`], [`StoreError::WrongKey`] and the like.
     pub fn memory(&self, keys: &Keys) -> Result<MemoryImage, StoreError> {
-        let (id, bytes) = (self.top().id(), self.header().memory.bytes);
-        let failed = |error: MemoryImageError| StoreError::Memory {
-            id,
-            bytes,
-            source: error.into(),
-        };
-        let mut memory = MemoryDraft::new(bytes).map_err(failed)?;
+        let sealed = self.own_memory(keys)?.seal();
+        sealed.map_err(|error| self.no_memory(error))
+    }
+
+    /// As [`Opened::memory`], for one VM that writes to it.
+    ///
+    /// # Errors
+    /// As [`Opened::memory`].
+    pub fn own_memory(&self, keys: &Keys) -> Result<MemoryDraft, StoreError> {
+        let made = MemoryDraft::new(self.header().memory.bytes);
+        let mut memory = made.map_err(|error| self.no_memory(error))?;
         for layer in self.layers.iter().rev() {
             layer.apply(&self.store, keys, &mut memory)?;
         }
-        memory.seal().map_err(failed)
+        Ok(memory)
+    }
+
+    fn no_memory(&self, error: MemoryImageError) -> StoreError {
+        StoreError::Memory {
+            id: self.top().id(),
+            bytes: self.header().memory.bytes,
+            source: error.into(),
+        }
     }
 
     /// About what its memory would take more if it stood alone: what is below it has.

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::disk::copy_sparse;
 use crate::disk::overlay::DiskKey;
-use crate::hypervisor::memory_image::{Extents, MemoryImage};
+use crate::hypervisor::memory_image::{CapturedPages, Extents, MemoryDraft, MemoryImage};
 
 /// A snapshot to be made.
 #[derive(Debug)]
@@ -275,14 +275,50 @@ impl Staged {
     /// # Errors
     /// [`StoreError::WholeMemory`] and those of [`Staged::page`].
     pub fn image(&mut self, image: &MemoryImage) -> Result<(), StoreError> {
+        self.whole((image.file(), image.bytes()), &CapturedPages::default())
+    }
+
+    /// As [`Staged::image`], of a VM that stands still meanwhile.
+    ///
+    /// # Errors
+    /// As [`Staged::image`].
+    pub fn standing(&mut self, memory: &MemoryDraft) -> Result<(), StoreError> {
+        self.whole((memory.file(), memory.bytes()), &CapturedPages::default())
+    }
+
+    /// As [`Staged::image`], of a VM that has changed these pages of one.
+    ///
+    /// # Errors
+    /// As [`Staged::image`].
+    pub fn changed(
+        &mut self,
+        image: &MemoryImage,
+        pages: &CapturedPages,
+    ) -> Result<(), StoreError> {
+        self.whole((image.file(), image.bytes()), pages)
+    }
+
+    fn whole(
+        &mut self,
+        (file, bytes): (&File, u64),
+        changed: &CapturedPages,
+    ) -> Result<(), StoreError> {
         if self.meta.parent.is_some() {
             return Err(StoreError::WholeMemory(self.id()));
         }
-        let (id, bytes) = (self.id(), image.bytes());
+        let id = self.id();
         let failed = |source| StoreError::Memory { id, bytes, source };
-        each_page(image.file(), bytes, failed, |page, bytes| {
+        let mut changed = changed.each().peekable();
+        each_page(file, bytes, failed, |page, bytes| {
+            while let Some((other, changed)) = changed.next_if(|(other, _)| *other <= page) {
+                self.page(other, changed)?;
+                if other == page {
+                    return Ok(());
+                }
+            }
             self.page(page, bytes)
-        })
+        })?;
+        changed.try_for_each(|(page, bytes)| self.page(page, bytes))
     }
 
     /// The devices as they stood.

@@ -15,6 +15,7 @@ use rustix::process::{Signal, getpid, kill_process};
 use spore_wire::cause::chain;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::snapshot::{PUBLIC_ACCOUNT, SnapshotMeta, SnapshotParent};
+use zeroize::Zeroizing;
 
 use super::hash::Hash;
 use super::header::tests::meta;
@@ -30,7 +31,7 @@ use super::{
 };
 use crate::clock::{Clock, HostClock};
 use crate::disk::overlay::DiskKey;
-use crate::hypervisor::memory_image::MemoryImage;
+use crate::hypervisor::memory_image::{CapturedMemory, CapturedPages, MemoryImage, PageRun};
 use crate::image::store::GcMode;
 use crate::sys::probe::in_child;
 
@@ -317,12 +318,7 @@ fn a_whole_memory_is_filed_as_it_is_and_only_where_nothing_is_below() {
         .unwrap()
         .memory(&Keys::new())
         .unwrap();
-    let read = |image: &MemoryImage| {
-        let mut bytes = vec![1; 1 << 20];
-        image.file().read_exact_at(&mut bytes, 0).unwrap();
-        bytes
-    };
-    assert!(read(&image) == read(&again));
+    assert!(bytes(&image) == bytes(&again));
     let below = described("me", 4, Some(("me", 1)));
     let refused = store
         .stage(order(below, None))
@@ -330,6 +326,37 @@ fn a_whole_memory_is_filed_as_it_is_and_only_where_nothing_is_below() {
         .image(&image)
         .unwrap_err();
     assert!(matches!(refused, StoreError::WholeMemory(_)), "{refused}");
+}
+
+fn bytes(image: &MemoryImage) -> Vec<u8> {
+    let mut bytes = vec![1; 1 << 20];
+    image.file().read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn a_memory_with_its_changes_is_filed_as_if_it_were_merged() {
+    let (_folder, store) = store();
+    make(&store, "me", 1, None);
+    let memory = |n| {
+        let opened = store.open_for("me", id(n)).unwrap();
+        opened.memory(&Keys::new()).unwrap()
+    };
+    let image = Arc::new(memory(1));
+    for (n, step) in [(2, 1), (3, 2), (4, 3), (5, 255)] {
+        let first = (0..256).step_by(step);
+        let runs: Vec<_> = first.map(|first| PageRun { first, pages: 1 }).collect();
+        let page = |index: usize| vec![u8::try_from(index % 3).unwrap(); PAGE];
+        let changes = Zeroizing::new((0..runs.len()).flat_map(page).collect());
+        let pages = CapturedPages::new(runs, changes);
+        let mut staged = store.stage(order(described("me", n, None), None)).unwrap();
+        staged.changed(&image, &pages).unwrap();
+        staged.state(&[3; 10][..]).unwrap();
+        staged.seal().unwrap();
+        let base = Arc::clone(&image);
+        let merged = CapturedMemory::Changed { base, pages }.merge().unwrap();
+        assert!(bytes(&merged) == bytes(&memory(n)), "every {step}");
+    }
 }
 
 #[test]

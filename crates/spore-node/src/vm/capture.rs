@@ -194,7 +194,8 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
         VmEffect::Pause => pause(id, vm, limits).boxed(),
         VmEffect::Capture => {
             let afterwards = taking.map_or(Afterwards::GoesOn, Taking::afterwards);
-            capture(id, vm, afterwards, limits).boxed()
+            let limit = limits.capture + actor.record.start.resources.copying();
+            capture(id, vm, afterwards, limit).boxed()
         }
         _ => {
             // Where the freeze was refused, it may be frozen all the same.
@@ -233,14 +234,14 @@ async fn pause(id: VmId, vm: Arc<dyn Vm>, limits: VmLimits) -> Outcome {
     }
 }
 
-async fn capture(id: VmId, vm: Arc<dyn Vm>, afterwards: Afterwards, limits: VmLimits) -> Outcome {
-    match timeout(limits.capture, vm.capture(afterwards)).await {
+async fn capture(id: VmId, vm: Arc<dyn Vm>, afterwards: Afterwards, limit: Duration) -> Outcome {
+    match timeout(limit, vm.capture(afterwards)).await {
         Ok(Ok(capture)) => Outcome {
             event: VmEvent::Captured,
             gain: Gain::Capture(Ok(capture)),
         },
         Ok(Err(error)) => broken(id, chain(&error)),
-        Err(_elapsed) => broken(id, slow("copying the guest", limits.capture)),
+        Err(_elapsed) => broken(id, slow("copying the guest", limit)),
     }
 }
 

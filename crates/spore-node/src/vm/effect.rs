@@ -186,7 +186,8 @@ async fn fork(host: Arc<Host>, record: Record, keys: Keys) -> Outcome {
         let message = "this node does not know what the VM is to begin from: update it".to_owned();
         return failed(VmFailureKind::Snapshot, message);
     };
-    let (limit, start) = (host.config.limits.boot, &record.start);
+    let start = &record.start;
+    let limit = host.config.limits.boot + start.resources.copying();
     let work = async {
         let from = host.snapshots.source(wanted).await;
         let found = from.map_err(|error| failed(VmFailureKind::Snapshot, chain(&error)))?;
@@ -216,7 +217,7 @@ async fn fork(host: Arc<Host>, record: Record, keys: Keys) -> Outcome {
 /// A snapshot that only this VM may begin from has served: what is in it lives on in the VM alone.
 async fn drop_source(host: Arc<Host>, record: Record) -> Outcome {
     let start = &record.start;
-    if let Source::Snapshot(id) = start.source {
+    if let Source::Suspended(id) = start.source {
         let dropped = host
             .snapshots
             .drop_claimed(&start.owner.account, id, start.vm);

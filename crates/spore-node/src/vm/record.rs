@@ -14,7 +14,7 @@ impl Actor {
     /// journaled, nobody else takes it.
     pub(super) fn give_up_claim(&self) {
         let start = &self.record.start;
-        let Source::Snapshot(id) = start.source else {
+        let Source::Suspended(id) = start.source else {
             return;
         };
         if self.record.ran {

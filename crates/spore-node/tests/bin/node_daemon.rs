@@ -210,7 +210,7 @@ async fn go_on_from(
         let vm = VmId::random()?;
         node.start(StartVm {
             vm,
-            source: Source::Snapshot(info.id),
+            source: Source::Suspended(info.id),
             keys: vec![(info.id, SecretBytes::new(vec![7; 32]))],
             ..like.clone()
         })?;

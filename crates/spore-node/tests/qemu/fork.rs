@@ -101,7 +101,7 @@ pub(crate) async fn capture(
         println!("captured and ended in {:?}", begun.elapsed());
     }
     let changed = match &capture.memory {
-        CapturedMemory::Whole(_) => None,
+        CapturedMemory::Whole(_) | CapturedMemory::Standing(_) => None,
         CapturedMemory::Changed { pages, .. } => Some(pages.len_bytes()),
     };
     let begun = Instant::now();

@@ -10,6 +10,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use spore_node::config::{Config, Images};
 use spore_node::hypervisor::qemu::Qemu;
 use spore_node::node::Node;
+use spore_node::snapshot::key::SnapshotKey;
 use spore_node::snapshot::{NoStorePoints, StorePoint, StorePoints};
 use spore_node::take::{Take, TakeError, Taken};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
@@ -283,10 +284,23 @@ async fn a_disk_that_is_full_while_it_is_sealed_leaves_nothing_and_the_vm_goes_o
     let full = daemon.take(source, new_snapshot()).await.unwrap_err();
     assert!(matches!(full, TakeError::NoSpace(_)), "{full:?}");
     nothing_is_staged(&store);
+    // Nor does one end that was to be suspended and stood still for that.
+    fs::remove_file(&filler).unwrap();
+    let suspend = Take {
+        id: new_snapshot(),
+        kind: SnapshotKind::Suspend,
+        key: SnapshotKey::from_slice(&[7; 32]),
+        made_at_s: 1_700_000_000,
+    };
+    let full = timeout(HANG, daemon.node.take(source, suspend)).await;
+    let full = full.unwrap().unwrap_err();
+    assert!(matches!(full, TakeError::NoSpace(_)), "{full:?}");
+    assert_eq!(daemon.ask(source).await, (token.clone(), 3, 1));
+    nothing_is_staged(&store);
     fs::write(&filler, b"").unwrap();
     let snapshot = new_snapshot();
     daemon.take(source, snapshot).await.unwrap();
-    assert_eq!(daemon.ask(source).await, (token, 3, 1));
+    assert_eq!(daemon.ask(source).await, (token, 4, 1));
     let all = daemon.node.snapshots().list("me").await.unwrap();
     assert_eq!(
         all.iter().map(|info| info.id).collect::<Vec<_>>(),

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use spore_node::clock::Clock;
 use spore_node::config::{Config, Images, KillPoint, KillPoints};
+use spore_node::hypervisor::fork::ForkMemory;
 use spore_node::hypervisor::sim::SimHost;
 use spore_node::hypervisor::{Hypervisor as _, Machine};
 use spore_node::node::{Adoption, Node};
@@ -93,7 +94,10 @@ fn file_snapshot(host: &SimHost, folder: &Path, clock: Arc<dyn Clock>) {
     };
     let source = VmId::from_bytes([0xbb; 16]);
     let from = host.template(source, resources.memory_mib).unwrap();
-    staged.image(&from.memory).unwrap();
+    let ForkMemory::Shared(memory) = &from.memory else {
+        unreachable!("a template is for many");
+    };
+    staged.image(memory).unwrap();
     staged.state(&*from.state).unwrap();
     staged.seal().unwrap();
 }

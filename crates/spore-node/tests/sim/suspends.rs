@@ -22,7 +22,7 @@ fn id(number: u8) -> SnapshotId {
 /// A VM that goes on from a suspended one's snapshot.
 fn from(number: u8, snapshot: u8) -> StartVm {
     StartVm {
-        source: Source::Snapshot(id(snapshot)),
+        source: Source::Suspended(id(snapshot)),
         keys: vec![(id(snapshot), SecretBytes::new(vec![7; 32]))],
         ..start(vm(number), "hello")
     }
@@ -101,6 +101,8 @@ fn a_suspended_vm_goes_on_in_another_one_again_and_again_and_each_snapshot_serve
             bench.restart().await;
             ready(&bench, from(round + 1, round)).await;
             assert_eq!(bench.host.app_starts(vm(round + 1)), 0, "it goes on");
+            let memories = bench.node.snapshots().memories().status();
+            assert_eq!(memories.held_bytes, 0, "it has its memory for itself");
             assert_eq!(remembered(&bench, round + 1).await, "canary");
             assert_eq!(snapshots(&bench).await, 0, "it has served");
             let why = refused(&bench, from(round + 50, round)).await;

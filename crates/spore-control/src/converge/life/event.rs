@@ -171,7 +171,7 @@ impl Life {
             ready_at: None,
             idle_since: Some(now),
             lease_until: now,
-            suspends: false,
+            suspend_ms: None,
             told: false,
             status: None,
         });
@@ -325,12 +325,14 @@ impl Life {
             return;
         };
         match life.stage {
-            Stage::Closing { force: false } | Stage::Serving if life.suspends && !self.sleep => {
-                self.suspend(vm, now);
-            }
-            Stage::Closing { .. } | Stage::Serving => {
-                self.stop(vm, StopMode::Graceful, now, timing);
-            }
+            Stage::Closing { .. } | Stage::Serving => match (life.stage, life.suspend_ms) {
+                (Stage::Closing { force: false } | Stage::Serving, Some(copying_ms))
+                    if !self.sleep =>
+                {
+                    self.suspend(vm, copying_ms, now);
+                }
+                _ => self.stop(vm, StopMode::Graceful, now, timing),
+            },
             // Its node waits for this word. Why it ends is counted when it is over.
             Stage::Leaving | Stage::Starting if life.phase == VmPhase::Draining => {
                 let mode = StopMode::Kill;

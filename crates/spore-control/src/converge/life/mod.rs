@@ -94,8 +94,9 @@ pub struct Target {
     pub idle_after_ms: Option<u64>,
     /// How long its app may take to become ready.
     pub ready_ms: u64,
-    /// Whether it is suspended when it is put to sleep for being idle.
-    pub suspends: bool,
+    /// What copying it to the disk or back may take, if it is suspended when it is put to sleep for
+    /// being idle.
+    pub suspend_ms: Option<u64>,
 }
 
 /// How a VM is to begin.
@@ -258,8 +259,8 @@ pub(super) struct Vm {
     /// `None` while something is in flight.
     pub(super) idle_since: Option<Moment>,
     pub(super) lease_until: Moment,
-    /// Whether it was asked to close to be suspended.
-    pub(super) suspends: bool,
+    /// What its suspending may take, if it was asked to close for that.
+    pub(super) suspend_ms: Option<u64>,
     /// Whether the gateway was told of it.
     pub(super) told: bool,
     pub(super) status: Option<VmStatus>,
@@ -449,10 +450,10 @@ impl Life {
         }
     }
 
-    fn suspend(&mut self, vm: VmId, now: Moment) {
+    fn suspend(&mut self, vm: VmId, copying_ms: u64, now: Moment) {
         if let Some(life) = self.vms.get_mut(&vm) {
             life.stage = Stage::Suspending;
-            life.until = now.after(SUSPEND_ALLOWANCE);
+            life.until = now.after(SUSPEND_ALLOWANCE).after_ms(copying_ms);
             let release = life.release;
             self.say(Effect::Suspend { vm, release });
         }
@@ -489,8 +490,8 @@ impl Life {
 /// What a graceful stop may take beyond the app's own grace: sync and power off.
 const STOP_ALLOWANCE: core::time::Duration = core::time::Duration::from_secs(20);
 
-/// What writing a VM's memory to the disk may take.
-const SUSPEND_ALLOWANCE: core::time::Duration = core::time::Duration::from_secs(300);
+/// What suspending a VM may take beyond copying it.
+const SUSPEND_ALLOWANCE: core::time::Duration = core::time::Duration::from_secs(120);
 
 /// How an app looks from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -49,7 +49,7 @@ impl Life {
             return;
         }
         life.stage = Stage::Starting;
-        let ready_ms = live.map_or(0, |live| live.ready_ms);
+        let ready_ms = live.map_or(0, |live| live.ready_ms + live.suspend_ms.unwrap_or(0));
         life.until = now.after(timing.boot_allowance).after_ms(ready_ms);
     }
 
@@ -230,7 +230,8 @@ impl Life {
         if at <= now {
             let until = now.after(timing.reap_answer);
             if let Some(life) = self.vms.get_mut(&vm) {
-                life.suspends = live.suspends && life.release == live.release;
+                let is_live = life.release == live.release;
+                life.suspend_ms = live.suspend_ms.filter(|_ms| is_live);
             }
             self.close(vm, false, until);
             step.look_at(until);
@@ -319,7 +320,8 @@ impl Life {
 
     fn begin(&mut self, vm: VmId, target: Target, stage: Stage, now: Moment, timing: &Timing) {
         let release = target.release;
-        let until = now.after(timing.boot_allowance).after_ms(target.ready_ms);
+        let ready_ms = target.ready_ms + target.suspend_ms.unwrap_or(0);
+        let until = now.after(timing.boot_allowance).after_ms(ready_ms);
         let life = Vm {
             release,
             origin: Origin::Ours,
@@ -330,7 +332,7 @@ impl Life {
             ready_at: None,
             idle_since: Some(now),
             lease_until: now,
-            suspends: false,
+            suspend_ms: None,
             told: false,
             status: None,
         };

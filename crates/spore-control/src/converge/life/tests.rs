@@ -488,7 +488,7 @@ fn target(release: u64, sleeps: bool) -> Target {
     Target {
         release,
         idle_after_ms: sleeps.then_some(60_000),
-        suspends: release.is_multiple_of(2),
+        suspend_ms: release.is_multiple_of(2).then_some(10_000),
         ready_ms: 30_000,
     }
 }

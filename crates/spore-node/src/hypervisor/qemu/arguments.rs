@@ -30,6 +30,8 @@ pub(super) enum Begin {
     /// Paused, with an image's memory as far as it does not write to it, and device state that is
     /// loaded once its root is empty: it was written by a VMM that a guest may have taken over.
     Fork,
+    /// As a fork, in memory of its own that holds everything already.
+    GoOn,
 }
 
 /// The character device of the guest's console: a ring in QEMU's memory, which can neither block
@@ -148,7 +150,7 @@ pub(super) fn arguments(
             line.option("-append", kernel_line(tsc_khz));
         }
         // What xen-save-devices-state writes does not say whether the VM ran.
-        Begin::Fork => {
+        Begin::Fork | Begin::GoOn => {
             line.flag("-S").option("-incoming", "defer");
         }
     }
@@ -189,13 +191,13 @@ pub(super) fn arguments(
     let words = line.words;
     let fds = match begin {
         Begin::Boot => fds.0,
-        Begin::Fork => fds.0 + 1,
+        Begin::Fork | Begin::GoOn => fds.0 + 1,
     };
     CommandLine { words, fds }
 }
 
-/// Memory is a file of the node's, so that it can be read and sealed from outside. A fork's is the
-/// sealed one that it shares with others, mapped privately; QEMU opens it for writing all the same,
+/// Memory is a file of the node's, so that it can be read and sealed from outside. That of most
+/// forks is a sealed one that they share, mapped privately; QEMU opens it for writing all the same,
 /// and by a path, which `/proc` gives it until its root is emptied.
 fn add_machine(line: &mut Line, begin: Begin, resources: &Resources) {
     line.option(
@@ -205,7 +207,7 @@ fn add_machine(line: &mut Line, begin: Begin, resources: &Resources) {
     // A description of the configuration, which what is loaded here does not have.
     line.option("-global", "migration.send-configuration=off");
     let share = match begin {
-        Begin::Boot => "on",
+        Begin::Boot | Begin::GoOn => "on",
         Begin::Fork => "off",
     };
     let mib = resources.memory_mib;
@@ -365,6 +367,21 @@ mod tests {
             let expected = std::fs::read_to_string(&path).unwrap();
             assert_eq!(line, expected.trim_end(), "{path}");
         }
+    }
+
+    #[test]
+    fn a_vm_that_goes_on_is_a_fork_with_a_memory_of_its_own() {
+        let scratch = Scratch::Forked(vec![Lock::Open]);
+        let line = |begin| arguments(begin, &RESOURCES, &scratch, 1);
+        let (fork, own) = (line(Begin::Fork), line(Begin::GoOn));
+        assert_eq!(fork.fds, own.fds);
+        let pairs = fork.words.iter().zip(&own.words);
+        let others: Vec<_> = pairs.filter(|(fork, own)| fork != own).collect();
+        let [(fork, own)] = others[..] else {
+            panic!("{others:?}");
+        };
+        assert!(fork.contains("share=off"), "{fork}");
+        assert_eq!(*own, fork.replace("share=off", "share=on"));
     }
 
     #[test]

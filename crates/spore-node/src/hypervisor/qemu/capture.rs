@@ -9,7 +9,8 @@
 //!   runs   ─┬─ monitor: files for devices and disk handed over
 //!           └─ memory: found, room made for its own pages (fork)
 //!   paused ─┬─ monitor: devices saved, copy of the scratch disk begun (`copy.rs`)
-//!           └─ memory: own pages (fork), all pages (booted, goes on)
+//!           └─ memory: own pages (fork), all pages (booted, goes on), or read once it is written
+//!              to the disk (booted, sleeps)
 //!   runs   ─── scratch disk copied ──▶ Capture whole
 //!   killed, once it is: its memory sealed (booted, ends)
 //! ```
@@ -270,7 +271,11 @@ impl Memory {
             (Self::Booted { file, bytes }, Afterwards::Ends) => {
                 Ok(Copied::Its(MemoryDraft::from_file(file, bytes)))
             }
-            (Self::Booted { file, bytes }, Afterwards::GoesOn | Afterwards::Sleeps) => {
+            (Self::Booted { file, bytes }, Afterwards::Sleeps) => {
+                let memory = MemoryDraft::from_file(file, bytes);
+                Ok(Copied::Done(CapturedMemory::Standing(memory)))
+            }
+            (Self::Booted { file, bytes }, Afterwards::GoesOn) => {
                 let mut draft = MemoryDraft::new(bytes)?;
                 draft.copy(file.as_fd())?;
                 let image = draft.seal()?;

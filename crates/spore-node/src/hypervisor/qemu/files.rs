@@ -17,7 +17,7 @@ use super::in_memory::{bounded_log, key_file, no_folder};
 use super::{AGENT_SOCKET, MIB, QMP_SOCKET, Shared, limits};
 use crate::confine::limits::ProcessLimits;
 use crate::disk::overlay::DiskKey;
-use crate::hypervisor::fork::{ForkFrom, ScratchLayer};
+use crate::hypervisor::fork::{ForkFrom, ForkMemory, ScratchLayer};
 use crate::hypervisor::memory_image::{MemoryDraft, MemoryImageError};
 use crate::hypervisor::{BootError, Machine, Prepared, VmFds};
 use crate::jail::{self, Jail, Launch};
@@ -170,7 +170,10 @@ impl Shared {
         let limits = limits(machine);
         let (begin, files) = match from {
             None => (Begin::Boot, vec![KERNEL.into(), INITRAMFS.into()]),
-            Some(_) => (Begin::Fork, Vec::new()),
+            Some(from) => match from.memory {
+                ForkMemory::Shared(_) => (Begin::Fork, Vec::new()),
+                ForkMemory::Own(_) => (Begin::GoOn, Vec::new()),
+            },
         };
         let scratch = scratch_of(machine, from);
         let line = arguments(begin, &machine.resources, &scratch, self.tsc_khz);

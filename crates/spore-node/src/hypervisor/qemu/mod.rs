@@ -41,7 +41,7 @@ use self::files::Files;
 use self::program::{SAVE, can_capture, version};
 use self::qmp::Qmp;
 use self::vm::{QemuVm, VmHost};
-use super::fork::{ForkError, ForkFrom};
+use super::fork::{ForkError, ForkFrom, ForkMemory};
 use super::room::{RoomConfig, RoomError, Rooms, blocking};
 use super::{
     AttachError, BootError, Caps, Hypervisor, Identity, Machine, PrepareError, Prepared,
@@ -486,13 +486,16 @@ impl Shared {
         Ok(identity)
     }
 
-    /// Whoever touches a hole of the image first pays for it, on top of a page of its own.
+    /// Whoever touches a hole of a shared image first pays for it, on top of a page of its own.
     fn allow_holes(&self, vm: VmId, machine: &Machine, from: &ForkFrom) -> Result<(), BootError> {
         let step = |source| BootError::Step {
             what: "allowing for the holes of its source's memory",
             source,
         };
-        let holes = from.memory.hole_bytes();
+        let ForkMemory::Shared(image) = &from.memory else {
+            return Ok(());
+        };
+        let holes = image.hole_bytes();
         let holes = holes.map_err(|error| step(io::Error::other(error)))?;
         let bytes = limits(machine).memory_bytes + holes;
         let cgroups = self.rooms.cgroups();

@@ -121,14 +121,13 @@ impl Guest {
     pub(super) fn fork(
         host: &SimHost,
         vm: VmId,
-        pid: u32,
-        base: Arc<MemoryImage>,
+        (pid, memory_mib): (u32, u32),
+        base: Option<Arc<MemoryImage>>,
         copy: GuestCopy,
     ) -> Arc<Self> {
         let wake_ms = 20 + host.draw(vm, "translation") % 80;
-        let memory_mib = u32::try_from(base.bytes() >> 20).unwrap_or(u32::MAX);
         let mut guest = Self::new(host, vm, pid, memory_mib, copy.boot_id);
-        guest.base = Some(base);
+        guest.base = base;
         guest.paused.send_replace(true);
         *lock(&guest.state) = GuestState {
             life: copy.life,

@@ -29,7 +29,7 @@ use spore_wire::snapshot::Shape;
 use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 
-use super::fork::{Afterwards, Capture, CaptureError, ForkError, ForkFrom, PauseError};
+use super::fork::{Afterwards, Capture, CaptureError, ForkError, ForkFrom, ForkMemory, PauseError};
 use super::{
     AgentStream, AttachError, BootError, Caps, Hypervisor, Identity, Left, Machine, PolicyError,
     PrepareError, Prepared, ReleaseError, Swept, Vm, VmExit, VmStats,
@@ -297,7 +297,7 @@ impl SimHost {
         guest.end("captured", false);
         let capture = capture?;
         Ok(ForkFrom {
-            memory: capture.memory.merge()?,
+            memory: ForkMemory::Shared(capture.memory.merge()?),
             state: Arc::new(capture.state),
             scratch: None,
         })
@@ -521,8 +521,12 @@ impl Hypervisor for SimHypervisor {
         from: &ForkFrom,
     ) -> Result<Identity, ForkError> {
         let copy = copy::read(from, machine.resources.memory_mib)?;
-        let base = Arc::clone(&from.memory);
-        let fork = |pid| Guest::fork(&self.host, vm, pid, base, copy);
+        let base = match &from.memory {
+            ForkMemory::Shared(image) => Some(Arc::clone(image)),
+            ForkMemory::Own(_) => None,
+        };
+        let memory_mib = machine.resources.memory_mib;
+        let fork = |pid| Guest::fork(&self.host, vm, (pid, memory_mib), base, copy);
         Ok(self.begin(vm, prepared, fork).await?)
     }
 
