@@ -86,7 +86,7 @@ pub(super) async fn remove(
         .when(&key, stored.version)
         .delete(&key);
     api.converge.inner.store.commit(transaction).await?;
-    api.converge.forget_suspended(&app).await?;
+    api.converge.forget_secrets(&app).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -114,7 +114,7 @@ impl Converge {
                 .when(&at, stored.as_ref().map_or(0, |stored| stored.version));
             // Written even when nothing in it changes: a removal that lists the app's secrets at
             // the same time must see that there is one more.
-            let app_record = match stored_app {
+            let mut app_record = match stored_app {
                 Some(stored) => stored.record,
                 None => {
                     one_more_app(store.count(&apps_of(account)).await?)?;
@@ -126,6 +126,7 @@ impl Converge {
                     AppRecord::new(self.now_ms())
                 }
             };
+            app_record.secrets_changed = true;
             transaction = transaction.put(&app_at, encode(&app_record));
             let mut others = Others::default();
             for entry in every(&**store, &secrets_of(account, &app.app)).await? {

@@ -58,6 +58,7 @@ impl Converge {
         (release, begin): (u64, Begin),
         trace: Option<TraceId>,
     ) -> Result<(), Failure> {
+        self.begins_with_secrets(app, vm).await?;
         let start = self.start_vm(app, vm, release).await;
         let mut start = start.map_err(|error| unasked(&error))?;
         start.trace = trace;

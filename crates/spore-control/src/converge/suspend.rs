@@ -27,6 +27,8 @@ use crate::store::{CommitError, StoreError, Transaction};
 enum SuspendError {
     #[error("the app was removed")]
     NoApp,
+    #[error("a secret was changed, and it may hold the value that was")]
+    Secrets,
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("there is no key for it")]
@@ -54,6 +56,10 @@ impl Converge {
 
     async fn suspend(&self, app: &AppRef, vm: VmId, release: u64) -> Result<(), SuspendError> {
         let account = &app.account;
+        let stored = self.app_record(app).await?;
+        if stored.is_some_and(|stored| stored.record.secrets_changed) {
+            return Err(SuspendError::Secrets);
+        }
         let snapshot = SnapshotId::from_bytes(self.inner.chance.bits());
         let (key, sealed) = self
             .inner
@@ -67,7 +73,8 @@ impl Converge {
         };
         let key_at = snapshot_key_key(account, snapshot);
         let write = Transaction::default().put(key_at, encode(&sealed));
-        if !self.write_suspended(app, write, Some(suspended)).await? {
+        let suspends = |record: &mut AppRecord| record.suspended = Some(suspended.clone());
+        if !self.write_suspended(app, write, suspends).await? {
             return Err(SuspendError::NoApp);
         }
         let take = TakeSnapshot {
@@ -87,29 +94,27 @@ impl Converge {
         Ok(taken?)
     }
 
-    /// Writes what an app goes on from, beside `with`; the key of what it went on from before goes
-    /// in the same step, and its snapshot after it. `false` when there is no such app.
+    /// Changes what an app goes on from, and writes it beside `with`; the key of what it went on
+    /// from before goes in the same step, and its snapshot after it. `false` when there is no such
+    /// app.
     async fn write_suspended(
         &self,
         app: &AppRef,
         with: Transaction,
-        suspended: Option<Suspended>,
+        change: impl Fn(&mut AppRecord) + Send,
     ) -> Result<bool, StoreError> {
         let at = app_key(&app.account, &app.app);
         loop {
             let Some(stored) = self.app_record(app).await? else {
                 return Ok(false);
             };
-            let mut record: AppRecord = stored.record;
-            let before = core::mem::replace(&mut record.suspended, suspended.clone());
-            if before == suspended {
+            let mut record: AppRecord = stored.record.clone();
+            change(&mut record);
+            if record == stored.record {
                 return Ok(true);
             }
-            let before = before.map(|before| before.snapshot);
-            let before = before.filter(|before| {
-                let now = suspended.as_ref().map(|suspended| suspended.snapshot);
-                now != Some(*before)
-            });
+            let of = |record: &AppRecord| Some(record.suspended.as_ref()?.snapshot);
+            let before = of(&stored.record).filter(|before| of(&record) != Some(*before));
             let mut write = with.clone().when(&at, stored.version);
             write = write.put(&at, encode(&record));
             if let Some(before) = before {
@@ -133,8 +138,44 @@ impl Converge {
     /// # Errors
     /// When the store did not serve.
     pub(crate) async fn forget_suspended(&self, app: &AppRef) -> Result<(), StoreError> {
+        let forgets = |record: &mut AppRecord| record.suspended = None;
         let nothing = Transaction::default();
-        self.write_suspended(app, nothing, None).await.map(drop)
+        self.write_suspended(app, nothing, forgets).await.map(drop)
+    }
+
+    /// As [`Converge::forget_suspended`]; nor is what runs suspended, which may hold a secret that
+    /// was removed.
+    ///
+    /// # Errors
+    /// When the store did not serve.
+    pub(crate) async fn forget_secrets(&self, app: &AppRef) -> Result<(), StoreError> {
+        let forgets = |record: &mut AppRecord| {
+            record.suspended = None;
+            record.secrets_changed = true;
+        };
+        let nothing = Transaction::default();
+        self.write_suspended(app, nothing, forgets).await.map(drop)
+    }
+
+    /// Before the secrets of a VM are read: if there is no other one of its app, nothing holds
+    /// values that were, but what is suspended.
+    pub(super) async fn begins_with_secrets(&self, app: &AppRef, vm: VmId) -> Result<(), Failure> {
+        let is_alone = {
+            let slots = self.slots();
+            slots.get(app).is_some_and(|slot| slot.life.is_alone(vm))
+        };
+        let stored = self.app_record(app).await;
+        let stored = stored.map_err(|error| refused_by_store(&error))?;
+        if !is_alone || !stored.is_some_and(|stored| stored.record.secrets_changed) {
+            return Ok(());
+        }
+        let anew = |record: &mut AppRecord| {
+            record.suspended = None;
+            record.secrets_changed = false;
+        };
+        let written = self.write_suspended(app, Transaction::default(), anew);
+        written.await.map_err(|error| refused_by_store(&error))?;
+        Ok(())
     }
 
     /// Removes a snapshot that nothing goes on from any more. Without its key it is of no use, and
@@ -177,11 +218,12 @@ impl Converge {
         let lost = match begin {
             Begin::Warm => self.keys_of_suspended(app, id).await?,
             Begin::Cold if !suspended.tried => {
-                let tried = Suspended {
-                    tried: true,
-                    ..suspended
+                let tried = |record: &mut AppRecord| {
+                    if let Some(kept) = &mut record.suspended {
+                        kept.tried |= kept.snapshot == id;
+                    }
                 };
-                let written = self.write_suspended(app, Transaction::default(), Some(tried));
+                let written = self.write_suspended(app, Transaction::default(), tried);
                 written.await.map_err(failed)?;
                 self.keys_of_suspended(app, id).await?
             }

@@ -778,6 +778,15 @@ impl Bench {
         state.starts.last().unwrap().clone()
     }
 
+    /// As `spore secret set` does.
+    async fn secret_changes(&self, app: &AppRef) {
+        let key = app_key(&app.account, &app.app);
+        let mut record = self.record(app).await;
+        record.secrets_changed = true;
+        let write = Transaction::default().put(key, encode(&record));
+        self.store.commit(write).await.unwrap();
+    }
+
     fn notes(&self) -> Vec<String> {
         self.nodes.state.lock().unwrap().notes.clone()
     }
@@ -823,6 +832,27 @@ async fn an_idle_app_is_suspended_and_its_next_vm_goes_on_from_there_once() {
         bench.settle(61_000).await;
     }
     assert!(bench.nodes.state.lock().unwrap().stops.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_app_that_may_hold_a_secret_that_was_is_stopped_and_nothing_goes_on_from_it() {
+    let (bench, notes) = suspended().await;
+    bench.secret_changes(&notes).await;
+    let start = bench.wake(&notes).await;
+    assert_eq!(start.source.snapshot(), None);
+    assert_eq!((bench.snapshots(), bench.keys().await), (0, 0));
+
+    bench.secret_changes(&notes).await;
+    bench.settle(61_000).await;
+    assert_eq!(bench.nodes.running(), []);
+    assert_eq!(bench.record(&notes).await.suspended, None);
+    let told = bench.notes().join("; ");
+    assert!(told.contains("a secret was changed"), "{told}");
+
+    bench.wake(&notes).await;
+    bench.settle(61_000).await;
+    let kept = bench.record(&notes).await.suspended;
+    assert!(kept.is_some(), "it has the new one");
 }
 
 #[tokio::test(start_paused = true)]

@@ -380,6 +380,12 @@ impl Life {
         (deploy.vm == Some(vm)).then_some(deploy.operation.as_str())
     }
 
+    /// Whether the app has no VM but this one.
+    #[must_use]
+    pub fn is_alone(&self, vm: VmId) -> bool {
+        self.vms.keys().all(|other| *other == vm)
+    }
+
     /// The VMs that the node should have, with the moment it said so.
     pub fn accepted(&self) -> impl Iterator<Item = (VmId, Moment)> + '_ {
         let vms = self.vms.iter();

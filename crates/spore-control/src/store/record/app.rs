@@ -22,6 +22,10 @@ pub struct AppRecord {
     /// What its next VM goes on from, or would: written before it is taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suspended: Option<Suspended>,
+    /// Whether a secret was changed since a VM was alone when it began: what runs may hold the
+    /// value that was.
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub secrets_changed: bool,
 }
 
 /// The snapshot of a suspended app; its key is beside it.
@@ -46,6 +50,7 @@ impl AppRecord {
             next_release: 1,
             deploying: None,
             suspended: None,
+            secrets_changed: false,
         }
     }
 }
