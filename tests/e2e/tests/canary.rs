@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
 use spore_e2e::cores::Cores;
 use spore_e2e::platform::{Site, skipped};
@@ -20,6 +21,9 @@ with open('/var/tmp/kept', 'w') as kept:
 os.sync()
 print('the key is', os.environ['API_KEY'], flush=True)
 ";
+
+/// It is idle soon, and all that it holds in memory is put on the disk.
+const SUSPENDS: &str = "[idle]\nafter = \"1s\"\nmode = \"suspend\"\n";
 
 /// In a sandbox that has no process of its own, the same of what it was forked with.
 const KEEPS_ON: &str = "cat /var/tmp/kept > /var/tmp/kept-too && sync && cat /run/secrets/SECOND";
@@ -38,19 +42,10 @@ async fn canary_secret_survives_nowhere() -> Result<()> {
     if cores.is_none() {
         skipped("core_pattern cannot be set here, so no crash is looked at");
     }
-    let manifest = format!(
-        "{STAYS_AWAKE}[resources]\ndisk = \"64MiB\"\n\
-         [secrets]\nnames = [\"API_KEY\"]\nfiles = [\"SECOND\"]\n"
-    );
-    let folder = AppFolder::python("keeper", &format!("{KEEPS_IT}{SELF_PORTRAIT}"), &manifest)?;
-    for name in ["API_KEY", "SECOND"] {
-        let set = platform.run_with(&["secret", "set", "keeper", name], CANARY.as_bytes())?;
-        ensure!(set.code == 0, "{set:?}");
-    }
-    platform.cli(&["deploy", &folder.argument()])?;
+    let _keeper = deploy(&platform, "keeper", STAYS_AWAKE)?;
     spore_e2e::templates(&platform, 1).await?;
     platform.cli(&["stop", "keeper"])?;
-    holds_it(&platform).await?;
+    holds_it(&platform, "keeper").await?;
     let began = platform
         .metric("spore_starts_total{from=\"template\"}")
         .await?;
@@ -63,26 +58,61 @@ async fn canary_secret_survives_nowhere() -> Result<()> {
     let sandbox = forks[0]["id"].as_str().context("an id")?;
     let inside = ["sandbox", "exec", sandbox, "--", "sh", "-c", KEEPS_ON];
     ensure!(platform.cli(&inside)? == CANARY);
+    let _dozer = deploy(&platform, "dozer", SUSPENDS)?;
+    holds_it(&platform, "dozer").await?;
+    until_suspended(&platform).await?;
     is_nowhere(&platform, 2)?;
 
     if let Some(cores) = cores {
         everything_crashes(&mut platform, &cores).await?;
         platform.start_daemon().await?;
-        holds_it(&platform).await?;
+        holds_it(&platform, "keeper").await?;
         is_nowhere(&platform, 1)?;
         drop(cores);
         let pattern = Cores::pattern()?;
         let home = platform.home().display().to_string();
         ensure!(!pattern.contains(&home), "{pattern} was not put back");
     }
+    // It was in there: it goes on with it.
+    holds_it(&platform, "dozer").await?;
+    let answer = platform.visitor().get("dozer.localhost", "/").await?;
+    let told: Value = serde_json::from_str(&answer.body)?;
+    ensure!(told["count"] == 3, "{told}");
     platform.end()
 }
 
-async fn holds_it(platform: &Platform) -> Result<()> {
+fn deploy(platform: &Platform, app: &str, idle: &str) -> Result<AppFolder> {
+    let manifest = format!(
+        "{idle}[resources]\ndisk = \"64MiB\"\n\
+         [secrets]\nnames = [\"API_KEY\"]\nfiles = [\"SECOND\"]\n"
+    );
+    let folder = AppFolder::python(app, &format!("{KEEPS_IT}{SELF_PORTRAIT}"), &manifest)?;
+    for name in ["API_KEY", "SECOND"] {
+        let set = platform.run_with(&["secret", "set", app, name], CANARY.as_bytes())?;
+        ensure!(set.code == 0, "{set:?}");
+    }
+    platform.cli(&["deploy", &folder.argument()])?;
+    Ok(folder)
+}
+
+async fn holds_it(platform: &Platform, app: &str) -> Result<()> {
     let visitor = platform.visitor();
-    let answer = visitor.get("keeper.localhost", "/env/API_KEY").await?;
+    let host = format!("{app}.localhost");
+    let answer = visitor.get(&host, "/env/API_KEY").await?;
     ensure!(answer.body == CANARY, "{answer:?}");
     Ok(())
+}
+
+async fn until_suspended(platform: &Platform) -> Result<()> {
+    let there = || Ok(platform.json(&["status", "dozer"])?["state"] == "suspended");
+    let waited = until(300, there).await;
+    waited.with_context(|| {
+        format!(
+            "{:?}\n{}",
+            platform.cli(&["logs", "dozer"]),
+            platform.log_tail()
+        )
+    })
 }
 
 /// Neither in a file of the platform, by name or held open, nor where a user of the host reads.

@@ -26,8 +26,7 @@ use spore_wire::guest::{Exec, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     ImageInfo, ImageKind, ImageRecipe, NodeEvent, NodeStatus, Source, StartVm, StopMode,
-    TemplateStage, VmPhase,
-    VmStatus,
+    TemplateStage, VmPhase, VmStatus,
 };
 use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
 use tokio::sync::mpsc;
