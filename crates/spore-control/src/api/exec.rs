@@ -40,6 +40,10 @@ const MESSAGE_BYTES_MAX: usize = 256 * 1024;
 /// How long a client may take to say what to run.
 const START_WAIT: Duration = Duration::from_secs(30);
 
+/// How long a client that still sends is listened to once it was told the end: a connection that is
+/// closed with something unread takes back what was said last.
+const FAREWELL: Duration = Duration::from_secs(10);
+
 /// Runs a program beside an app.
 #[utoipa::path(get, path = "/api/v1/apps/{app}/exec", tag = "exec",
     params(("app" = String, Path)), responses((status = 101, body = ExecExit)))]
@@ -89,6 +93,8 @@ async fn serve(api: Shared, beside: Beside, mut socket: WebSocket) {
         }
     }
     drop(socket.send(Message::Close(None)).await);
+    let unread = async { while let Some(Ok(_thrown_away)) = socket.recv().await {} };
+    drop(tokio::time::timeout(FAREWELL, unread).await);
 }
 
 async fn run(api: &Shared, beside: &Beside, socket: &mut WebSocket) -> Result<(), Fault> {

@@ -1206,6 +1206,18 @@ async fn a_program_runs_beside_a_sleeping_app_over_a_websocket() {
     );
     assert_eq!(bench.nodes.running().len(), 1);
 
+    // A program that ends while its client still sends: the client hears of it all the same.
+    let (mut socket, _) = connect().await;
+    let start = Message::text(json!({"argv": ["cat"]}).to_string());
+    socket.send(start).await.unwrap();
+    socket.send(Message::binary(vec![0])).await.unwrap();
+    for _piece in 0..256 {
+        let piece = Message::binary(vec![0; 64 * 1024]);
+        socket.send(piece).await.expect("it hung up on its client");
+    }
+    let exit = socket.next().await.unwrap().unwrap().into_data();
+    assert_eq!(exit[0], 3, "{exit:?}");
+
     for (first, code) in [
         (json!({"argv": []}), "invalid"),
         (json!({"argv": ["missing"]}), "not_found"),
