@@ -217,7 +217,8 @@ impl From<SnapshotError> for Fault {
             SnapshotError::TagTaken { .. }
             | SnapshotError::HoldsSecrets { .. }
             | SnapshotError::Suspended { .. }
-            | SnapshotError::NeededBySandboxes { .. } => ErrorCode::Conflict,
+            | SnapshotError::NeededBySandboxes { .. }
+            | SnapshotError::NeededByApp { .. } => ErrorCode::Conflict,
             SnapshotError::NotYours { .. } => ErrorCode::Forbidden,
             SnapshotError::Damaged { .. } | SnapshotError::NoKey { .. } => {
                 ErrorCode::SnapshotUnusable

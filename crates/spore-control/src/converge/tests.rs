@@ -10,9 +10,10 @@ use spore_wire::node::{Source, StartVm, VmFailureKind};
 use super::AppRef;
 use super::deploy::{DeployError, Named, NewRelease};
 use super::removal::RemovalError;
+use super::snapshot::SnapshotError;
 use crate::clock::{HostClock, KernelChance};
 use crate::fake::{Act, FakeDoor, FakeNodes, MoodyStore, config};
-use crate::nodes::{CollectMode, NodesError};
+use crate::nodes::{CollectMode, Dependents, NodesError};
 use crate::operations::{Operations, Outcome};
 use crate::secrets::{KeyFile, KeyProvider};
 use crate::store::memory::MemoryStore;
@@ -832,6 +833,24 @@ async fn an_idle_app_is_suspended_and_its_next_vm_goes_on_from_there_once() {
         bench.settle(61_000).await;
     }
     assert!(bench.nodes.state.lock().unwrap().stops.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_app_is_suspended_in_is_not_removed_under_it() {
+    let (bench, notes) = suspended().await;
+    let kept = bench.record(&notes).await.suspended.unwrap().snapshot;
+    let (converge, id) = (bench.control.converge(), kept.to_string());
+    for dependents in [Dependents::Keep, Dependents::Remove] {
+        let removed = converge.remove_snapshot(&notes.account, &id, dependents);
+        let refused = removed.await.unwrap_err();
+        assert!(
+            matches!(refused, SnapshotError::NeededByApp { .. }),
+            "{refused}"
+        );
+    }
+    assert_eq!((bench.snapshots(), bench.keys().await), (1, 1));
+    let start = bench.wake(&notes).await;
+    assert_eq!(start.source, Source::Suspended(kept));
 }
 
 #[tokio::test(start_paused = true)]

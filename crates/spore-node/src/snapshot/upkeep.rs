@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use spore_wire::id::{ImageId, SnapshotId};
-use spore_wire::snapshot::SnapshotInfo;
+use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
 
 use super::header::{DiskBacking, Header, Protection};
 use super::key::Keys;
@@ -193,6 +193,10 @@ impl SnapshotStore {
         }
         let opened = self.open_for(account, id)?;
         let header = opened.header().clone();
+        // A claim that is made meanwhile would be lost.
+        if header.meta.kind == SnapshotKind::Suspend {
+            return Err(StoreError::InUse(id));
+        }
         if header.meta.parent.is_none() {
             return Ok(header);
         }

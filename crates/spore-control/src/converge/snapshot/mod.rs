@@ -18,6 +18,7 @@ use crate::domain::RuleError;
 use crate::domain::snapshot::{ForkFrom, SnapshotName, fork_from, snapshot_name};
 use crate::nodes::{NodesError, SnapshotKeys, TakeSnapshot, TakenSnapshot};
 use crate::secrets::SecretsError;
+use crate::store::record::app::{self, AppRecord};
 use crate::store::record::sandbox::{Base, Kept};
 use crate::store::record::snapshot_key::{SnapshotKeyRecord, snapshot_key_key};
 use crate::store::record::tag::{TagRecord, names_of, tag_key, tags_of};
@@ -70,6 +71,12 @@ pub(crate) enum SnapshotError {
         "{count} sandboxes need snapshot {id}: remove them first; `spore sandbox ls` shows which"
     )]
     NeededBySandboxes { id: SnapshotId, count: usize },
+    /// An app is in it.
+    #[error(
+        "the app `{app}` is suspended in snapshot {id} and goes on from it: `spore stop {app}` \
+         first, which gives up what it holds in memory"
+    )]
+    NeededByApp { id: SnapshotId, app: AppName },
     /// It cannot be used.
     #[error("snapshot {id} is damaged and cannot be used: {why}; remove it and take it again")]
     Damaged { id: SnapshotId, why: String },
@@ -505,8 +512,23 @@ impl Converge {
 
     /// The snapshots of all accounts that a tag names, a sandbox began from, or an app goes on
     /// from.
+    /// The snapshots that apps are suspended in, of those whose records begin like this.
+    async fn suspended_in(
+        &self,
+        records: &str,
+    ) -> Result<BTreeMap<SnapshotId, AppName>, StoreError> {
+        let mut apps = BTreeMap::new();
+        for entry in every(&*self.inner.store, records).await? {
+            let suspended = decode::<AppRecord>(&entry)?.suspended;
+            if let (Some(suspended), Some((_, app))) = (suspended, app::names_of(&entry.key)) {
+                apps.insert(suspended.snapshot, app);
+            }
+        }
+        Ok(apps)
+    }
+
     async fn snapshots_in_use(&self) -> Result<BTreeSet<SnapshotId>, StoreError> {
-        use crate::store::record::app::{APPS, AppRecord};
+        use crate::store::record::app::APPS;
         use crate::store::record::sandbox::{SANDBOXES, SandboxRecord};
         use crate::store::record::tag::TAGS;
 
@@ -514,10 +536,7 @@ impl Converge {
         for entry in every(&*self.inner.store, TAGS).await? {
             named.insert(decode::<TagRecord>(&entry)?.snapshot);
         }
-        for entry in every(&*self.inner.store, APPS).await? {
-            let suspended = decode::<AppRecord>(&entry)?.suspended;
-            named.extend(suspended.map(|suspended| suspended.snapshot));
-        }
+        named.extend(self.suspended_in(APPS).await?.into_keys());
         for entry in every(&*self.inner.store, SANDBOXES).await? {
             let record: SandboxRecord = decode(&entry)?;
             named.insert(record.base.id);

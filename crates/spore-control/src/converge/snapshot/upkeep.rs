@@ -12,6 +12,7 @@ use spore_wire::snapshot::SnapshotInfo;
 use super::{Shown, SnapshotError};
 use crate::converge::Converge;
 use crate::nodes::{CollectMode, Dependents, NodesError, Removal};
+use crate::store::record::app::apps_of;
 use crate::store::record::decode;
 use crate::store::record::sandbox::{Base, Kept};
 use crate::store::record::snapshot_key::{
@@ -41,6 +42,10 @@ impl Converge {
         let needed = doomed.iter().map(|id| (*id, self.sandboxes_need(*id)));
         if let Some((id, count)) = needed.into_iter().find(|(_, count)| *count > 0) {
             return Err(SnapshotError::NeededBySandboxes { id, count });
+        }
+        let suspended = self.suspended_in(&apps_of(account)).await?;
+        if let Some((id, app)) = suspended.into_iter().find(|(id, _)| doomed.contains(id)) {
+            return Err(SnapshotError::NeededByApp { id, app });
         }
         let named = self.snapshots_in_use().await?;
         let removal = Removal {
