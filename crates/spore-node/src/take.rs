@@ -159,7 +159,7 @@ impl Node {
         // Below the disk of a VM that continues nothing there may be files that are gone.
         let below = (!staged.continues()).then_some(Below::Nothing);
         let turn = access.vm.prepare_capture(key, below).await;
-        let turn = turn.map_err(|error| failed(vm, &error))?;
+        let turn = turn.map_err(|error| failed(vm, error))?;
         let mut sealing = Some(Sealing {
             snapshots: self.snapshots().clone(),
             vm,
@@ -333,7 +333,7 @@ impl Sealing {
             scratch,
         } = capture;
         let scratch = match scratch {
-            Some(copy) => Some(copy.finished().await.map_err(|error| failed(vm, &error))?),
+            Some(copy) => Some(copy.finished().await.map_err(|error| failed(vm, error))?),
             None => None,
         };
         let sealing = task::spawn_blocking(move || file(&store, staged, memory, &state, scratch));
@@ -422,12 +422,13 @@ fn fill(
     Ok(image)
 }
 
-fn failed(vm: VmId, error: &CaptureError) -> TakeError {
+fn failed(vm: VmId, error: CaptureError) -> TakeError {
     match error {
         CaptureError::Busy => TakeError::Busy(vm),
+        CaptureError::DiskFull { folder } => TakeError::NoSpace(StoreError::DiskFull { folder }),
         other => TakeError::Failed {
             vm,
-            reason: chain(other),
+            reason: chain(&other),
         },
     }
 }

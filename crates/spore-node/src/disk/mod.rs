@@ -59,6 +59,12 @@ impl Disks {
         Ok(this)
     }
 
+    /// Where they are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     fn draft(&self, vm: VmId) -> PathBuf {
         self.folder.join(format!("{vm}.draft"))
     }

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -211,6 +212,12 @@ pub enum CaptureError {
     /// Somebody else captures it, or the copy of its disk for an earlier capture goes on.
     #[error("another capture of the VM is under way")]
     Busy,
+    /// What it wrote could not be copied.
+    #[error("{} has no room for a copy of the VM's scratch disk", folder.display())]
+    DiskFull {
+        /// Where.
+        folder: PathBuf,
+    },
     /// A step failed.
     #[error("cannot capture the VM: {what}")]
     Step {

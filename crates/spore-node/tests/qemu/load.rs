@@ -1,10 +1,14 @@
 //! Checkpoints of a VM whose disk and network are never quiet.
 
+use std::fs::{self, File};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use spore_node::snapshot::NoStorePoints;
+use spore_node::take::TakeError;
 use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::node::{Source, StartVm};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -268,4 +272,42 @@ async fn checkpoint_under_disk_and_network_load() {
     daemon.stop(source).await;
     daemon.close().await;
     nothing_is_left(&host);
+}
+
+/// A copy of a disk that cannot be written fails the writes of its source, so it is not begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_without_room_for_a_copy_refuses_the_checkpoint_and_spares_its_source() {
+    let Some((host, machine)) = TestHost::with_agent() else {
+        return;
+    };
+    let disks = host.runtime("../data/scratch");
+    fs::create_dir_all(&disks).unwrap();
+    let size = Some(c"size=160m");
+    mount("tmpfs", &disks, "tmpfs", MountFlags::empty(), size).unwrap();
+    let daemon = Daemon::open(&host, &machine.image, Arc::new(NoStorePoints)).await;
+    let source = daemon.ready(loaded(Source::Boot)).await.vm;
+    verified(&daemon, source).await;
+    let filler = File::create(disks.join("filler")).unwrap();
+    let room = fstatvfs(&filler).unwrap();
+    // What is left is enough to go on with, and not for a copy.
+    let left = room.f_bavail * room.f_frsize - (4 << 20);
+    fallocate(&filler, FallocateFlags::empty(), 0, left).unwrap();
+    for _try in 0..3 {
+        let full = daemon.take(source, new_snapshot()).await.unwrap_err();
+        assert!(matches!(full, TakeError::NoSpace(_)), "{full:?}");
+        verified(&daemon, source).await;
+    }
+    filler.set_len(0).unwrap();
+    let snapshot = new_snapshot();
+    daemon.take(source, snapshot).await.unwrap();
+    let writes = verified(&daemon, source).await;
+    let child = daemon.ready(loaded(Source::Snapshot(snapshot))).await.vm;
+    assert!(verified(&daemon, child).await > 0 && writes > 0);
+    for vm in [source, child] {
+        daemon.stop(vm).await;
+    }
+    daemon.close().await;
+    drop(filler);
+    unmount(&disks, UnmountFlags::DETACH).unwrap();
+    assert_eq!(host.left(), Vec::<String>::new());
 }

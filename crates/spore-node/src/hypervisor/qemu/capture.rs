@@ -22,7 +22,10 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{FileType, MemfdFlags, OFlags, fcntl_add_seals, fstat, memfd_create};
+use rustix::fs::{
+    FallocateFlags, FileType, MemfdFlags, OFlags, fallocate, fcntl_add_seals, fstat, memfd_create,
+};
+use rustix::io::Errno;
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 use tokio::time::sleep;
 
@@ -40,6 +43,10 @@ use crate::hypervisor::memory_image::{CapturedMemory, MemoryDraft, MemoryImage, 
 
 /// How often a copy is asked whether it is over, at first and at last.
 const COPY_STEPS: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(100)];
+
+/// What a copy may have beyond what its source had when it was prepared: what says where things
+/// are, and what the guest wrote until it stood still.
+const COPY_MARGIN: u64 = 32 * 1024 * 1024;
 
 pub(super) fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> CaptureError {
     move |source| CaptureError::Step {
@@ -122,22 +129,45 @@ impl QemuVm {
             key: key.as_ref().map(DiskKey::passphrase),
             below,
         };
-        let below = ask(&self.orders, |answer| Order::Prepare(handed, answer));
-        let below = below.await.flatten().map_err(step("handing it files"))?;
-        let scratch = layer.map(|file| CapturedScratch {
-            mib,
-            layer: ScratchLayer {
-                file: Arc::new(file),
-                key,
-            },
-            below,
-        });
+        let extent = ask(&self.orders, |answer| Order::Prepare(handed, answer));
+        let extent = extent.await.flatten();
+        let (below, bytes) = extent.map_err(step("handing it files"))?;
+        let scratch = match layer {
+            None => None,
+            Some(file) => {
+                let layer = ScratchLayer {
+                    file: Arc::new(self.with_room(file, bytes).await?),
+                    key,
+                };
+                Some(CapturedScratch { mib, layer, below })
+            }
+        };
         Ok(Ready {
             state,
             memory,
             scratch,
             alone,
         })
+    }
+
+    /// Takes the room for a copy before it begins: each block is copied before the guest changes
+    /// it, and a copy that cannot be written fails the guest's own write (`blockdev-backup` in
+    /// QEMU's QMP reference: the default of `on-cbw-error`, which 7.2 has no other of).
+    async fn with_room(&self, file: File, bytes: u64) -> Result<File, CaptureError> {
+        let reserve = move || {
+            let flags = FallocateFlags::KEEP_SIZE;
+            let taken = fallocate(&file, flags, 0, bytes + COPY_MARGIN);
+            taken.map(|()| file)
+        };
+        let reserved = blocking(reserve).await;
+        reserved
+            .map_err(step("a worker thread"))?
+            .map_err(|error| match error {
+                Errno::NOSPC | Errno::DQUOT => CaptureError::DiskFull {
+                    folder: self.rooms.disks().folder().to_owned(),
+                },
+                error => step("room for a copy of its scratch disk")(error),
+            })
     }
 
     pub(super) async fn take(&self, afterwards: Afterwards) -> Result<Capture, CaptureError> {

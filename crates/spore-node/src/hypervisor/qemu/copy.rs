@@ -65,10 +65,27 @@ pub(super) async fn add(qmp: &mut Qmp, to: BorrowedFd<'_>, key: Option<&str>) ->
     Ok(())
 }
 
-/// What a copy of the disk would be over.
-pub(super) async fn below(qmp: &mut Qmp) -> io::Result<Below> {
+/// What a copy of the disk would be over, unless it is `given`, and how many bytes it would have.
+pub(super) async fn extent(qmp: &mut Qmp, given: Option<Below>) -> io::Result<(Below, u64)> {
     let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}));
-    Ok(below_with(&nodes.await?))
+    let nodes = nodes.await?;
+    let below = given.unwrap_or_else(|| below_with(&nodes));
+    Ok((below, bytes_with(&nodes, below)))
+}
+
+/// What the host's disk has of the layers that are copied.
+fn bytes_with(nodes: &Value, below: Below) -> u64 {
+    let nodes = nodes.as_array().into_iter().flatten();
+    let is_copied = |node: &&Value| {
+        let name = node.get("node-name").and_then(Value::as_str);
+        name.is_some_and(|name| {
+            name == SCRATCH || below == Below::Nothing && name.starts_with(LAYER)
+        })
+    };
+    nodes
+        .filter(is_copied)
+        .filter_map(|node| node.pointer("/image/actual-size")?.as_u64())
+        .sum()
 }
 
 /// On an empty file system there is no copy: another host, or another version of `mkfs.ext4`, has
@@ -176,7 +193,7 @@ fn is_concluded(job: &Value) -> bool {
 mod tests {
     use serde_json::{Value, json};
 
-    use super::{LAYERS_MAX, below_with};
+    use super::{LAYERS_MAX, below_with, bytes_with};
     use crate::hypervisor::fork::Below;
 
     #[test]
@@ -197,5 +214,15 @@ mod tests {
             assert_eq!(below_with(&nodes(layers)), below, "{layers}");
         }
         assert_eq!(below_with(&Value::Null), Below::Nothing);
+    }
+
+    #[test]
+    fn what_is_copied_is_the_top_layer_or_all_of_them() {
+        let node =
+            |name: &str, bytes: u64| json!({"node-name": name, "image": {"actual-size": bytes}});
+        let nodes = json!([node("d0", 1), node("d2", 2), node("l0", 4), node("g0", 8)]);
+        assert_eq!(bytes_with(&nodes, Below::Source), 2);
+        assert_eq!(bytes_with(&nodes, Below::Nothing), 6);
+        assert_eq!(bytes_with(&Value::Null, Below::Nothing), 0);
     }
 }

@@ -102,7 +102,7 @@ pub(super) enum Order {
     /// To let it run.
     Resume(oneshot::Sender<io::Result<()>>),
     /// To get ready for a capture; what the copy of its disk will be over.
-    Prepare(Handed, oneshot::Sender<io::Result<Below>>),
+    Prepare(Handed, oneshot::Sender<io::Result<(Below, u64)>>),
     /// To write what its devices are, and to begin the copy of its disk.
     Capture(oneshot::Sender<Result<(), CaptureError>>),
     /// Not to hold the copy back any more.
@@ -432,7 +432,7 @@ impl Watcher {
     }
 
     /// Files go over the connection: QEMU opens no path.
-    async fn prepare(&mut self, handed: Handed) -> io::Result<Below> {
+    async fn prepare(&mut self, handed: Handed) -> io::Result<(Below, u64)> {
         let left = std::mem::replace(&mut self.copy, Copy::MayBeThere);
         self.handed = None;
         let monitor = self.monitor().await?;
@@ -444,13 +444,10 @@ impl Watcher {
         if let Some(scratch) = &handed.scratch {
             let key = handed.key.as_ref().map(|key| key.as_str());
             copy::add(monitor, scratch.as_fd(), key).await?;
-            over = Some(match handed.below {
-                Some(below) => below,
-                None => copy::below(monitor).await?,
-            });
+            over = Some(copy::extent(monitor, handed.below).await?);
         }
-        self.handed = Some((state, over));
-        Ok(over.unwrap_or(Below::Nothing))
+        self.handed = Some((state, over.map(|(below, _bytes)| below)));
+        Ok(over.unwrap_or((Below::Nothing, 0)))
     }
 
     async fn capture(&mut self) -> Result<(), CaptureError> {
