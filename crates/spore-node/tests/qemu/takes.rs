@@ -45,6 +45,8 @@ impl Daemon {
             ["node", "logs", "snapshots"].map(|name| host.runtime("..").join(name));
         let mut config = Config::new(node, logs, snapshots, 8192);
         config.snapshots.points = points;
+        // How slow the machine is says nothing of what is tested.
+        config.limits.answer = HANG;
         let images = Arc::new(OneImage(image.to_owned()));
         let opened = Node::open(config, Arc::new(qemu.clone()), images).await;
         let (node, _adoption) = opened.unwrap();
