@@ -36,7 +36,11 @@ use crate::take::TakeError;
 const CLOCK_LAG_MAX: Duration = Duration::from_millis(40);
 
 /// How often it is set; a host where the last is late too is overloaded, and says so in its log.
-const CLOCK_TRIES: u32 = 3;
+const CLOCK_TRIES: u32 = 5;
+
+/// From here on it is a wrong clock, and no late answer: certificates and tokens of the tenant go
+/// by the second.
+const CLOCK_LAG_WRONG: Duration = Duration::from_secs(1);
 
 /// What an effect gave besides its event.
 pub(super) enum Gain {
@@ -360,6 +364,11 @@ enum ThawError {
     Guest(#[from] GuestError),
     #[error("the guest's agent did not renew {0:?}: rebuild the VM with this version's agent")]
     Withheld(ThawStep),
+    #[error(
+        "the guest's clock was {lag_ms} ms off each time it was set: the host is overloaded, or \
+         the guest does not set it"
+    )]
+    Clock { lag_ms: u64 },
 }
 
 /// One try. What an earlier one renewed is renewed again: the tenant's processes stand still until
@@ -394,6 +403,9 @@ async fn renew(
         }
         if tries_left == 0 {
             let lag_ms = lag / 1_000_000;
+            if u128::from(lag) >= CLOCK_LAG_WRONG.as_nanos() {
+                return Err(ThawError::Clock { lag_ms });
+            }
             tracing::warn!(vm = %record.start.vm, lag_ms, "a guest's clock is off");
             break;
         }

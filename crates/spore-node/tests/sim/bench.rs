@@ -6,7 +6,7 @@ use core::time::Duration;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -118,6 +118,10 @@ pub(crate) struct Crash {
     pub(crate) at: Mutex<Option<(VmEffect, KillPoint)>>,
     pub(crate) in_points: AtomicU32,
     pub(crate) happened: Notify,
+    /// There the VM's process ends instead, once.
+    pub(crate) strikes: Mutex<Option<(VmEffect, KillPoint, SimHost)>>,
+    /// Whether there was one to end.
+    pub(crate) struck: AtomicBool,
     pub(crate) panic_at: Mutex<Option<VmEffect>>,
     /// The store fails there, once.
     pub(crate) break_at: Mutex<Option<StorePoint>>,
@@ -132,10 +136,18 @@ impl StorePoints for Crash {
 
 #[async_trait]
 impl KillPoints for Crash {
-    async fn reached(&self, _vm: VmId, effect: VmEffect, point: KillPoint) {
+    async fn reached(&self, vm: VmId, effect: VmEffect, point: KillPoint) {
         if *self.panic_at.lock().unwrap() == Some(effect) {
             self.panic_at.lock().unwrap().take();
             panic!("a bug, in a test");
+        }
+        let strikes = |at: &mut (VmEffect, KillPoint, SimHost)| (at.0, at.1) == (effect, point);
+        let strikes = self.strikes.lock().unwrap().take_if(strikes);
+        if let Some((_, _, host)) = strikes {
+            let is_there = host.running().contains_key(&vm);
+            self.struck.store(is_there, Ordering::Relaxed);
+            host.crash_vm(vm);
+            self.happened.notify_one();
         }
         let named = *self.at.lock().unwrap() == Some((effect, point));
         let counted = self.in_points.load(Ordering::Relaxed) > 0

@@ -134,6 +134,23 @@ fn clock_is_right_before_the_apps_first_instruction_however_long_the_agent_was_k
 }
 
 #[test]
+fn a_clock_that_cannot_be_set_right_ends_the_vm_before_its_network_opens() {
+    for begin in [start, fork] {
+        on_virtual_time(async {
+            let bench = Bench::new(93).await;
+            bench.host.delay_clocks(Duration::from_millis(1500));
+            bench.node.start(begin(vm(1), "hello")).unwrap();
+            let over = bench.node.stopped(vm(1)).await.unwrap();
+            let failure = over.failure.unwrap();
+            assert_eq!(failure.kind, VmFailureKind::Thaw, "{failure:?}");
+            assert!(failure.message.contains("ms off"), "{failure:?}");
+            assert!(!bench.host.was_open(vm(1)));
+            bench.nothing_is_left();
+        });
+    }
+}
+
+#[test]
 fn an_agent_of_generation_1_is_thawed_as_before_and_its_vm_goes_on_under_a_new_daemon() {
     on_virtual_time(async {
         let mut bench = Bench::new(91).await;

@@ -13,6 +13,7 @@ mod templates;
 
 use core::time::Duration;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use spore_node::config::KillPoint;
 use spore_node::hypervisor::sim::{AppScript, FaultPlan};
@@ -519,6 +520,39 @@ fn daemon_killed_at_every_effect_readopts_the_same_vm() {
             }
         }
         assert!(adopted >= 18 + 22 + 16, "only {adopted} kill points adopt");
+    });
+}
+
+#[test]
+fn child_killed_at_every_effect_is_over_and_leaves_nothing() {
+    on_virtual_time(async {
+        let mut killed = 0;
+        for (start, effect) in lives() {
+            for point in [KillPoint::Before, KillPoint::After] {
+                let bench = Bench::new(13).await;
+                *bench.crash.strikes.lock().unwrap() = Some((effect, point, bench.host.clone()));
+                bench.node.start(start(vm(1), "hello")).unwrap();
+                drive_into(&bench, effect).await;
+                let what = format!("{} {point:?}", effect.name());
+                if bench.crash.struck.load(Ordering::Relaxed) {
+                    killed += 1;
+                } else if bench.node.status(vm(1)).is_some() {
+                    // It had none yet, or none any more.
+                    bench.node.stop(vm(1), StopMode::Graceful).await.unwrap();
+                }
+                if bench.node.status(vm(1)).is_some() {
+                    let over =
+                        tokio::time::timeout(Duration::from_secs(600), bench.node.stopped(vm(1)));
+                    let over = over.await.unwrap_or_else(|_| panic!("{what} goes on"));
+                    assert!(over.unwrap().phase.is_over(), "{what}");
+                }
+                let snapshots = bench.node.snapshots().list("me").await.unwrap();
+                let broken = snapshots.iter().find(|info| info.damage.is_some());
+                assert!(broken.is_none(), "{what}: {broken:?}");
+                bench.nothing_is_left();
+            }
+        }
+        assert!(killed >= 40, "only {killed} kills met a VM");
     });
 }
 

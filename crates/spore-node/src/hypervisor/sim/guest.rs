@@ -212,7 +212,8 @@ impl Guest {
     /// How long the agent is kept waiting this time.
     pub(super) fn delay(&self) -> Duration {
         let mut held = lock(&self.host.world.held);
-        held.delays.remove(&self.vm).unwrap_or_default()
+        let by = held.delay;
+        held.delays.remove(&self.vm).unwrap_or(by)
     }
 
     /// Whether its tenant's processes stand still when they are told to.

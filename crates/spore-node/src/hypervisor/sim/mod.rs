@@ -112,6 +112,7 @@ struct Held {
     randoms: BTreeSet<u64>,
     opened: BTreeSet<VmId>,
     withheld: Option<ThawStep>,
+    delay: Duration,
     delays: BTreeMap<VmId, Duration>,
     oldest: bool,
     restless: bool,
@@ -171,6 +172,11 @@ impl SimHost {
     /// From now on agents leave this step of a thaw out, and say so.
     pub fn withhold(&self, step: ThawStep) {
         lock(&self.world.held).withheld = Some(step);
+    }
+
+    /// Every agent is kept waiting each time, before it sets the clock.
+    pub fn delay_clocks(&self, by: Duration) {
+        lock(&self.world.held).delay = by;
     }
 
     /// The agent of this VM is kept waiting once, before it sets the clock.
