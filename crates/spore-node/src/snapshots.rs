@@ -20,6 +20,7 @@ use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{Resources, Source, StartVm};
 use spore_wire::snapshot::{Shape, SnapshotInfo, SnapshotKind};
 use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task;
 
 use crate::clock::Clock;
@@ -34,6 +35,9 @@ use crate::snapshot::{Cascade, Removal, Settings, SnapshotStore, StoreError, Sto
 
 /// The drivers' word for a layer of a scratch disk.
 pub const LAYER_FORMAT: &str = "qcow2";
+
+/// Memories of VMs that are copied at once: they are in no VM's share of the host's.
+const COPIES_MAX: usize = 2;
 
 /// How old a snapshot is before it is collected: of a younger one, whoever made it may not have
 /// said yet what for.
@@ -178,6 +182,8 @@ pub struct Snapshots {
     journal: Journal,
     clock: Arc<dyn Clock>,
     quota_bytes: u64,
+    /// For captures of VMs that go on: each has their memory once more until it is on the disk.
+    copies: Arc<Semaphore>,
 }
 
 impl fmt::Debug for Snapshots {
@@ -215,7 +221,14 @@ impl Snapshots {
             journal,
             clock,
             quota_bytes,
+            copies: Arc::new(Semaphore::new(COPIES_MAX)),
         })
+    }
+
+    /// Waits until a memory may be copied; it may until what this gives is dropped.
+    pub(crate) async fn copy(&self) -> Option<OwnedSemaphorePermit> {
+        // It is never closed.
+        Arc::clone(&self.copies).acquire_owned().await.ok()
     }
 
     pub(crate) const fn store(&self) -> &SnapshotStore {

@@ -151,6 +151,10 @@ impl Node {
             SnapshotKind::Suspend if take.key.is_none() => return Err(TakeError::NoKey),
             SnapshotKind::Suspend => Afterwards::Sleeps,
         };
+        let _copy = match afterwards {
+            Afterwards::GoesOn => self.snapshots().copy().await,
+            Afterwards::Ends | Afterwards::Sleeps => None,
+        };
         let key = match &take.key {
             Some(_) => Some(DiskKey::random().map_err(TakeError::Random)?),
             None => None,

@@ -289,6 +289,10 @@ async fn clock_is_right_before_the_apps_first_instruction() {
         timeout(HANG, node.stopped(vm)).await.unwrap().unwrap();
         node.detach().await;
         assert_eq!(host.left(), Vec::<String>::new());
+        for off in late {
+            // Its source is older than that.
+            assert!(off < Duration::from_secs(1), "{off:?}");
+        }
         seen.push(late);
         if late.iter().all(|off| *off <= CLOCK_OFF) {
             println!("{seen:?}");

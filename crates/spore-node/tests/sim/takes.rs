@@ -209,6 +209,34 @@ fn one_snapshot_of_a_vm_is_taken_at_a_time_and_only_of_one_that_is_ready() {
 }
 
 #[test]
+fn of_many_checkpoints_two_are_taken_at_a_time() {
+    on_virtual_time(async {
+        let bench = Bench::new(37).await;
+        for number in 1..=6 {
+            ready(&bench, start(vm(number), "hello")).await;
+        }
+        let takes = (1..=6).map(|number| take(&bench, number, SnapshotKind::Checkpoint, number));
+        let mut takes = std::pin::pin!(futures_util::future::join_all(takes));
+        let staging = bench.folder.path().join("snapshots/.staging");
+        let mut most = 0;
+        let taken = loop {
+            tokio::select! {
+                biased;
+                taken = &mut takes => break taken,
+                () = tokio::time::sleep(core::time::Duration::from_millis(1)) => {}
+            }
+            most = most.max(std::fs::read_dir(&staging).unwrap().count());
+        };
+        assert!(taken.iter().all(Result::is_ok), "{taken:?}");
+        assert!((1..=2).contains(&most), "{most}");
+        for number in 1..=6 {
+            stop(&bench, number).await;
+        }
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
 fn a_vm_that_is_stopped_while_its_snapshot_is_taken_ends_and_leaves_a_whole_one_or_none() {
     let mut taken = 0;
     for ms in 0..30 {
