@@ -47,7 +47,7 @@ pub struct Record {
     /// Whether what it was forked from holds some.
     #[serde(default)]
     pub inherited: SecretsKept,
-    /// Whether its guest may have run, of one that began where another stood.
+    /// Whether its tenant may have been heard of, of one that began where another stood.
     #[serde(default)]
     pub ran: bool,
     /// The snapshot that it ends for, if it is whole.

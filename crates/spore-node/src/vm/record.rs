@@ -10,7 +10,7 @@ use super::state::{Failure, Milestone, VmState};
 use crate::snapshot::StoreError;
 
 impl Actor {
-    /// A VM that never ran leaves what only one VM may begin from to another. While it is
+    /// A VM that was never thawed leaves what only one VM may begin from to another. While it is
     /// journaled, nobody else takes it.
     pub(super) fn give_up_claim(&self) {
         let start = &self.record.start;
@@ -29,7 +29,8 @@ impl Actor {
 
     pub(super) fn journal(&mut self, milestone: Milestone) -> Result<(), Failure> {
         self.record.milestone = milestone;
-        self.record.ran |= milestone == Milestone::Running;
+        // Until then nothing of it has left the VM: its network is closed, its disk goes with it.
+        self.record.ran |= milestone == Milestone::Thawed;
         self.record.sealing = match milestone {
             Milestone::Sealing => self.taking.as_ref().and_then(Taking::snapshot),
             _ => None,

@@ -1,5 +1,6 @@
 //! VMs that are suspended and go on in others, on the simulated host: once, whatever dies.
 
+use core::time::Duration;
 use std::fs;
 
 use spore_node::config::KillPoint;
@@ -272,6 +273,30 @@ fn a_daemon_killed_at_every_effect_of_a_resume_lets_one_vm_go_on_and_never_two()
             }
         }
         assert!(same >= 20 && another >= 8, "{same} {another}");
+    });
+}
+
+#[test]
+fn a_resume_that_cannot_be_thawed_loses_nothing() {
+    on_virtual_time(async {
+        let bench = Bench::new(68).await;
+        ready(&bench, start(vm(1), "hello")).await;
+        remember(&bench, 1, "canary").await;
+        suspend(&bench, 1, 1).await;
+        // A host that is too busy to answer in time.
+        bench.host.delay_clocks(Duration::from_secs(2));
+        for number in 2..=3 {
+            bench.node.start(from(number, 1)).unwrap();
+            let over = bench.node.stopped(vm(number)).await.unwrap();
+            let failure = over.failure.unwrap();
+            assert_eq!(failure.kind, VmFailureKind::Thaw, "{failure:?}");
+        }
+        bench.host.delay_clocks(Duration::ZERO);
+        ready(&bench, from(4, 1)).await;
+        assert_eq!(remembered(&bench, 4).await, "canary");
+        refused(&bench, from(5, 1)).await;
+        stop(&bench, 4).await;
+        bench.nothing_is_left();
     });
 }
 
