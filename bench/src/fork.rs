@@ -26,11 +26,7 @@ const READY: &str = "warm = \"ready\"\n[idle]\nafter = \"10m\"\n";
 pub(crate) async fn run(rounds: usize) -> Result<Report> {
     ensure!(rounds > 0, "no rounds");
     let cold = Platform::start().await?;
-    let forked = Site {
-        templates: true,
-        ..Site::default()
-    };
-    let forked = Platform::start_at(forked).await?;
+    let forked = Platform::start_at(Site::with_templates()).await?;
     let kinds = [
         (&cold, "hello", STAYS_AWAKE),
         (&forked, "hello", STAYS_AWAKE),

@@ -97,6 +97,17 @@ pub struct Site {
     pub network: Option<Arc<Namespace>>,
 }
 
+impl Site {
+    /// The usual, whose wakes begin from templates.
+    #[must_use]
+    pub fn with_templates() -> Self {
+        Self {
+            templates: true,
+            ..Self::default()
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Slot {
     number: u16,

@@ -33,11 +33,7 @@ async fn canary_secret_survives_nowhere() -> Result<()> {
     if !available() {
         return Ok(());
     }
-    let site = Site {
-        templates: true,
-        ..Site::default()
-    };
-    let mut platform = Platform::start_at(site).await?;
+    let mut platform = Platform::start_at(Site::with_templates()).await?;
     let cores = Cores::into(&platform.home().join("cores"))?;
     if cores.is_none() {
         skipped("core_pattern cannot be set here, so no crash is looked at");

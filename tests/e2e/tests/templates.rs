@@ -17,11 +17,7 @@ async fn the_first_wake_boots_and_the_next_ones_fork() -> Result<()> {
     if !available() {
         return Ok(());
     }
-    let site = Site {
-        templates: true,
-        ..Site::default()
-    };
-    let mut platform = Platform::start_at(site).await?;
+    let mut platform = Platform::start_at(Site::with_templates()).await?;
     let one = platform.deploy("one", INDIVIDUAL, STAYS_AWAKE)?;
     ensure!(begun(&platform, "one")? == "boot", "there was no template");
     let mut seen = BTreeSet::new();
@@ -80,11 +76,7 @@ async fn a_ready_app_wakes_where_it_was_ready_and_draws_its_own() -> Result<()> 
     if !available() {
         return Ok(());
     }
-    let site = Site {
-        templates: true,
-        ..Site::default()
-    };
-    let platform = Platform::start_at(site).await?;
+    let platform = Platform::start_at(Site::with_templates()).await?;
     let app = platform.deploy("warm", READY, WARM)?;
     let mut seen = BTreeSet::new();
     two_wakes_have_one_memory(&platform, &mut seen).await?;
@@ -130,11 +122,7 @@ async fn a_ready_node_app_wakes_where_it_was_ready_and_draws_its_own() -> Result
     if !available() {
         return Ok(());
     }
-    let site = Site {
-        templates: true,
-        ..Site::default()
-    };
-    let platform = Platform::start_at(site).await?;
+    let platform = Platform::start_at(Site::with_templates()).await?;
     let code = include_str!("../apps/ready.js");
     let app = AppFolder::node("warm", code, WARM)?;
     platform.cli(&["deploy", &app.argument()])?;

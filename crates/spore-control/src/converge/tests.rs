@@ -796,6 +796,12 @@ impl Bench {
         every(&*self.store, "snapshot-key/").await.unwrap().len()
     }
 
+    /// What the last VM that the node was asked for begins from.
+    fn last_source(&self) -> Source {
+        let state = self.nodes.state.lock().unwrap();
+        state.starts.last().unwrap().source
+    }
+
     fn snapshots(&self) -> usize {
         self.nodes.state.lock().unwrap().snapshots.ids().len()
     }
@@ -917,15 +923,7 @@ async fn what_cannot_be_gone_on_from_is_tried_twice_and_then_the_app_begins_anew
         bench.nodes.die(vm, VmFailureKind::Snapshot);
     }
     wake.await.unwrap().unwrap();
-    let source = bench
-        .nodes
-        .state
-        .lock()
-        .unwrap()
-        .starts
-        .last()
-        .unwrap()
-        .source;
+    let source = bench.last_source();
     assert_eq!(source, Source::Boot);
     bench.settle(10).await;
     assert_eq!(bench.record(&notes).await.suspended, None);
@@ -945,15 +943,7 @@ async fn what_is_suspended_goes_with_its_app_and_with_a_new_release() {
         bench.deploy(&notes).await.state,
         StoredOperationState::Succeeded
     );
-    let source = bench
-        .nodes
-        .state
-        .lock()
-        .unwrap()
-        .starts
-        .last()
-        .unwrap()
-        .source;
+    let source = bench.last_source();
     assert!(
         !matches!(source, Source::Suspended(_)),
         "it is another release"
