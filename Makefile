@@ -45,4 +45,4 @@ bench:
 	@bench/gateway.sh
 
 rig-test:
-	@echo "SKIPPED: there is no rig yet; it comes with the kvm driver"
+	@$(XTASK) rig -- test -c /dev/kvm

@@ -51,6 +51,8 @@ pub(crate) fn up(dir: &Path) -> Result<()> {
         bench: false,
         systemd: false,
         no_images: false,
+        // Nothing that runs here does so in the rig.
+        no_rig: true,
     })?;
     guest::run(dir)?;
     let program = step("build spore (release)", build)?;

@@ -12,6 +12,7 @@ mod host;
 mod image;
 mod place;
 mod progress;
+mod rig;
 mod suite;
 mod systemd;
 mod tidy;
@@ -22,6 +23,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::place::DEPS_DEFAULT;
+use crate::rig::RigOptions;
 
 /// What to do.
 #[derive(Debug, Parser)]
@@ -58,6 +60,8 @@ enum Task {
     },
     /// Runs the whole test suite
     Test,
+    /// Runs a command on a Linux with real KVM, which QEMU emulates; needs no KVM here
+    Rig(RigOptions),
     /// Boots a Debian with systemd under QEMU and looks at Spore there (after `deps --systemd`)
     SystemdTest(Folder),
     /// What is looked at in that machine; started there only
@@ -97,11 +101,14 @@ struct DepsOptions {
     /// Leaves out the base images
     #[arg(long)]
     no_images: bool,
+    /// Leaves out the machine with KVM that `rig` boots
+    #[arg(long)]
+    no_rig: bool,
 }
 
 fn main() -> ExitCode {
     match run(Cli::parse().task) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             progress::failed(&error);
             ExitCode::FAILURE
@@ -109,7 +116,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(task: Task) -> anyhow::Result<()> {
+fn run(task: Task) -> anyhow::Result<ExitCode> {
     if !matches!(
         task,
         Task::Image { .. } | Task::ImagePack | Task::SystemdStory
@@ -123,12 +130,14 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::ImagePack => run_image_pack(),
         Task::Tidy { deps } => tidy::run(deps),
         Task::Test => suite::run(),
+        Task::Rig(options) => return rig::run(&options),
         Task::SystemdTest(folder) => systemd::run(&folder.dir),
         Task::SystemdStory => systemd::story::run(),
         Task::Up(folder) => host::up(&folder.dir),
         Task::Down => host::down(),
         Task::CleanHost(folder) => host::clean(&folder.dir),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(feature = "image")]

@@ -5,6 +5,8 @@
 //!   DIR/kernel/RELEASE/modules/…        NN-name.ko in load order, and `order`
 //!   DIR/kernel/RELEASE/package          name and version of the Debian package
 //!   DIR/kernel/current -> RELEASE       what new templates are made with
+//!   DIR/rig/RELEASE/{vmlinux,modules/…,package}, DIR/rig/current, DIR/rig/busybox
+//!                                       what `rig` boots
 //!   DIR/guest/{vmlinux,initramfs.cpio,release}
 //!   DIR/images/…                        an image store (see spore-node's `image/store.rs`)
 //! ```

@@ -1,5 +1,5 @@
-//! The guest kernel: Debian's cloud kernel, downloaded and taken apart, not installed. Called by
-//! `deps`; keeps every release that was ever fetched, since a snapshot may need it.
+//! The kernels of guests and of the rig: Debian's, downloaded and taken apart, not installed.
+//! Called by `deps`; keeps every release that was ever fetched, since a snapshot may need it.
 
 use std::fs;
 use std::io;
@@ -9,103 +9,146 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::modules::{self, ModuleTable};
-use super::vmlinux;
+use super::{unpacked, vmlinux};
 use crate::progress::step;
 use crate::{command, place};
 
-/// A metapackage that depends on the current kernel's package.
-const METAPACKAGE: &str = "linux-image-cloud-amd64";
+/// A kernel that is kept, release by release.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kernel {
+    /// What people call it.
+    what: &'static str,
+    /// A metapackage that depends on the current kernel's package.
+    metapackage: &'static str,
+    /// Where its releases are, in the folder of what was fetched.
+    folder: &'static str,
+    /// The list of its modules, in the repository.
+    list: &'static str,
+}
+
+/// What apps and sandboxes run on.
+pub(crate) const GUEST: Kernel = Kernel {
+    what: "guest kernel",
+    metapackage: "linux-image-cloud-amd64",
+    folder: "kernel",
+    list: "guest/modules",
+};
+
+/// What the rig runs on: the cloud kernel cannot read another machine's files.
+pub(crate) const RIG: Kernel = Kernel {
+    what: "rig kernel",
+    metapackage: "linux-image-amd64",
+    folder: "rig",
+    list: "guest/rig/modules",
+};
 
 /// The list of modules that a kernel was taken apart for, beside them.
 const WANTED: &str = "wanted";
 
-/// Fetches the kernel unless there is one; returns its release.
-pub(crate) fn fetch(dir: &Path, refresh: bool) -> Result<String> {
-    let kernels = dir.join("kernel");
-    if let (false, Ok(release)) = (refresh, current(dir)) {
-        return Ok(release);
+impl Kernel {
+    /// Fetches the kernel unless there is one; returns its release.
+    pub(crate) fn fetch(&self, dir: &Path, refresh: bool) -> Result<String> {
+        let kernels = dir.join(self.folder);
+        if let (false, Ok(release)) = (refresh, self.current(dir)) {
+            return Ok(release);
+        }
+        fs::create_dir_all(&kernels)
+            .with_context(|| format!("cannot make {}", kernels.display()))?;
+        let package = resolve(self.metapackage)?;
+        let release = package
+            .strip_prefix("linux-image-")
+            .with_context(|| {
+                let metapackage = self.metapackage;
+                format!("{metapackage} depends on {package}, which is no kernel image")
+            })?
+            .to_owned();
+        let kept = kernels.join(&release);
+        if !kept.is_dir() || !self.has_modules(&kept)? {
+            let size = unpacked::size_mib(&package)?;
+            let what = format!("fetch {} {release} ({size} MiB)", self.what);
+            step(&what, || {
+                let staging = tempfile::Builder::new()
+                    .prefix(".fetch-")
+                    .tempdir_in(&kernels)?;
+                let unpacked = unpacked::fetch(&package, staging.path())?;
+                let finished = staging.path().join("finished");
+                take_apart(&unpacked, &release, &self.wanted_modules()?, &finished)?;
+                fs::write(finished.join("package"), unpacked::version_line(&package)?)?;
+                // One that was taken apart for another list of modules.
+                match fs::rename(&kept, staging.path().join("before")) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(error.into());
+                    }
+                    _ => {}
+                }
+                fs::rename(&finished, &kept)?;
+                Ok(())
+            })?;
+        }
+        point_current(&kernels, &release)?;
+        Ok(release)
     }
-    fs::create_dir_all(&kernels).with_context(|| format!("cannot make {}", kernels.display()))?;
-    let package = resolve()?;
-    let release = package
-        .strip_prefix("linux-image-")
-        .with_context(|| format!("{METAPACKAGE} depends on {package}, which is no kernel image"))?
-        .to_owned();
-    if !kernels.join(&release).is_dir() || !has_modules(&kernels.join(&release))? {
-        step(&format!("fetch guest kernel {release}"), || {
-            let staging = tempfile::Builder::new()
-                .prefix(".fetch-")
-                .tempdir_in(&kernels)?;
-            let unpacked = download(&package, staging.path())?;
-            let finished = staging.path().join("finished");
-            take_apart(&unpacked, &release, &finished)?;
-            fs::write(finished.join("package"), version_line(&package)?)?;
-            // One that was taken apart for another list of modules.
-            match fs::rename(kernels.join(&release), staging.path().join("before")) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-                _ => {}
-            }
-            fs::rename(&finished, kernels.join(&release))?;
-            Ok(())
+
+    /// The release that `current` in its folder names, if it is whole.
+    pub(crate) fn current(&self, dir: &Path) -> Result<String> {
+        let link = dir.join(self.folder).join("current");
+        let target = fs::read_link(&link).with_context(|| {
+            format!(
+                "{} is not there: run `cargo xtask deps` first",
+                link.display()
+            )
         })?;
+        let vmlinux = link.join("vmlinux");
+        if !vmlinux.is_file() {
+            bail!(
+                "{} is not there: run `cargo xtask deps --refresh`",
+                vmlinux.display()
+            );
+        }
+        if !self.has_modules(&link)? {
+            bail!(
+                "{} has other modules than {} names: run `cargo xtask deps` first",
+                link.display(),
+                self.list
+            );
+        }
+        Ok(target.to_string_lossy().into_owned())
     }
-    point_current(&kernels, &release)?;
-    Ok(release)
-}
 
-/// The release that `DIR/kernel/current` names, if it is whole.
-pub(crate) fn current(dir: &Path) -> Result<String> {
-    let link = dir.join("kernel/current");
-    let target = fs::read_link(&link).with_context(|| {
-        format!(
-            "{} is not there: run `cargo xtask deps` first",
-            link.display()
-        )
-    })?;
-    let vmlinux = link.join("vmlinux");
-    if !vmlinux.is_file() {
-        bail!(
-            "{} is not there: run `cargo xtask deps --refresh`",
-            vmlinux.display()
-        );
+    /// Where a release is kept.
+    pub(crate) fn kept(&self, dir: &Path, release: &str) -> PathBuf {
+        dir.join(self.folder).join(release)
     }
-    if !has_modules(&link)? {
-        bail!(
-            "{} has other modules than guest/modules names: run `cargo xtask deps` first",
-            link.display()
-        );
+
+    /// Whether a kernel was taken apart for the modules that are wanted now.
+    fn has_modules(&self, kernel: &Path) -> Result<bool> {
+        let taken = fs::read_to_string(kernel.join("modules").join(WANTED)).unwrap_or_default();
+        Ok(taken == self.wanted_modules()?)
     }
-    Ok(target.to_string_lossy().into_owned())
-}
 
-/// Whether a kernel was taken apart for the modules that are wanted now.
-fn has_modules(kernel: &Path) -> Result<bool> {
-    let taken = fs::read_to_string(kernel.join("modules").join(WANTED)).unwrap_or_default();
-    Ok(taken == wanted_modules()?)
-}
-
-fn wanted_modules() -> Result<String> {
-    let list = place::repository().join("guest/modules");
-    fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))
+    fn wanted_modules(&self) -> Result<String> {
+        let list = place::repository().join(self.list);
+        fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))
+    }
 }
 
 /// The package that the metapackage stands for now.
-fn resolve() -> Result<String> {
-    if let Some(package) = depends()? {
+fn resolve(metapackage: &str) -> Result<String> {
+    if let Some(package) = depends(metapackage)? {
         return Ok(package);
     }
     step("update package lists", || {
         command::run(command::as_root("apt-get").args(["-qq", "update"]))
     })?;
-    depends()?.with_context(|| {
-        format!("apt knows no {METAPACKAGE}: Debian 12 or newer on amd64 is expected")
+    depends(metapackage)?.with_context(|| {
+        format!("apt knows no {metapackage}: Debian 12 or newer on amd64 is expected")
     })
 }
 
 /// The first dependency of the metapackage, if apt knows it and can download it.
-fn depends() -> Result<Option<String>> {
+fn depends(metapackage: &str) -> Result<Option<String>> {
     let output = Command::new("apt-cache")
-        .args(["depends", "--important", METAPACKAGE])
+        .args(["depends", "--important", metapackage])
         .output()
         .context("cannot start `apt-cache`")?;
     Ok(first_dependency(&String::from_utf8_lossy(&output.stdout)))
@@ -119,31 +162,8 @@ fn first_dependency(text: &str) -> Option<String> {
         .next()
 }
 
-/// Downloads and unpacks the package; returns the folder.
-fn download(package: &str, staging: &Path) -> Result<PathBuf> {
-    let attempt = || {
-        command::run(
-            Command::new("apt-get")
-                .args(["-qq", "download", package])
-                .current_dir(staging),
-        )
-    };
-    // Lists that are older than the mirror name a file that is gone: update them once.
-    if attempt().is_err() {
-        command::run(command::as_root("apt-get").args(["-qq", "update"]))?;
-        attempt()?;
-    }
-    let deb = fs::read_dir(staging)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("apt-get downloaded no file for {package}"))?;
-    let unpacked = staging.join("unpacked");
-    command::run(Command::new("dpkg").arg("-x").arg(&deb).arg(&unpacked))?;
-    Ok(unpacked)
-}
-
 /// Writes `vmlinux` and `modules/` of an unpacked package.
-fn take_apart(unpacked: &Path, release: &str, finished: &Path) -> Result<()> {
+fn take_apart(unpacked: &Path, release: &str, list: &str, finished: &Path) -> Result<()> {
     let modules = finished.join("modules");
     fs::create_dir_all(&modules)?;
     let bzimage = unpacked.join(format!("boot/vmlinuz-{release}"));
@@ -158,13 +178,8 @@ fn take_apart(unpacked: &Path, release: &str, finished: &Path) -> Result<()> {
         &fs::read_to_string(tree.join("modules.dep"))?,
         &fs::read_to_string(tree.join("modules.builtin"))?,
     );
-    let list = wanted_modules()?;
     let mut order = String::new();
-    for (index, path) in table
-        .load_order(&modules::wanted(&list))?
-        .iter()
-        .enumerate()
-    {
+    for (index, path) in table.load_order(&modules::wanted(list))?.iter().enumerate() {
         let file = format!("{index:02}-{}.ko", modules::name(path));
         fs::write(modules.join(&file), plain(&tree.join(path))?)?;
         order.push_str(&file);
@@ -197,17 +212,6 @@ fn plain(path: &Path) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Name and version of the package, for people and for rebuilding.
-fn version_line(package: &str) -> Result<String> {
-    let text =
-        command::output(Command::new("apt-cache").args(["show", "--no-all-versions", package]))?;
-    let version = text
-        .lines()
-        .find_map(|line| line.strip_prefix("Version: "))
-        .with_context(|| format!("apt knows no version of {package}"))?;
-    Ok(format!("{package} {version}\n"))
-}
-
 /// Points `current` at a release, in one step.
 fn point_current(kernels: &Path, release: &str) -> Result<()> {
     let next = kernels.join(".current");
@@ -222,7 +226,7 @@ fn point_current(kernels: &Path, release: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{current, first_dependency, point_current, wanted_modules};
+    use super::{GUEST, first_dependency, point_current};
 
     #[test]
     fn the_metapackage_names_its_kernel() {
@@ -240,7 +244,8 @@ mod tests {
         let kernels = dir.path().join("kernel");
         std::fs::create_dir_all(kernels.join("2")).unwrap();
         assert!(
-            current(dir.path())
+            GUEST
+                .current(dir.path())
                 .unwrap_err()
                 .to_string()
                 .contains("xtask deps")
@@ -248,7 +253,8 @@ mod tests {
         point_current(&kernels, "1").unwrap();
         point_current(&kernels, "2").unwrap();
         assert!(
-            current(dir.path())
+            GUEST
+                .current(dir.path())
                 .unwrap_err()
                 .to_string()
                 .contains("--refresh")
@@ -256,9 +262,13 @@ mod tests {
         std::fs::write(kernels.join("2/vmlinux"), b"\x7fELF").unwrap();
         std::fs::create_dir(kernels.join("2/modules")).unwrap();
         std::fs::write(kernels.join("2/modules/wanted"), "virtio_net\n").unwrap();
-        let stale = current(dir.path()).unwrap_err().to_string();
+        let stale = GUEST.current(dir.path()).unwrap_err().to_string();
         assert!(stale.contains("other modules"), "{stale}");
-        std::fs::write(kernels.join("2/modules/wanted"), wanted_modules().unwrap()).unwrap();
-        assert_eq!(current(dir.path()).unwrap(), "2");
+        std::fs::write(
+            kernels.join("2/modules/wanted"),
+            GUEST.wanted_modules().unwrap(),
+        )
+        .unwrap();
+        assert_eq!(GUEST.current(dir.path()).unwrap(), "2");
     }
 }

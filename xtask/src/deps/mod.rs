@@ -8,6 +8,8 @@ pub(crate) mod images;
 pub(crate) mod kernel;
 mod modules;
 pub(crate) mod packages;
+pub(crate) mod rig;
+mod unpacked;
 mod vmlinux;
 
 use std::fs::File;
@@ -26,8 +28,12 @@ pub(crate) fn run(options: &DepsOptions) -> Result<()> {
     place::make(dir)?;
     let _alone = lock(dir)?;
     packages::install(options.bench, dir)?;
-    let kernel = kernel::fetch(dir, options.refresh)?;
+    let kernel = kernel::GUEST.fetch(dir, options.refresh)?;
     say(format!("guest kernel: {kernel}"));
+    if !options.no_rig {
+        let rig = rig::fetch(dir, options.refresh)?;
+        say(format!("rig kernel: {rig}"));
+    }
     step("fetch crates", || {
         // Without a network, crates that are already here are enough.
         let offline = place::cargo()

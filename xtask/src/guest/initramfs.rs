@@ -1,4 +1,5 @@
-//! Packs the initramfs: a newc archive whose bytes depend on its inputs only. Called by `guest`.
+//! Packs the initramfs: a newc archive whose bytes depend on its inputs only. Called by `guest`;
+//! `rig` packs its own with the same pieces.
 //!
 //! Entries are sorted, times are 0, owners are root, inode numbers count up. Uncompressed: in
 //! QEMU's software emulation unpacking costs more than the 3 MB that compression would save.
@@ -13,34 +14,39 @@ use cpio::newc::{Builder, ModeFileType, trailer};
 /// Folders that PID 1 mounts on or reads.
 const FOLDERS: &[&str] = &["dev", "hooks", "modules", "proc", "sys"];
 
+/// A name, a mode and bytes.
+pub(crate) type Entry = (String, u32, Vec<u8>);
+
 /// Writes the archive of `/init`, `/modules` and what is shown to tenants of `/hooks`.
 pub(crate) fn pack(init: &Path, modules: &Path, hook: &Path, out: impl Write) -> Result<()> {
-    let order = fs::read_to_string(modules.join("order"))
-        .with_context(|| format!("{} has no `order`", modules.display()))?;
-    let mut files = vec![
-        ("init".to_owned(), 0o755, read(init)?),
-        (
-            "modules/order".to_owned(),
-            0o644,
-            order.clone().into_bytes(),
-        ),
-    ];
+    let mut files = self::modules(modules)?;
+    files.push(("init".to_owned(), 0o755, read(init)?));
     let name = hook.file_name().and_then(|name| name.to_str());
     let name = name.with_context(|| format!("{} names no file", hook.display()))?;
     files.push((format!("hooks/{name}"), 0o644, read(hook)?));
+    files.extend(FOLDERS.iter().map(|name| folder(name)));
+    files.sort();
+    write(&files, out)
+}
+
+/// A kernel's modules and their `order`, under `modules/`.
+pub(crate) fn modules(modules: &Path) -> Result<Vec<Entry>> {
+    let order = fs::read_to_string(modules.join("order"))
+        .with_context(|| format!("{} has no `order`", modules.display()))?;
+    let mut files = Vec::new();
     for name in order.lines() {
         if name.contains('/') || !name.ends_with(".ko") {
             bail!("`order` names {name:?}, which is no module file");
         }
         files.push((format!("modules/{name}"), 0o644, read(&modules.join(name))?));
     }
-    files.extend(
-        FOLDERS
-            .iter()
-            .map(|name| ((*name).to_owned(), 0o40755, Vec::new())),
-    );
-    files.sort();
-    write(&files, out)
+    files.push(("modules/order".to_owned(), 0o644, order.into_bytes()));
+    Ok(files)
+}
+
+/// An empty folder.
+pub(crate) fn folder(name: &str) -> Entry {
+    (name.to_owned(), 0o40755, Vec::new())
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -48,7 +54,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Writes sorted entries; a mode with the folder bit is a folder.
-fn write(files: &[(String, u32, Vec<u8>)], mut out: impl Write) -> Result<()> {
+pub(crate) fn write(files: &[Entry], mut out: impl Write) -> Result<()> {
     for (number, (name, mode, bytes)) in (1..).zip(files) {
         let kind = if mode & 0o40000 == 0 {
             ModeFileType::Regular

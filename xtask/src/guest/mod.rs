@@ -2,7 +2,7 @@
 //!
 //! Run by `up` and by tests; the kernel must be there (`cargo xtask deps`).
 
-mod initramfs;
+pub(crate) mod initramfs;
 
 use std::fs;
 use std::io::BufWriter;
@@ -11,7 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::deps::kernel;
+use crate::deps::kernel::GUEST;
 use crate::progress::{say, step};
 use crate::{command, place};
 
@@ -21,14 +21,14 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds everything into `dir/guest`.
 pub(crate) fn run(dir: &Path) -> Result<()> {
-    let release = kernel::current(dir)?;
+    let release = GUEST.current(dir)?;
     let init = step("build spore-guest (static)", build)?;
     let hook = step("build the hook of Node.js", build_hook)?;
     let guest = dir.join("guest");
     fs::create_dir_all(&guest).with_context(|| format!("cannot make {}", guest.display()))?;
 
     let mut staged = tempfile::NamedTempFile::new_in(&guest)?;
-    let modules = dir.join("kernel").join(&release).join("modules");
+    let modules = GUEST.kept(dir, &release).join("modules");
     initramfs::pack(&init, &modules, &hook, BufWriter::new(staged.as_file_mut()))?;
     publish(staged, &guest.join("initramfs.cpio"))?;
 

@@ -36,7 +36,7 @@ pub(crate) fn run() -> Result<()> {
     });
     deny(&mut tally);
     let folder = Path::new(place::DEPS_DEFAULT);
-    match deps::kernel::current(folder) {
+    match deps::kernel::GUEST.current(folder) {
         Ok(_release) => check(&mut tally, "guest", || guest::run(folder)),
         Err(error) if !folder.join("kernel").exists() => {
             skip(&mut tally, &format!("guest: {error:#}"));
