@@ -5,6 +5,7 @@
 //! test that misses something says `SKIPPED: reason` and passes.
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -146,19 +147,13 @@ impl TestHost {
 
     /// The pids of processes with a uid of this host's range that are no zombies.
     pub(crate) fn processes(&self) -> Vec<u32> {
+        processes_of(&self.uids())
+    }
+
+    /// The uids of its VMs.
+    pub(crate) fn uids(&self) -> Range<u32> {
         let room = &self.config.room;
-        let range = room.uid_first..room.uid_first + room.uid_count;
-        let pids = names(Path::new("/proc"))
-            .into_iter()
-            .filter_map(|name| name.parse().ok());
-        pids.filter(|pid: &u32| {
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            let field = |key: &str| status.lines().find_map(|line| line.strip_prefix(key));
-            let uid = field("Uid:").and_then(|rest| rest.split_whitespace().next()?.parse().ok());
-            let zombie = field("State:").is_some_and(|state| state.trim().starts_with('Z'));
-            uid.is_some_and(|uid: u32| range.contains(&uid)) && !zombie
-        })
-        .collect()
+        room.uid_first..room.uid_first + room.uid_count
     }
 
     /// The names of namespaces, by file and by mount.
@@ -217,6 +212,21 @@ pub(crate) fn image_named(host: &TestHost, name: &str) -> Option<PathBuf> {
 fn image_in(deps: &Path, name: &str) -> Option<PathBuf> {
     let id = fs::read_to_string(deps.join("images/names").join(name)).ok()?;
     Some(deps.join(format!("images/{}.img", id.trim())))
+}
+
+/// The pids of processes with one of these uids that are no zombies.
+pub(crate) fn processes_of(uids: &Range<u32>) -> Vec<u32> {
+    let pids = names(Path::new("/proc"))
+        .into_iter()
+        .filter_map(|name| name.parse().ok());
+    pids.filter(|pid: &u32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let field = |key: &str| status.lines().find_map(|line| line.strip_prefix(key));
+        let uid = field("Uid:").and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+        let zombie = field("State:").is_some_and(|state| state.trim().starts_with('Z'));
+        uid.is_some_and(|uid: u32| uids.contains(&uid)) && !zombie
+    })
+    .collect()
 }
 
 fn names(folder: &Path) -> Vec<String> {

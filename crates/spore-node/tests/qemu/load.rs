@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use spore_node::snapshot::NoStorePoints;
@@ -21,15 +22,18 @@ use crate::host::{HANG, TestHost, new_id};
 use crate::kill_points::counter;
 use crate::takes::{Daemon, new_snapshot, nothing_is_left};
 
-/// Writes blocks without end, remembers in memory which it wrote last, and says of all of them,
-/// read from the disk again, whether they are those. Meanwhile it sends back what it is sent, as
-/// much of it at once as it gets.
+/// Three processes, each of which writes blocks to a file without end, remembers in memory which it
+/// wrote last, and says of all of them, read from the disk again, whether they are those. Two wait
+/// for the disk after every few, so that it always has requests under way; one meanwhile sends back
+/// what it is sent, as much of it at once as it gets, and asks the others for their word.
 const APP: &str = r#"
 use IO::Handle; use Fcntl;
-my ($blocks, $bytes, $path) = (512, 4096, "/tmp/blocks");
-sub block { return substr(sprintf("%08d:%08d:", @_) x 256, 0, $bytes); }
-sysopen(my $file, $path, O_RDWR | O_CREAT) or die "open: $!";
-my (@round, $writes);
+my ($blocks, $bytes, $path, $file, @round, $writes, @workers) = (512, 4096, "/tmp/blocks");
+sub block { return substr(sprintf("%08d:%08d:", @_) x ($bytes / 18 + 1), 0, $bytes); }
+sub begin {
+    sysopen($file, $path, O_RDWR | O_CREAT) or die "open: $!";
+    put($_) for 0 .. $blocks - 1;
+}
 sub put {
     my $at = shift;
     my $round = ($round[$at] // 0) + 1;
@@ -46,11 +50,36 @@ sub verify {
         sysseek($file, $at * $bytes, 0);
         sysread($file, my $read, $bytes) == $bytes or return "read: $!";
         $read eq block($at, $round[$at])
-            or return "block $at has " . substr($read, 0, 18) . " and not round $round[$at]";
+            or return "$path: block $at has " . substr($read, 0, 18) . ", not round $round[$at]";
     }
-    return "whole $writes";
+    my $all = $writes;
+    for my $worker (@workers) {
+        syswrite($worker, "v");
+        my $said = "";
+        while ($said !~ /\n/) { sysread($worker, $said, 256, length($said)) or return "no worker"; }
+        $said =~ /^whole (\d+)$/ or return $said;
+        $all += $1;
+    }
+    return "whole $all";
 }
-put($_) for 0 .. $blocks - 1;
+for my $number (1 .. 2) {
+    socketpair(my $mine, my $its, AF_UNIX, SOCK_STREAM, 0) or die "socketpair: $!";
+    if (fork()) { push(@workers, $mine); next; }
+    close($_) for $mine, @workers;
+    ($blocks, $bytes, $path, @workers) = (16, 1 << 16, "/tmp/blocks$number");
+    begin();
+    while (1) {
+        put(int(rand($blocks))) for 1 .. 4;
+        $file->sync or die "sync: $!";
+        my $readable = "";
+        vec($readable, fileno($its), 1) = 1;
+        if (select($readable, undef, undef, 0)) {
+            sysread($its, my $asked, 1) or exit;
+            syswrite($its, verify() . "\n");
+        }
+    }
+}
+begin();
 socket(my $server, PF_INET, SOCK_STREAM, 0);
 setsockopt($server, SOL_SOCKET, SO_REUSEADDR, 1);
 bind($server, sockaddr_in($ENV{PORT}, INADDR_ANY)) or die "bind: $!";
@@ -91,8 +120,11 @@ for (my $turn = 0;; $turn++) {
 /// Checkpoints of one VM.
 const CHECKPOINTS: usize = 30;
 
-/// Of them, those that something is forked from.
-const SAMPLE: [usize; 3] = [0, 14, 29];
+/// Of them, those that a fork of is checkpointed and forked again.
+const AGAIN: [usize; 3] = [0, 14, 29];
+
+/// Forks that are verified at once.
+const FORKS: usize = 3;
 
 /// Connections that are kept full at once.
 const FLOODS: usize = 2;
@@ -227,16 +259,17 @@ async fn checkpoint_under_disk_and_network_load() {
         floods.push(Flood::start(&daemon, source, u8::try_from(seed).unwrap()).await);
     }
     let mut written = verified(&daemon, source).await;
-    let mut sample: Vec<(SnapshotId, u64)> = Vec::new();
+    // With what was surely written before it.
+    let mut taken: Vec<(SnapshotId, u64)> = Vec::new();
     for number in 0..CHECKPOINTS {
         for flood in &floods {
             flood.goes_on().await;
         }
         let snapshot = new_snapshot();
-        let taken = daemon.take(source, snapshot).await.unwrap();
-        assert_eq!(taken.info.depth, 1, "{taken:?}");
-        if SAMPLE.contains(&number) {
-            sample.push((snapshot, written));
+        let info = daemon.take(source, snapshot).await.unwrap().info;
+        assert_eq!(info.depth, 1, "{info:?}");
+        taken.push((snapshot, written));
+        if AGAIN.contains(&number) {
             let now = verified(&daemon, source).await;
             assert!(now > written, "{now} blocks, {written} before");
             written = now;
@@ -248,30 +281,38 @@ async fn checkpoint_under_disk_and_network_load() {
         echoed += flood.end().await;
     }
     println!("{written} blocks were written and {echoed} bytes sent back");
+    // It has shown what it was to show until the end, and takes the processor from the others.
+    verified(&daemon, source).await;
+    daemon.stop(source).await;
 
-    for (snapshot, least) in sample {
-        let child = loaded(Source::Snapshot(snapshot));
-        let vm = child.vm;
-        daemon.ready(child).await;
-        let inherited = verified(&daemon, vm).await;
-        assert!(
-            inherited > least,
-            "{inherited} blocks, {least} before it was taken"
-        );
+    let numbered = taken.into_iter().enumerate();
+    let verifying = numbered.map(|(number, (snapshot, least))| {
+        let again = AGAIN.contains(&number);
+        verify_forks(&daemon, snapshot, least, again)
+    });
+    let verifying = futures_util::stream::iter(verifying).buffer_unordered(FORKS);
+    assert_eq!(verifying.count().await, CHECKPOINTS);
+    daemon.close().await;
+    nothing_is_left(&host);
+}
+
+/// Verifies what a fork of the snapshot has on its disk; with `again`, the fork's fork also.
+async fn verify_forks(daemon: &Daemon, snapshot: SnapshotId, least: u64, again: bool) {
+    let vm = daemon.ready(loaded(Source::Snapshot(snapshot))).await.vm;
+    let inherited = verified(daemon, vm).await;
+    assert!(
+        inherited > least,
+        "{inherited} blocks, {least} before it was taken"
+    );
+    if again {
         let grandchild = new_snapshot();
         let taken = daemon.take(vm, grandchild).await.unwrap();
         assert_eq!(taken.info.depth, 2, "{taken:?}");
-        daemon.stop(vm).await;
-        let start = loaded(Source::Snapshot(grandchild));
-        let vm = start.vm;
-        daemon.ready(start).await;
-        assert!(verified(&daemon, vm).await >= inherited);
+        let vm = daemon.ready(loaded(Source::Snapshot(grandchild))).await.vm;
+        assert!(verified(daemon, vm).await >= inherited);
         daemon.stop(vm).await;
     }
-    verified(&daemon, source).await;
-    daemon.stop(source).await;
-    daemon.close().await;
-    nothing_is_left(&host);
+    daemon.stop(vm).await;
 }
 
 /// A copy of a disk that cannot be written fails the writes of its source, so it is not begun.

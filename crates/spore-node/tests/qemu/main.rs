@@ -8,6 +8,7 @@
 
 mod agent;
 mod confinement;
+mod deaths;
 mod folder;
 mod fork;
 mod guest;

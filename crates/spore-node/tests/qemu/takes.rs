@@ -40,11 +40,19 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     pub(crate) async fn open(host: &TestHost, image: &Path, points: Arc<dyn StorePoints>) -> Self {
+        Self::open_with(host, image, |config| config.snapshots.points = points).await
+    }
+
+    pub(crate) async fn open_with(
+        host: &TestHost,
+        image: &Path,
+        edit: impl FnOnce(&mut Config),
+    ) -> Self {
         let qemu = host.driver().await;
         let [node, logs, snapshots] =
             ["node", "logs", "snapshots"].map(|name| host.runtime("..").join(name));
         let mut config = Config::new(node, logs, snapshots, 8192);
-        config.snapshots.points = points;
+        edit(&mut config);
         // How slow the machine is says nothing of what is tested.
         config.limits.answer = HANG;
         let images = Arc::new(OneImage(image.to_owned()));
@@ -112,7 +120,7 @@ impl Daemon {
     }
 
     /// What its app says: what it drew at its start, how often it was asked, how often started.
-    async fn ask(&self, vm: VmId) -> (String, u64, u64) {
+    pub(crate) async fn ask(&self, vm: VmId) -> (String, u64, u64) {
         let said = self.hear(vm).await;
         let words: Vec<&str> = said.split_whitespace().collect();
         let [token, count, starts] = words[..] else {
@@ -129,7 +137,7 @@ impl Daemon {
     }
 }
 
-fn from(snapshot: SnapshotId) -> StartVm {
+pub(crate) fn from(snapshot: SnapshotId) -> StartVm {
     StartVm {
         source: Source::Snapshot(snapshot),
         ..counter(new_id())
