@@ -47,6 +47,9 @@ pub struct Record {
     /// Whether what it was forked from holds some.
     #[serde(default)]
     pub inherited: SecretsKept,
+    /// What the suspended snapshot continued that it went on from: its own next one does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<SnapshotId>,
     /// Whether its tenant may have been heard of, of one that began where another stood.
     #[serde(default)]
     pub ran: bool,
@@ -99,6 +102,7 @@ impl Record {
             start,
             secrets,
             inherited: SecretsKept::None,
+            base: None,
             ran: false,
             sealing: None,
             machine,

@@ -76,8 +76,16 @@ pub(crate) struct Wanted {
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) from: ForkFrom,
-    /// Whether it holds some.
+    pub(crate) inherited: Inherited,
+}
+
+/// What a VM has of what it began from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inherited {
+    /// Whether there are some.
     pub(crate) secrets: SecretsKept,
+    /// What that continued, if it is removed once the VM runs.
+    pub(crate) base: Option<SnapshotId>,
 }
 
 impl Wanted {
@@ -253,9 +261,15 @@ impl Snapshots {
         let (store, memories) = (self.store.clone(), &self.memories);
         let opening = task::spawn_blocking(move || open(&store, wanted));
         let (opened, keys) = opening.await.map_err(unusable)??;
-        let secrets = match opened.header().meta.holds_secrets {
-            true => SecretsKept::Elsewhere,
-            false => SecretsKept::None,
+        let meta = &opened.header().meta;
+        let goes = meta.kind == SnapshotKind::Suspend;
+        let base = meta.parent.as_ref().filter(|_parent| goes);
+        let inherited = Inherited {
+            secrets: match meta.holds_secrets {
+                true => SecretsKept::Elsewhere,
+                false => SecretsKept::None,
+            },
+            base: base.map(|parent| parent.id),
         };
         let (from, with) = (Arc::clone(&opened), keys.clone());
         let memory = match opened.header().meta.kind {
@@ -283,7 +297,7 @@ impl Snapshots {
             state: Arc::new(File::from(state)),
             scratch: scratch.map(Arc::new),
         };
-        Ok(Found { from, secrets })
+        Ok(Found { from, inherited })
     }
 
     /// The snapshots of `account`, in the order of their ids; damaged ones too.
@@ -415,11 +429,12 @@ impl Snapshots {
         self.store.images()
     }
 
-    /// What VMs of which something is left began from.
+    /// What VMs of which something is left began from, and what their next snapshots continue.
     fn of_vms(&self) -> Result<BTreeSet<SnapshotId>, JournalError> {
         let records = self.journal.read_all()?.into_values().flatten();
         Ok(records
-            .filter_map(|record| record.start.source.snapshot())
+            .flat_map(|record| [record.start.source.snapshot(), record.base])
+            .flatten()
             .collect())
     }
 }

@@ -25,6 +25,7 @@ use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, Captured
 use crate::hypervisor::memory_image::{CapturedMemory, MemoryImage};
 use crate::journal::{Record, SecretsKept};
 use crate::node::{Node, OpenError, VmError};
+use crate::snapshot::ground::Ground;
 use crate::snapshot::header::{DiskBacking, Header, Protection};
 use crate::snapshot::key::SnapshotKey;
 use crate::snapshot::staging::{FrozenLayer, Order, Staged};
@@ -160,8 +161,10 @@ impl Node {
             None => None,
         };
         let staged = self.stage(&access, take).await?;
-        // Below the disk of a VM that continues nothing there may be files that are gone.
-        let below = (!staged.continues()).then_some(Below::Nothing);
+        // Below the disk of a VM that continues nothing there may be files that are gone, and those
+        // of a suspended one are.
+        let went_on = matches!(access.record.start.source, Source::Suspended(_));
+        let below = (went_on || !staged.continues()).then_some(Below::Nothing);
         let turn = access.vm.prepare_capture(key, below).await;
         let turn = turn.map_err(|error| failed(vm, error))?;
         let mut sealing = Some(Sealing {
@@ -256,13 +259,13 @@ struct Facts {
 impl Facts {
     fn stage(self, store: &SnapshotStore, take: Take) -> Result<Staged, TakeError> {
         let start = &self.record.start;
-        let parent = match start.source {
+        let (parent, ground) = match start.source {
             Source::Snapshot(id) => match store.find(&start.owner.account, id) {
-                Err(StoreError::Missing(_)) => None,
-                found => Some(found?),
+                Err(StoreError::Missing(_)) => (None, None),
+                found => (Some(found?), None),
             },
-            // That of a suspended VM is removed once another one runs.
-            _ => None,
+            // The suspended one is removed once another VM runs; what that continued is there.
+            _ => self.ground(store).unzip(),
         };
         let of_parent = |what: fn(&Header) -> bool| parent.as_ref().is_some_and(what);
         let holds_secrets = self.record.secrets == SecretsKept::Elsewhere
@@ -297,13 +300,30 @@ impl Facts {
             holds_secrets,
             made_at_s: take.made_at_s,
         };
+        let below = ground.as_ref().map_or(0, Ground::bytes);
         let order = Order {
             meta,
             key: take.key,
-            estimate_bytes: self.estimate_bytes,
+            estimate_bytes: self.estimate_bytes.saturating_sub(below),
             quota_bytes: self.quota_bytes,
         };
-        Ok(store.stage(order)?)
+        let mut staged = store.stage(order)?;
+        if let Some(ground) = ground {
+            staged.compare_with(ground);
+        }
+        Ok(staged)
+    }
+
+    /// What a VM that went on from a suspended one differs from in what it changed, if that can
+    /// still be told; else its snapshot holds everything.
+    fn ground(&self, store: &SnapshotStore) -> Option<(Header, Ground)> {
+        let (vm, base) = (self.record.start.vm, self.record.base?);
+        let opened = store.open_for(&self.record.start.owner.account, base);
+        let ground = opened.and_then(|opened| Ok((opened.header().clone(), opened.ground()?)));
+        let said = |error: &StoreError| {
+            tracing::warn!(%vm, %base, error = chain(error), "all of its memory is written");
+        };
+        ground.inspect_err(said).ok()
     }
 }
 
@@ -398,7 +418,7 @@ fn fill(
             None
         }
         // What its VM began from is not there any more.
-        CapturedMemory::Changed { base, pages } if !staged.continues() => {
+        CapturedMemory::Changed { base, pages } if staged.takes_whole() => {
             staged.changed(&base, &pages)?;
             None
         }

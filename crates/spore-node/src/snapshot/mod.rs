@@ -25,6 +25,7 @@
 
 mod blocks;
 mod claim;
+pub mod ground;
 pub mod hash;
 pub mod header;
 pub mod key;
@@ -253,7 +254,7 @@ pub enum StoreError {
         max = header::DISK_LAYERS_MAX
     )]
     DiskLayers(SnapshotId),
-    /// A whole memory was given for a snapshot that holds changes.
+    /// A whole memory was given for a snapshot that holds changes of what nobody compares it with.
     #[error("snapshot {0} continues another one: its changed pages are expected, not a memory")]
     WholeMemory(SnapshotId),
     /// Its memory cannot be written.

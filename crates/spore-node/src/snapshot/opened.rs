@@ -16,6 +16,7 @@ use spore_wire::id::SnapshotId;
 use zeroize::Zeroizing;
 
 use super::blocks::{self, Difference};
+use super::ground::Ground;
 use super::hash::Hash;
 use super::header::{
     DiskKeyPart, DiskLayerPart, Header, HeaderError, Protection, STATE_FILE_BYTES_MAX,
@@ -186,22 +187,8 @@ impl Layer {
         let id = self.id();
         let key = self.key(keys)?;
         let part = &self.header.memory;
-        let failed = |error: ReadError| match error {
-            ReadError::Key => StoreError::WrongKey(id),
-            ReadError::NoKey => StoreError::NoKey(id),
-            ReadError::Read(error) => file("read", &self.folder.join(PAGES))(error),
-            ReadError::Fill(source) => StoreError::Memory {
-                id,
-                bytes: part.bytes,
-                source,
-            },
-            error => damaged(id, Damage::Memory(error)),
-        };
-        let bytes = self.read(&self.index, PAGES_INDEX, PAGES_INDEX_BYTES_MAX)?;
-        if Hash::of(&bytes) != part.index {
-            return Err(failed(ReadError::Index));
-        }
-        let index = Index::decode(&bytes, id, part.bytes, key).map_err(failed)?;
+        let failed = |error| self.memory_error(error);
+        let index = self.memory_index(key)?;
         let name = self.record_name(PAGES);
         let stamp = Stamp::of(&self.pages, part.index);
         let stamp = stamp.map_err(|error| failed(ReadError::Read(error)))?;
@@ -217,6 +204,32 @@ impl Layer {
             store.inner.verified.remember(&name, stamp, clock);
         }
         Ok(())
+    }
+
+    /// What it holds of the memory, compared with its header.
+    fn memory_index(&self, key: Option<&SnapshotKey>) -> Result<Index, StoreError> {
+        let part = &self.header.memory;
+        let bytes = self.read(&self.index, PAGES_INDEX, PAGES_INDEX_BYTES_MAX)?;
+        let index = match Hash::of(&bytes) == part.index {
+            true => Index::decode(&bytes, self.id(), part.bytes, key),
+            false => Err(ReadError::Index),
+        };
+        index.map_err(|error| self.memory_error(error))
+    }
+
+    fn memory_error(&self, error: ReadError) -> StoreError {
+        let id = self.id();
+        match error {
+            ReadError::Key => StoreError::WrongKey(id),
+            ReadError::NoKey => StoreError::NoKey(id),
+            ReadError::Read(error) => file("read", &self.folder.join(PAGES))(error),
+            ReadError::Fill(source) => StoreError::Memory {
+                id,
+                bytes: self.header.memory.bytes,
+                source,
+            },
+            error => damaged(id, Damage::Memory(error)),
+        }
     }
 
     fn disk(
@@ -376,6 +389,22 @@ impl Opened {
             layer.apply(&self.store, keys, &mut memory)?;
         }
         Ok(memory)
+    }
+
+    /// Its memory, to find out what of another one differs from it.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], and [`StoreError::NoKey`] when it is encrypted or continues one
+    /// that is.
+    pub fn ground(&self) -> Result<Ground, StoreError> {
+        let mut ground = Ground::default();
+        for layer in &self.layers {
+            let index = layer.memory_index(layer.key(&Keys::new())?)?;
+            let pages = layer.pages.try_clone();
+            let pages = pages.map_err(file("open", &layer.folder.join(PAGES)))?;
+            ground.push(&index, pages);
+        }
+        Ok(ground)
     }
 
     fn no_memory(&self, error: MemoryImageError) -> StoreError {

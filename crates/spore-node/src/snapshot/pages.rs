@@ -34,7 +34,7 @@ pub const PAGE_BYTES: usize = 4096;
 pub const CHUNK_BYTES: usize = 64 * 1024;
 
 /// The pages of a chunk: one bit each in a mask of 16.
-const CHUNK_PAGES: u32 = 16;
+pub(super) const CHUNK_PAGES: u32 = 16;
 
 const MAGIC: &[u8; 8] = b"SPOREIDX";
 const PREFIX_BYTES: usize = 16;
@@ -53,11 +53,11 @@ enum Protection {
 
 /// What a layer has of one chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Entry {
-    chunk: u32,
-    stored: u16,
-    zero: u16,
-    hash: Hash,
+pub(super) struct Entry {
+    pub(super) chunk: u32,
+    pub(super) stored: u16,
+    pub(super) zero: u16,
+    pub(super) hash: Hash,
 }
 
 /// What a layer holds, and how that is proven.
@@ -329,6 +329,15 @@ impl Index {
     pub fn file_bytes(&self) -> u64 {
         let bytes = |entry: &Entry| entry.bytes(self.protection) as u64;
         self.entries.iter().map(bytes).sum()
+    }
+
+    /// What the layer has of each chunk, and where that begins in the file.
+    pub(super) fn placed(&self) -> impl Iterator<Item = (Entry, u64)> {
+        self.entries.iter().scan(0, |end, entry| {
+            let at = *end;
+            *end += entry.bytes(self.protection) as u64;
+            Some((*entry, at))
+        })
     }
 
     fn encode(&self, id: SnapshotId, key: Option<&SnapshotKey>) -> Vec<u8> {

@@ -17,6 +17,7 @@ use spore_wire::snapshot::SnapshotMeta;
 use tracing::warn;
 use zeroize::Zeroizing;
 
+use super::ground::{Ground, Sieve};
 use super::hash::Hash;
 use super::header::{
     DISK_LAYERS_MAX, DiskBacking, DiskKeyPart, DiskLayerPart, DiskPart, HEADER_GENERATION, Header,
@@ -77,6 +78,8 @@ pub struct Staged {
     folder: PathBuf,
     /// Until it is sealed.
     memory: Option<LayerWriter<BufWriter<File>>>,
+    /// What it continues, if a whole memory is compared with that.
+    ground: Option<Ground>,
     state: Option<StatePart>,
     disk: Option<DiskPart>,
     /// Of what it continues.
@@ -141,6 +144,7 @@ impl SnapshotStore {
             purpose,
             folder,
             memory: None,
+            ground: None,
             state: None,
             disk: None,
             disk_layers_below: below,
@@ -249,6 +253,17 @@ impl Staged {
         self.meta.parent.is_some()
     }
 
+    /// Whether a whole memory may be given.
+    #[must_use]
+    pub const fn takes_whole(&self) -> bool {
+        !self.continues() || self.ground.is_some()
+    }
+
+    /// Has a whole memory compared with this, which is what the snapshot continues.
+    pub fn compare_with(&mut self, ground: Ground) {
+        self.ground = Some(ground);
+    }
+
     /// A page that differs from what the snapshot continues. They ascend.
     ///
     /// # Errors
@@ -270,7 +285,7 @@ impl Staged {
         }
     }
 
-    /// The whole memory, of a snapshot that continues nothing.
+    /// The whole memory. Of a snapshot that continues another one, what differs from that is kept.
     ///
     /// # Errors
     /// [`StoreError::WholeMemory`] and those of [`Staged::page`].
@@ -303,22 +318,25 @@ impl Staged {
         (file, bytes): (&File, u64),
         changed: &CapturedPages,
     ) -> Result<(), StoreError> {
-        if self.meta.parent.is_some() {
-            return Err(StoreError::WholeMemory(self.id()));
-        }
         let id = self.id();
+        if !self.takes_whole() {
+            return Err(StoreError::WholeMemory(id));
+        }
         let failed = |source| StoreError::Memory { id, bytes, source };
+        let mut sieve = Sieve::over(self.ground.take().unwrap_or_default());
+        let mut differs = |page, bytes: &[u8]| self.page(page, bytes);
         let mut changed = changed.each().peekable();
         each_page(file, bytes, failed, |page, bytes| {
             while let Some((other, changed)) = changed.next_if(|(other, _)| *other <= page) {
-                self.page(other, changed)?;
+                sieve.page(other, changed, &mut differs)?;
                 if other == page {
                     return Ok(());
                 }
             }
-            self.page(page, bytes)
+            sieve.page(page, bytes, &mut differs)
         })?;
-        changed.try_for_each(|(page, bytes)| self.page(page, bytes))
+        changed.try_for_each(|(page, bytes)| sieve.page(page, bytes, &mut differs))?;
+        sieve.finish(differs)
     }
 
     /// The devices as they stood.

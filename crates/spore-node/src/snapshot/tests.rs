@@ -326,6 +326,23 @@ fn a_whole_memory_is_filed_as_it_is_and_only_where_nothing_is_below() {
         .image(&image)
         .unwrap_err();
     assert!(matches!(refused, StoreError::WholeMemory(_)), "{refused}");
+
+    let ground = || store.open_for("me", id(2)).unwrap().ground();
+    let continues = described("me", 5, Some(("me", 2)));
+    let mut staged = store.stage(order(continues, Some(key(5)))).unwrap();
+    staged.compare_with(ground().unwrap());
+    let run = PageRun { first: 7, pages: 1 };
+    let changed = CapturedPages::new(vec![run], Zeroizing::new(vec![7; PAGE]));
+    staged.changed(&image, &changed).unwrap();
+    staged.state(&[5; 10][..]).unwrap();
+    assert_eq!(staged.seal().unwrap().memory.pages, 1);
+    let mut expected = bytes(&image);
+    expected[7 * PAGE..8 * PAGE].fill(7);
+    let above = store.open_for("me", id(5)).unwrap();
+    assert!(bytes(&above.memory(&keys(&[5])).unwrap()) == expected);
+    // What is encrypted cannot be compared with.
+    let refused = above.ground().unwrap_err();
+    assert!(matches!(refused, StoreError::NoKey(_)), "{refused}");
 }
 
 fn bytes(image: &MemoryImage) -> Vec<u8> {

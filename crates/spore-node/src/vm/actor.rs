@@ -364,9 +364,10 @@ impl Actor {
             Gain::Turn(permit) => self.turn = Some(permit),
             Gain::Prepared(prepared) => self.record.prepared = Some(prepared),
             Gain::Identity(identity) => self.record.identity = Some(identity),
-            Gain::Forked(identity, secrets) => {
+            Gain::Forked(identity, inherited) => {
                 self.record.identity = Some(identity);
-                self.record.inherited = secrets;
+                self.record.inherited = inherited.secrets;
+                self.record.base = inherited.base;
                 self.keys.clear();
             }
             Gain::Vm(vm) => {

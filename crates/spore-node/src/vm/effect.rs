@@ -28,7 +28,7 @@ use crate::hypervisor::fork::{Capture, ForkError};
 use crate::hypervisor::{AttachError, BootError, Identity, Prepared, Vm, VmExit};
 use crate::journal::{Record, SecretsKept};
 use crate::snapshot::key::Keys;
-use crate::snapshots::Wanted;
+use crate::snapshots::{Inherited, Wanted};
 use crate::take::TakeError;
 
 /// How far a guest's clock may be off when its tenant begins, the way of the answer included: the
@@ -48,8 +48,8 @@ pub(super) enum Gain {
     Turn(OwnedSemaphorePermit),
     Prepared(Prepared),
     Identity(Identity),
-    /// The same of a fork, and whether what it began from holds secrets.
-    Forked(Identity, SecretsKept),
+    /// The same of a fork, and what it has of what it began from.
+    Forked(Identity, Inherited),
     Vm(Arc<dyn Vm>),
     /// What a capture gave, or why it gave nothing.
     Capture(Result<Capture, TakeError>),
@@ -206,7 +206,7 @@ async fn fork(host: Arc<Host>, record: Record, keys: Keys) -> Outcome {
             };
             failed(kind, chain(&error))
         });
-        forked.map(|identity| Gain::Forked(identity, found.secrets))
+        forked.map(|identity| Gain::Forked(identity, found.inherited))
     };
     match tokio::time::timeout(limit, work).await {
         Ok(Ok(gain)) => Outcome {

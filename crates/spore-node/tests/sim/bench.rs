@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use spore_node::clock::Clock;
 use spore_node::config::{Config, Images, KillPoint, KillPoints};
-use spore_node::hypervisor::fork::ForkMemory;
+use spore_node::hypervisor::memory_image::MemoryDraft;
 use spore_node::hypervisor::sim::SimHost;
 use spore_node::hypervisor::{Hypervisor as _, Machine};
 use spore_node::node::{Adoption, Node};
@@ -42,6 +42,9 @@ impl Images for AnyImage {
         (*id != ImageId::from_hash([0xff; 32])).then(|| PathBuf::from(format!("/images/{id}")))
     }
 }
+
+/// The pages of memory of the snapshot that every [`Bench`] has.
+pub(crate) const TEMPLATE_PAGES: u64 = 64;
 
 /// Files the snapshot that every [`Bench`] has, of the account `me`, unless it is there.
 fn file_snapshot(host: &SimHost, folder: &Path, clock: Arc<dyn Clock>) {
@@ -94,10 +97,11 @@ fn file_snapshot(host: &SimHost, folder: &Path, clock: Arc<dyn Clock>) {
     };
     let source = VmId::from_bytes([0xbb; 16]);
     let from = host.template(source, resources.memory_mib).unwrap();
-    let ForkMemory::Shared(memory) = &from.memory else {
-        unreachable!("a template is for many");
-    };
-    staged.image(memory).unwrap();
+    let mut memory = MemoryDraft::new(from.memory.bytes()).unwrap();
+    for page in 1..=TEMPLATE_PAGES {
+        memory.write(page, &[5; 4096]).unwrap();
+    }
+    staged.image(&memory.seal().unwrap()).unwrap();
     staged.state(&*from.state).unwrap();
     staged.seal().unwrap();
 }

@@ -1,20 +1,26 @@
 //! VMs that are suspended and go on in others, on the simulated host: once, whatever dies.
 
 use core::time::Duration;
+use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 
 use spore_node::config::KillPoint;
 use spore_node::hypervisor::sim::SimHost;
-use spore_node::snapshot::StorePoint;
+use spore_node::image::store::GcMode;
+use spore_node::snapshot::{Cascade, StoreError, StorePoint};
+use spore_node::snapshots::SnapshotsError;
 use spore_node::take::TakeError;
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::guest::WriteFile;
 use spore_wire::id::SnapshotId;
 use spore_wire::node::{Source, StartVm, StopMode, VmFailureKind, VmPhase, VmStatus};
 use spore_wire::secret::SecretBytes;
-use spore_wire::snapshot::SnapshotKind;
+use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
 
-use crate::bench::{Bench, fork, on_virtual_time, start, suspended_as, until_phase, vm};
+use crate::bench::{
+    Bench, TEMPLATE_PAGES, fork, on_virtual_time, snapshot, start, suspended_as, until_phase, vm,
+};
 
 fn id(number: u8) -> SnapshotId {
     SnapshotId::from_bytes([number; 16])
@@ -48,13 +54,22 @@ async fn refused(bench: &Bench, start: StartVm) -> String {
     failure.message
 }
 
-async fn suspend(bench: &Bench, number: u8, to: u8) {
+async fn suspend(bench: &Bench, number: u8, to: u8) -> SnapshotInfo {
     let taken = bench.node.take(vm(number), suspended_as(id(to))).await;
     let info = taken.unwrap().info;
     assert!(info.encrypted && info.damage.is_none(), "{info:?}");
-    assert_eq!(info.meta.unwrap().kind, SnapshotKind::Suspend);
+    let kind = info.meta.as_ref().map(|meta| meta.kind);
+    assert_eq!(kind, Some(SnapshotKind::Suspend));
     let over = bench.node.stopped(vm(number)).await.unwrap();
     assert_eq!((over.phase, over.failure), (VmPhase::Stopped, None));
+    info
+}
+
+/// As [`suspend`], of one that came from the template: it holds the page that is each VM's own.
+async fn suspend_over_template(bench: &Bench, number: u8, to: u8) {
+    let info = suspend(bench, number, to).await;
+    assert_eq!((info.memory_pages, info.depth), (1, 1), "{info:?}");
+    assert_eq!(info.meta.unwrap().parent.unwrap().id, snapshot());
 }
 
 async fn remember(bench: &Bench, number: u8, what: &str) {
@@ -96,7 +111,7 @@ fn a_suspended_vm_goes_on_in_another_one_again_and_again_and_each_snapshot_serve
         ready(&bench, fork(vm(1), "hello")).await;
         remember(&bench, 1, "canary").await;
         for round in 1..=4 {
-            suspend(&bench, round, round).await;
+            suspend_over_template(&bench, round, round).await;
             assert!(bench.host.running().is_empty());
             assert_eq!(bench.node.snapshots().memories().status().held_bytes, 0);
             bench.restart().await;
@@ -111,6 +126,74 @@ fn a_suspended_vm_goes_on_in_another_one_again_and_again_and_each_snapshot_serve
         }
         stop(&bench, 5).await;
         bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_template_is_kept_as_long_as_a_suspended_vm_or_the_one_that_goes_on_stands_on_it() {
+    on_virtual_time(async {
+        let mut bench = Bench::new(70).await;
+        let remove = async |bench: &Bench| {
+            let snapshots = bench.node.snapshots();
+            let removed = snapshots.remove("me", snapshot(), Cascade::Refuse, BTreeSet::new());
+            match removed.await {
+                Err(SnapshotsError::Store(error)) => error,
+                other => panic!("{other:?}"),
+            }
+        };
+        let collect = async |bench: &Bench, keep: &[SnapshotId]| {
+            let keep = keep.iter().copied().collect();
+            let gone = bench.node.snapshots().gc(keep, GcMode::Remove).await;
+            let gone: Vec<_> = gone.unwrap().into_iter().map(|info| info.id).collect();
+            gone
+        };
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        ready(&bench, fork(vm(1), "hello")).await;
+        suspend_over_template(&bench, 1, 1).await;
+        let why = remove(&bench).await;
+        assert!(matches!(why, StoreError::Dependents { .. }), "{why}");
+        assert_eq!(collect(&bench, &[id(1)]).await, []);
+        ready(&bench, from(2, 1)).await;
+        for _daemon in 0..2 {
+            let why = remove(&bench).await;
+            assert!(matches!(why, StoreError::InUse(_)), "{why}");
+            tokio::time::sleep(Duration::from_secs(3600)).await;
+            assert_eq!(collect(&bench, &[]).await, []);
+            bench.restart().await;
+        }
+        suspend_over_template(&bench, 2, 2).await;
+        ready(&bench, from(3, 2)).await;
+        stop(&bench, 3).await;
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert_eq!(collect(&bench, &[]).await, [snapshot()]);
+        bench.nothing_is_left();
+    });
+}
+
+#[test]
+fn without_what_it_stood_on_a_vm_is_suspended_with_all_of_its_memory() {
+    on_virtual_time(async {
+        let damage: [fn(&Path); 2] = [
+            |template| fs::remove_dir_all(template).unwrap(),
+            |template| fs::write(template.join("memory.index"), "damaged").unwrap(),
+        ];
+        for (seed, damage) in (71..).zip(damage) {
+            let bench = Bench::new(seed).await;
+            ready(&bench, fork(vm(1), "hello")).await;
+            remember(&bench, 1, "canary").await;
+            suspend_over_template(&bench, 1, 1).await;
+            ready(&bench, from(2, 1)).await;
+            let template = bench.folder.path().join("snapshots/me");
+            damage(&template.join(snapshot().to_string()));
+            for number in 2..=3 {
+                let info = suspend(&bench, number, number).await;
+                assert_eq!((info.memory_pages, info.depth), (TEMPLATE_PAGES + 1, 0));
+                ready(&bench, from(number + 1, number)).await;
+                assert_eq!(remembered(&bench, number + 1).await, "canary");
+            }
+            stop(&bench, 4).await;
+            bench.nothing_is_left();
+        }
     });
 }
 
@@ -242,9 +325,9 @@ fn a_daemon_killed_at_every_effect_of_a_resume_lets_one_vm_go_on_and_never_two()
             for point in [KillPoint::Before, KillPoint::After] {
                 let what = format!("{} {point:?}", effect.name());
                 let mut bench = Bench::new(65).await;
-                ready(&bench, start(vm(1), "hello")).await;
+                ready(&bench, fork(vm(1), "hello")).await;
                 remember(&bench, 1, "canary").await;
-                suspend(&bench, 1, 1).await;
+                suspend_over_template(&bench, 1, 1).await;
                 *bench.crash.at.lock().unwrap() = Some((effect, point));
                 bench.node.start(from(2, 1)).unwrap();
                 bench.crash.happened.notified().await;
@@ -268,7 +351,7 @@ fn a_daemon_killed_at_every_effect_of_a_resume_lets_one_vm_go_on_and_never_two()
                 assert_eq!(bench.host.running().len(), 1, "{what}");
                 assert_eq!(remembered(&bench, number).await, "canary", "{what}");
                 assert_eq!(bench.host.app_starts(vm(number)), 0, "{what}");
-                stop(&bench, number).await;
+                suspend_over_template(&bench, number, 2).await;
                 bench.nothing_is_left();
             }
         }

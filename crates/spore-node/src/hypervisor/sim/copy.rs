@@ -1,7 +1,8 @@
 //! What a simulated guest is when it is captured, and what a fork of it begins with.
 //!
 //! Used by the driver's `capture` and `fork`. The guest's whole state travels as the device state;
-//! its memory is an image of the right size without a page in it, but one of each fork's own.
+//! its memory is an image of the right size without a page in it, but for what it began with and
+//! one of each fork's own.
 
 use std::fs::File;
 use std::io;
@@ -13,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::guest::{Guest, GuestCopy, Life};
 use super::lock;
-use crate::hypervisor::fork::{Capture, CaptureError, ForkError, ForkFrom};
+use crate::hypervisor::fork::{Capture, CaptureError, ForkError, ForkFrom, ForkMemory};
 use crate::hypervisor::memory_image::{
     CapturedMemory, CapturedPages, MemoryDraft, PAGE_BYTES, PageRun, SEALED,
 };
@@ -33,10 +34,18 @@ pub(super) fn write(guest: &Guest) -> Result<Capture, CaptureError> {
             let memory = MemoryDraft::new(u64::from(guest.memory_mib) * MIB)?.seal()?;
             CapturedMemory::Whole(Arc::new(memory))
         }
-        Some(base) => CapturedMemory::Changed {
+        Some(ForkMemory::Shared(base)) => CapturedMemory::Changed {
             base: Arc::clone(base),
             pages: own_page(guest),
         },
+        Some(ForkMemory::Own(own)) => {
+            let mut memory = MemoryDraft::new(own.bytes())?;
+            memory.copy(own.fd())?;
+            for (first, bytes) in own_page(guest).iter() {
+                memory.write(first, bytes)?;
+            }
+            CapturedMemory::Whole(Arc::new(memory.seal()?))
+        }
     };
     Ok(Capture {
         memory,

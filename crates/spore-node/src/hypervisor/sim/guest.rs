@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{SimHost, agent, lock, web};
 use crate::hypervisor::VmExit;
-use crate::hypervisor::memory_image::MemoryImage;
+use crate::hypervisor::fork::ForkMemory;
 
 /// One guest.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub(super) struct Guest {
     pub(super) paused: watch::Sender<bool>,
     pub(super) memory_mib: u32,
     /// What it was forked from.
-    pub(super) base: Option<Arc<MemoryImage>>,
+    pub(super) base: Option<ForkMemory>,
     session: Mutex<CancellationToken>,
     host: SimHost,
 }
@@ -122,12 +122,12 @@ impl Guest {
         host: &SimHost,
         vm: VmId,
         (pid, memory_mib): (u32, u32),
-        base: Option<Arc<MemoryImage>>,
+        memory: ForkMemory,
         copy: GuestCopy,
     ) -> Arc<Self> {
         let wake_ms = 20 + host.draw(vm, "translation") % 80;
         let mut guest = Self::new(host, vm, pid, memory_mib, copy.boot_id);
-        guest.base = base;
+        guest.base = Some(memory);
         guest.paused.send_replace(true);
         *lock(&guest.state) = GuestState {
             life: copy.life,

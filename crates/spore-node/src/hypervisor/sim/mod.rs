@@ -527,12 +527,9 @@ impl Hypervisor for SimHypervisor {
         from: &ForkFrom,
     ) -> Result<Identity, ForkError> {
         let copy = copy::read(from, machine.resources.memory_mib)?;
-        let base = match &from.memory {
-            ForkMemory::Shared(image) => Some(Arc::clone(image)),
-            ForkMemory::Own(_) => None,
-        };
+        let memory = from.memory.clone();
         let memory_mib = machine.resources.memory_mib;
-        let fork = |pid| Guest::fork(&self.host, vm, (pid, memory_mib), base, copy);
+        let fork = |pid| Guest::fork(&self.host, vm, (pid, memory_mib), memory, copy);
         Ok(self.begin(vm, prepared, fork).await?)
     }
 
