@@ -5,6 +5,7 @@
 //! beside an installed Spore. Nothing here looks inside a daemon: it drives the program and the
 //! public client, and reads `/proc` as an operator would.
 
+pub mod addresses;
 pub mod app;
 pub mod cores;
 pub mod leftovers;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use tokio::runtime::Handle;
 
+pub use addresses::HostAddresses;
 pub use app::AppFolder;
 pub use namespace::Namespace;
 pub use neighbour::Neighbour;

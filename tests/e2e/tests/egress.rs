@@ -10,47 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use spore_e2e::app::STAYS_AWAKE;
-use spore_e2e::{Platform, available, until};
+use spore_e2e::{HostAddresses, Platform, available, until};
 
 const PROBER: &str = include_str!("../apps/prober.py");
 
 /// Of a net for documentation (RFC 5737): nobody's, so the host may have them for a while.
 const GRANTED: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 77);
 const NEIGHBOUR: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 78);
-
-/// Addresses of lo that the host has while a story runs. What a killed story left is removed first.
-struct HostAddresses;
-
-impl HostAddresses {
-    fn add() -> Result<Self> {
-        let this = Self;
-        for address in [GRANTED, NEIGHBOUR] {
-            // Fails where nothing was left.
-            ip("del", address)?;
-            ensure!(ip("add", address)?, "cannot add {address} to lo");
-        }
-        Ok(this)
-    }
-}
-
-impl Drop for HostAddresses {
-    fn drop(&mut self) {
-        for address in [GRANTED, NEIGHBOUR] {
-            // What stays is removed by the next story.
-            drop(ip("del", address));
-        }
-    }
-}
-
-fn ip(verb: &str, address: Ipv4Addr) -> Result<bool> {
-    let net = format!("{address}/32");
-    let mut command = Command::new("ip");
-    let output = command
-        .args(["address", verb, &net, "dev", "lo"])
-        .output()
-        .context("run ip: install the package iproute2")?;
-    Ok(output.status.success())
-}
 
 /// A server of the host that greets everybody and counts them.
 struct Greeter {
@@ -91,7 +57,7 @@ struct Town {
 
 impl Town {
     fn open() -> Result<Self> {
-        let addresses = HostAddresses::add()?;
+        let addresses = HostAddresses::add(&[GRANTED, NEIGHBOUR])?;
         Ok(Self {
             granted: Greeter::listen(GRANTED)?,
             other_port: Greeter::listen(GRANTED)?,
