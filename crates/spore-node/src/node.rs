@@ -632,7 +632,7 @@ impl Node {
             memory_mib_used: capacity.memory_mib_used(),
             vms: u32::try_from(capacity.vms()).unwrap_or(u32::MAX),
             templates: self.templates.status(),
-            memories: memories.into(),
+            memories,
         }
     }
 

@@ -63,38 +63,6 @@ pub enum CacheError<E: std::error::Error + 'static> {
     Lost(#[source] task::JoinError),
 }
 
-/// What the cache did and holds, for status and metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CacheStatus {
-    /// Images that were there when they were asked for, or on their way.
-    pub hits: u64,
-    /// Images that had to be made.
-    pub misses: u64,
-    /// Images that were given up for want of room.
-    pub evictions: u64,
-    /// Images, and such that are being made.
-    pub images: usize,
-    /// The sum of their guests' memories.
-    pub bytes: u64,
-    /// Of it, what somebody holds.
-    pub held_bytes: u64,
-    /// The most that it should be.
-    pub budget_bytes: u64,
-}
-
-impl From<CacheStatus> for MemoryStatus {
-    fn from(cache: CacheStatus) -> Self {
-        Self {
-            hits: cache.hits,
-            misses: cache.misses,
-            evictions: cache.evictions,
-            bytes: cache.bytes,
-            held_bytes: cache.held_bytes,
-            budget_bytes: cache.budget_bytes,
-        }
-    }
-}
-
 /// The images of one node.
 #[derive(Clone, Debug)]
 pub struct MemoryCache {
@@ -109,7 +77,7 @@ struct State {
     strays: BTreeMap<SnapshotId, (u64, u32)>,
     /// Counts uses: what was used at a lower count was used earlier.
     uses: u64,
-    status: CacheStatus,
+    status: MemoryStatus,
 }
 
 /// Where an image is put once it is made.
@@ -209,9 +177,9 @@ impl MemoryCache {
     #[must_use]
     pub fn new(budget_bytes: u64) -> Self {
         let state = State {
-            status: CacheStatus {
+            status: MemoryStatus {
                 budget_bytes,
-                ..CacheStatus::default()
+                ..MemoryStatus::default()
             },
             ..State::default()
         };
@@ -380,10 +348,9 @@ impl MemoryCache {
 
     /// Counters and sizes.
     #[must_use]
-    pub fn status(&self) -> CacheStatus {
+    pub fn status(&self) -> MemoryStatus {
         let state = self.state();
-        CacheStatus {
-            images: state.entries.len(),
+        MemoryStatus {
             bytes: state.bytes(|_entry| true),
             held_bytes: state.bytes(Entry::is_held),
             ..state.status
@@ -465,7 +432,7 @@ mod tests {
         let fail = || Err(io::Error::other("damaged"));
         let refused = cache.get_or_build(id(1), BYTES, fail).await.unwrap_err();
         assert!(matches!(refused, CacheError::Build(_)), "{refused}");
-        assert_eq!((cache.status().images, cache.status().bytes), (0, 0));
+        assert_eq!(cache.status().bytes, 0);
         get(&cache, 1).await.unwrap();
     }
 
@@ -511,7 +478,7 @@ mod tests {
         assert_eq!(cache.status().held_bytes, 3 * BYTES);
         drop((held, others));
         get(&cache, 5).await.unwrap();
-        assert_eq!(cache.status().images, 3);
+        assert_eq!(cache.status().bytes, 3 * BYTES);
     }
 
     #[tokio::test]

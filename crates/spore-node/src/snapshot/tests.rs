@@ -14,7 +14,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Signal, getpid, kill_process};
 use spore_wire::cause::chain;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
-use spore_wire::snapshot::{PUBLIC_ACCOUNT, SnapshotMeta, SnapshotParent};
+use spore_wire::snapshot::{PUBLIC_ACCOUNT, SnapshotKind, SnapshotMeta, SnapshotParent};
 use zeroize::Zeroizing;
 
 use super::hash::Hash;
@@ -937,7 +937,9 @@ fn what_was_encrypted_is_not_believed_in_clear() {
 fn one_vm_goes_on_from_a_suspended_one() {
     let (folder, store) = store();
     make(&store, "me", 1, None);
-    make(&store, "me", 2, Some(1));
+    let mut suspended = described("me", 2, Some(("me", 1)));
+    suspended.kind = SnapshotKind::Suspend;
+    try_make(&store, order(suspended, None)).unwrap();
     let vms = [1, 2].map(|n| VmId::from_bytes([n; 16]));
     assert_eq!(store.claimed_by("me", id(2)).unwrap(), None);
     store.claim("me", id(2), vms[0]).unwrap();
@@ -1016,7 +1018,7 @@ async fn a_memory_comes_from_the_cache_and_damage_is_told_through_it() {
     cache.forget(id(1));
     let told = chain(&ask().await.unwrap_err());
     assert!(told.contains("memory chunk 0 is damaged"), "{told}");
-    assert_eq!(cache.status().images, 0);
+    assert_eq!(cache.status().bytes, 0);
 }
 
 /// What may come of work that others are in the way of.

@@ -187,13 +187,9 @@ impl SnapshotStore {
         keys: &Keys,
         quota_bytes: u64,
     ) -> Result<Header, StoreError> {
-        // Its claim would not come along.
-        if self.claimed_by(account, id)?.is_some() {
-            return Err(StoreError::InUse(id));
-        }
         let opened = self.open_for(account, id)?;
         let header = opened.header().clone();
-        // A claim that is made meanwhile would be lost.
+        // Its claim would not come along.
         if header.meta.kind == SnapshotKind::Suspend {
             return Err(StoreError::InUse(id));
         }

@@ -117,7 +117,7 @@ fn a_templates_vm_ends_with_it_and_forks_begin_from_it() {
         assert!(taken.info.meta.unwrap().app.is_none());
         let over = bench.node.stopped(vm(1)).await.unwrap();
         assert_eq!(over.phase, VmPhase::Stopped, "{over:?}");
-        assert_eq!(bench.node.snapshots().memories().status().images, 1);
+        assert_eq!(bench.node.snapshots().memories().status().bytes, 256 << 20);
         let (one, two) = (from(2, 1), from(3, 1));
         ready(&bench, one).await;
         ready(&bench, two).await;
@@ -352,15 +352,15 @@ fn a_memory_that_has_no_room_refuses_the_start_and_one_that_is_idle_makes_room()
         assert_eq!(memories.status().held_bytes, 256 << 20);
         stop(&bench, 1).await;
         assert_eq!(
-            (memories.status().held_bytes, memories.status().images),
-            (0, 1)
+            (memories.status().held_bytes, memories.status().bytes),
+            (0, 256 << 20)
         );
         // All that the host has to give: what nobody begins from is given up for it.
         let mut large = start(vm(2), "large");
         large.folder = None;
         large.resources.memory_mib = 3584 - 32;
         ready(&bench, large).await;
-        assert_eq!(memories.status().images, 0);
+        assert_eq!(memories.status().bytes, 0);
         let refused = bench
             .node
             .start(crate::bench::fork(vm(3), "hello"))
