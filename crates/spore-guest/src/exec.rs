@@ -387,6 +387,7 @@ impl Plan<'_> {
         let launch = Launch {
             argv: self.argv,
             environment: &self.environment,
+            secrets: &[],
             directory: self.directory,
             uid: identity.uid,
             gid: identity.gid,

@@ -219,15 +219,24 @@ pub fn base_environment(identity: &Identity) -> Environment {
 /// Adds a variable.
 ///
 /// # Errors
-/// `Invalid` for a name or value that cannot be one; the value is not quoted.
+/// As of [`check_variable`].
 pub fn set(environment: &mut Environment, name: &str, value: &[u8]) -> Result<(), AgentError> {
+    check_variable(name, value)?;
+    environment.insert(name.into(), OsStr::from_bytes(value).to_owned());
+    Ok(())
+}
+
+/// Whether a program can be given this variable.
+///
+/// # Errors
+/// `Invalid` for a name or value that cannot be one; the value is not quoted.
+pub fn check_variable(name: &str, value: &[u8]) -> Result<(), AgentError> {
     if name.is_empty() || name.contains(['=', '\0']) || value.contains(&0) {
         return Err(AgentError {
             code: AgentErrorCode::Invalid,
             message: format!("variable `{name}`: a name has no `=`, and neither has a zero byte"),
         });
     }
-    environment.insert(name.into(), OsStr::from_bytes(value).to_owned());
     Ok(())
 }
 

@@ -9,10 +9,11 @@
 //! wrong through a pipe that a successful exec closes.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -27,6 +28,7 @@ use rustix::thread::{
 };
 use serde::{Deserialize, Serialize};
 use spore_wire::guest::AgentErrorCode;
+use spore_wire::secret::SecretBytes;
 use thiserror::Error;
 
 use crate::{clock, sys};
@@ -77,8 +79,10 @@ pub struct Launcher {
 pub struct Launch<'a> {
     /// Program and arguments.
     pub argv: &'a [String],
-    /// The whole environment.
+    /// The whole environment but for the secrets in it.
     pub environment: &'a BTreeMap<OsString, OsString>,
+    /// The secrets in it, which win.
+    pub secrets: &'a [(String, SecretBytes)],
     /// The working directory, as the tenant sees it.
     pub directory: &'a str,
     /// The user, its group and its further groups.
@@ -173,6 +177,9 @@ pub fn launch(launcher: &Launcher, what: Launch<'_>) -> Result<Pid, LaunchError>
     let mut command = Command::new(&launcher.program);
     command.arg(VERB).arg(steps).args(what.argv);
     command.env_clear().envs(what.environment);
+    for (name, value) in what.secrets {
+        command.env(name, OsStr::from_bytes(value.expose()));
+    }
     match what.stdio {
         Stdios::Pipes {
             stdin,

@@ -39,6 +39,7 @@ pub mod probe;
 pub mod procfs;
 pub mod reap;
 pub mod runner;
+pub mod secrets;
 pub mod session;
 pub mod socket_table;
 pub mod sockets;

@@ -7,31 +7,27 @@ use std::io;
 use std::net::SocketAddrV4;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{AtFlags, Dir, Gid, Mode, OFlags, Uid, fchmod, fchown, openat, unlinkat};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use spore_wire::guest::{
-    AgentError, AgentErrorCode, AppStatus, Event, Exit, OutputKind, Readiness, StartApp,
+    AgentError, AgentErrorCode, AppSecrets, AppStatus, Event, Exit, OutputKind, Readiness, StartApp,
 };
 
 use crate::app::{AppEffect, AppEvent, AppLife, AppState};
 use crate::cgroup::Group;
 use crate::exec::nonblocking;
-use crate::guest::{Environment, Guest, base_environment, path_error, refused, set};
+use crate::guest::{Environment, Guest, base_environment, check_variable, refused, set};
 use crate::interest::Interest;
 use crate::launch::{Launch, Stdios};
 use crate::log::{LineCutter, LogRing};
 use crate::probe::{HttpProbe, Verdict};
 use crate::socket_table::{Listeners, Reach};
 use crate::user::Identity;
-use crate::{clock, forward};
+use crate::{clock, forward, secrets};
 
 /// The name of the app's group.
 const GROUP: &str = "app";
-
-/// Where secret files are.
-const SECRETS: &str = "/run/secrets";
 
 /// How often an ending app is looked at until nothing of it is left.
 const ENDING_STEP_MS: u64 = 5;
@@ -46,6 +42,8 @@ const READS_PER_TURN: usize = 4;
 pub struct Runner {
     life: AppLife,
     plan: Option<Plan>,
+    /// What it knows, each time that it is started.
+    secrets: AppSecrets,
     group: Option<Group>,
     /// What the group had counted when the app was started last.
     oom_kills: u64,
@@ -68,7 +66,6 @@ struct Plan {
     start: StartApp,
     identity: Identity,
     public: Environment,
-    environment: Environment,
 }
 
 #[derive(Debug)]
@@ -100,6 +97,7 @@ impl Default for Runner {
         Self {
             life: AppLife::default(),
             plan: None,
+            secrets: AppSecrets::default(),
             group: None,
             oom_kills: 0,
             starved: false,
@@ -164,6 +162,24 @@ impl Runner {
         std::mem::take(&mut self.stopped)
     }
 
+    /// Puts secrets in place before there is an app: the files, for nobody yet, and the environment
+    /// for when it is started.
+    ///
+    /// # Errors
+    /// `Refused` for an app that runs with others, or by the kernel; `Invalid`, with the name.
+    pub fn give_secrets(&mut self, guest: &Guest, given: AppSecrets) -> Result<(), AgentError> {
+        if self.life.may_start() {
+            secrets::put(guest, &given.files, None)?;
+            self.secrets = given;
+        } else if self.secrets != given {
+            return Err(AgentError {
+                code: AgentErrorCode::Refused,
+                message: "the app runs with other secrets than these: start it anew".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
     /// Starts an app.
     ///
     /// # Errors
@@ -171,7 +187,7 @@ impl Runner {
     pub fn start(
         &mut self,
         guest: &mut Guest,
-        start: StartApp,
+        mut start: StartApp,
         now_ms: u64,
     ) -> Result<(), AgentError> {
         if !self.life.may_start() {
@@ -180,8 +196,18 @@ impl Runner {
                 message: "an app runs already: stop it first".to_owned(),
             });
         }
+        let (environment, files) = (start.secret_environment.take(), start.secret_files.take());
+        if environment.is_some() || files.is_some() {
+            self.secrets = AppSecrets {
+                environment: environment.unwrap_or_default(),
+                files: files.unwrap_or_default(),
+            };
+        }
+        for (name, value) in &self.secrets.environment {
+            check_variable(name, value.expose())?;
+        }
         let plan = Plan::new(guest, start)?;
-        plan.put_secret_files(guest)?;
+        secrets::put(guest, &self.secrets.files, Some(&plan.identity))?;
         let before = self.plan.replace(plan);
         match self.spawn(guest, now_ms) {
             Ok(()) => Ok(()),
@@ -343,7 +369,8 @@ impl Runner {
             .map_err(|error| refused("make the app's group", &io::Error::other(error)))?;
         let launch = Launch {
             argv: &plan.start.command,
-            environment: &plan.environment,
+            environment: &plan.public,
+            secrets: &self.secrets.environment,
             directory: &plan.start.directory,
             uid: plan.identity.uid,
             gid: plan.identity.gid,
@@ -538,65 +565,11 @@ impl Plan {
         for (name, value) in &start.environment {
             set(&mut public, name, value.as_bytes())?;
         }
-        let mut environment = public.clone();
-        for (name, value) in &start.secret_environment {
-            set(&mut environment, name, value.expose())?;
-        }
         Ok(Self {
             start,
             identity,
             public,
-            environment,
         })
-    }
-
-    /// Replaces what is in `/run/secrets` by the files of this start.
-    fn put_secret_files(&self, guest: &Guest) -> Result<(), AgentError> {
-        let failed = |errno| path_error(SECRETS, errno);
-        let folder = guest.open(SECRETS, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let uid = Some(Uid::from_raw(self.identity.uid));
-        let gid = Some(Gid::from_raw(self.identity.gid));
-        let privileged = rustix::process::geteuid().is_root();
-        if privileged {
-            fchown(&folder, uid, gid).map_err(failed)?;
-        }
-        for entry in Dir::read_from(&folder).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let name = entry.file_name();
-            if name != c"." && name != c".." {
-                match unlinkat(&folder, name, AtFlags::empty()) {
-                    Ok(()) | Err(Errno::ISDIR | Errno::NOENT) => {}
-                    Err(errno) => return Err(failed(errno)),
-                }
-            }
-        }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        for (name, value) in &self.start.secret_files {
-            let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-            if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
-                return Err(AgentError {
-                    code: AgentErrorCode::Invalid,
-                    message: format!("secret file `{name}`: use letters, digits, `.`, `_`, `-`"),
-                });
-            }
-            let file = openat(
-                &folder,
-                name,
-                flags | OFlags::CLOEXEC,
-                Mode::from_raw_mode(0o400),
-            )
-            .map_err(failed)?;
-            let mut rest = value.expose();
-            while !rest.is_empty() {
-                let bytes = rustix::io::write(&file, rest).map_err(failed)?;
-                rest = &rest[bytes..];
-            }
-            fchmod(&file, Mode::from_raw_mode(0o400)).map_err(failed)?;
-            if privileged {
-                fchown(&file, uid, gid).map_err(failed)?;
-            }
-        }
-        Ok(())
     }
 }
 

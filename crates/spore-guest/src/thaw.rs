@@ -255,6 +255,7 @@ mod tests {
             incarnation: "abc".to_owned(),
             steps: Vec::new(),
             hold: false,
+            secrets: None,
         }
     }
 

@@ -224,6 +224,53 @@ mod tests {
             "steps": ["boot_id", "entropy", "of_tomorrow"]})
     }
 
+    /// Gives secrets to an app, whose key is `key` in base64.
+    fn thaw_giving(name: &str, key: &str) -> Value {
+        let mut thaw = thaw(name, true);
+        thaw["steps"] = json!(["secrets"]);
+        thaw["secrets"] = json!({"environment": [["KEY", key]], "files": [["CERT", "YQ=="]]});
+        thaw
+    }
+
+    #[test]
+    fn what_a_thaw_gave_is_there_before_the_app_and_is_given_again_with_each_of_its_starts() {
+        let (folder, group) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (mut host, thread) = agent_with(folder.path(), groups(group.path()), None);
+        host.hello(1);
+        let done = host.call(&thaw_giving("source", "YQ==")).1["reply"]["done"].clone();
+        assert_eq!(done[0][0], "secrets");
+        let file = folder.path().join("run/secrets/CERT");
+        assert_eq!(std::fs::read(&file).unwrap(), b"a");
+        // The host asks again until it has an answer, while the tenant is held.
+        let again = host.call(&thaw_giving("source", "Yg==")).1;
+        assert_eq!(again["reply"]["of"], "thawed");
+        let wrong = json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC", "hostname": "a",
+            "machine_id": "0", "resolver": null, "incarnation": "source", "hold": true,
+            "steps": ["secrets"],
+            "secrets": {"environment": [], "files": [["../CERT", "Y2FuYXJ5"]]}});
+        let refused = host.call(&wrong).1;
+        assert_eq!(refused["code"], "invalid", "{refused}");
+        assert!(!refused.to_string().contains("canary"), "{refused}");
+        assert_eq!(
+            host.call(&thaw_giving("source", "Yg==")).1["reply"]["of"],
+            "thawed"
+        );
+        assert_eq!(host.call(&unfreeze("source")).1["reply"]["of"], "done");
+
+        let out = folder.path().join("out");
+        let script = format!("echo $KEY >> {}", out.display());
+        let start = json!({"op": "start_app", "command": ["/bin/sh", "-c", script],
+            "directory": "/", "environment": [["KEY", "no secret"]], "user": "0", "port": 1,
+            "ready": {"by": "port"}, "ready_timeout_ms": 60000});
+        assert_eq!(host.call(&start).1["reply"]["of"], "done");
+        let said = || std::fs::read_to_string(&out).unwrap_or_default();
+        while said().lines().count() < 2 {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        assert!(said().lines().all(|line| line == "b"), "{}", said());
+        host.shut_down(thread);
+    }
+
     fn unfreeze(name: &str) -> Value {
         json!({"op": "unfreeze", "incarnation": name})
     }

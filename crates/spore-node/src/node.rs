@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use spore_wire::guest::{AgentStatus, Exec, WriteFile};
+use spore_wire::guest::{AgentStatus, AppSecrets, Exec, WriteFile};
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     NodeStatus, Source, StartVm, StopMode, TemplateMiss, VmFailure, VmFailureKind, VmPhase,
@@ -30,7 +30,7 @@ use crate::snapshot::memory::{NoImageRoom, Pin};
 use crate::snapshots::{Snapshots, SnapshotsError};
 use crate::take::asleep;
 use crate::template::{Resolved, Templates};
-use crate::vm::actor::{self, Access, ActorHandle, Adopted, Given, Host, Secrets, VmRequest};
+use crate::vm::actor::{self, Access, ActorHandle, Adopted, Given, Host, VmRequest};
 use crate::vm::board::{Board, Watch};
 use crate::vm::guest::{ExecStream, FileReader, FileWriter, GuestError, chain};
 use crate::vm::state::{Begin, VmEvent};
@@ -437,7 +437,7 @@ impl Node {
             }
         }
         let secrets = start.process.as_ref();
-        let secrets = secrets.map_or_else(Secrets::default, |process| Secrets {
+        let secrets = secrets.map_or_else(AppSecrets::default, |process| AppSecrets {
             environment: process.secret_environment.clone(),
             files: process.secret_files.clone(),
         });

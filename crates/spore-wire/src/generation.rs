@@ -6,7 +6,7 @@
 //! | generation | added |
 //! |---|---|
 //! | 1 | the first: frames, thaw, app, exec, files, logs, gateway feed, egress blob |
-//! | 2 | forks: freeze, unfreeze, thaw with a name, steps and hold |
+//! | 2 | forks: freeze, unfreeze, thaw with a name, steps and hold; later secrets as a step |
 
 /// What this build speaks.
 pub const GENERATION: u32 = 2;

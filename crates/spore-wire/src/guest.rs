@@ -252,6 +252,19 @@ pub struct Thaw {
     /// Whether the tenant's processes stay frozen until `Unfreeze`.
     #[serde(default, skip_serializing_if = "core::ops::Not::not")]
     pub hold: bool,
+    /// What the app may know; `None` where there is nothing to give. A fork keeps what its source
+    /// was given, and one whose app runs with something else is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<AppSecrets>,
+}
+
+/// What an app knows that nobody else may.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppSecrets {
+    /// Names and values, added to the app's environment whenever it is started.
+    pub environment: Vec<(String, SecretBytes)>,
+    /// Names and values, written to `/run/secrets/NAME` (tmpfs).
+    pub files: Vec<(String, SecretBytes)>,
 }
 
 /// A part of a thaw. The host ends a VM whose answer lacks one that it knows.
@@ -276,6 +289,9 @@ pub enum ThawStep {
     Sockets,
     /// What was printed before, which is a source's to tell. A fork's records are numbered anew.
     Logs,
+    /// What [`Thaw::secrets`] gives is in place. Last, since a guest that is not renewed must not
+    /// come to know any.
+    Secrets,
     /// One of a later generation, which this side does not know and has not done.
     #[serde(other)]
     Unknown,
@@ -283,7 +299,7 @@ pub enum ThawStep {
 
 impl ThawStep {
     /// Every step that this build knows, in the order in which they are done.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Folder,
         Self::Entropy,
         Self::Clock,
@@ -292,6 +308,7 @@ impl ThawStep {
         Self::Neighbour,
         Self::Sockets,
         Self::Logs,
+        Self::Secrets,
     ];
 }
 
@@ -304,10 +321,13 @@ pub struct StartApp {
     pub directory: String,
     /// Names and values that are no secrets.
     pub environment: Vec<(String, String)>,
-    /// Names and values that are secrets, added to the environment.
-    pub secret_environment: Vec<(String, SecretBytes)>,
-    /// Names and values that are secrets, written to `/run/secrets/NAME` (tmpfs).
-    pub secret_files: Vec<(String, SecretBytes)>,
+    /// As in [`AppSecrets::environment`]; `None` where the thaw gave the secrets. An agent that
+    /// takes none from a thaw refuses a start without this field, instead of an app without them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_environment: Option<Vec<(String, SecretBytes)>>,
+    /// As in [`AppSecrets::files`], in the same way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_files: Option<Vec<(String, SecretBytes)>>,
     /// `name`, `uid` or `uid:gid`, as in the image; `None` is [`DEFAULT_UID`].
     pub user: Option<String>,
     /// The port on which it will listen.

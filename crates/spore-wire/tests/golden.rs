@@ -106,6 +106,22 @@ mod tests {
             "neighbour", "sockets", "logs"], "hold": true})),
             ),
             (
+                "request thaw with secrets",
+                request(json!({"op": "thaw", "realtime_ns": 1, "entropy": "AAEC",
+            "hostname": "notes", "machine_id": "0123456789abcdef0123456789abcdef",
+            "resolver": null, "incarnation": "abcdefghijklmnopqrstuvwxya",
+            "steps": ["clock", "secrets"], "hold": true,
+            "secrets": {"environment": [["KEY", "AAEC"]], "files": [["CERT", "AAEC"]]}})),
+            ),
+            (
+                "request start_app with the secrets of the thaw",
+                request(
+                    json!({"op": "start_app", "command": ["a"], "directory": "/",
+            "environment": [], "user": null, "port": 80, "ready": {"by": "port"},
+            "ready_timeout_ms": 1}),
+                ),
+            ),
+            (
                 "request rehearse",
                 request(json!({"op": "rehearse", "argv": ["python3", "-c", "0"],
             "timeout_ms": 30000})),

@@ -121,7 +121,7 @@ impl Life {
 
 impl<M: Machine> Agent<M> {
     /// Renews what is wanted, in the order of the steps, and only then lets the tenant run.
-    pub(super) fn thaw(&mut self, thaw: Thaw) -> Result<Reply, AgentError> {
+    pub(super) fn thaw(&mut self, mut thaw: Thaw) -> Result<Reply, AgentError> {
         self.machine.check(&thaw)?;
         let still = |error| refused("hold the tenant's processes", &error);
         if thaw.hold {
@@ -133,6 +133,11 @@ impl<M: Machine> Agent<M> {
             let begun_us = clock::monotonic_us();
             match step {
                 ThawStep::Logs => self.app.forget_log(),
+                ThawStep::Secrets => {
+                    if let Some(secrets) = thaw.secrets.take() {
+                        self.app.give_secrets(&self.guest, secrets)?;
+                    }
+                }
                 step => self.machine.renew(&self.guest, step, &thaw)?,
             }
             done.push((step, clock::monotonic_us().saturating_sub(begun_us)));

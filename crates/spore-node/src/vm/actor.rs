@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use spore_wire::gateway::Phase;
-use spore_wire::guest::{AgentHello, AppStatus, Event};
+use spore_wire::guest::{AgentHello, AppSecrets, AppStatus, Event};
 use spore_wire::id::VmId;
 use spore_wire::node::{Source, StartVm, VmFailure, VmFailureKind, VmStatus};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -33,7 +33,7 @@ pub(crate) use super::capture::Taking;
 use super::collect::{Collector, History, LastLines};
 use super::effect::{self, AppView, Gain, Outcome};
 use super::guest::{AgentLink, LinkEvent, Patience, SessionTimes, chain, clean};
-pub(crate) use super::handle::{Access, ActorHandle, Adopted, Given, Secrets, VmRequest};
+pub(crate) use super::handle::{Access, ActorHandle, Adopted, Given, VmRequest};
 use super::mask::Masking;
 use super::state::{BootStep, Ending, Failure, ThawStep, VmEffect, VmEvent, VmState};
 use super::supervise;
@@ -88,7 +88,7 @@ pub(crate) struct Actor {
     pub(super) link: Option<AgentLink>,
     pub(super) hello: watch::Sender<Option<AgentHello>>,
     pub(super) app: watch::Sender<AppView>,
-    pub(super) secrets: watch::Sender<Option<Arc<Secrets>>>,
+    pub(super) secrets: watch::Sender<Option<Arc<AppSecrets>>>,
     pub(super) masking: Masking,
     pub(super) releases: u32,
     /// Until it is forked.

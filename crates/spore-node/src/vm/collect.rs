@@ -7,11 +7,10 @@ use core::time::Duration;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use spore_wire::guest::{LOG_LINE_BYTES_MAX, LogBatch, OutputKind};
+use spore_wire::guest::{AppSecrets, LOG_LINE_BYTES_MAX, LogBatch, OutputKind};
 use spore_wire::id::VmId;
 use spore_wire::node::Owner;
 
-use super::actor::Secrets;
 use super::guest::AgentLink;
 use super::mask::{Cut, LineEnd, MaskError, Masker, Masking};
 use crate::log::{AppLog, LogLine};
@@ -45,7 +44,7 @@ pub(crate) struct Collector {
     pub(crate) link: AgentLink,
     pub(crate) log: Arc<AppLog>,
     pub(crate) masking: Masking,
-    pub(crate) secrets: Arc<Secrets>,
+    pub(crate) secrets: Arc<AppSecrets>,
     pub(crate) last_lines: LastLines,
     /// Whether an earlier daemon may have kept lines of this VM.
     pub(crate) history: History,

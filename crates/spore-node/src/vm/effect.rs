@@ -6,23 +6,20 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use data_encoding::HEXLOWER;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
-use spore_wire::generation::{GENERATION, GENERATION_FORKS};
-use spore_wire::guest::{AgentHello, AppStatus, HOST_ADDRESS, StartApp, Thaw, ThawStep};
+use spore_wire::guest::{AgentHello, AppSecrets, AppStatus, StartApp};
 use spore_wire::id::VmId;
 use spore_wire::node::{FAREWELL_MAX, Process, STOP_GRACE_DEFAULT, Source, VmFailureKind};
-use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::SnapshotInfo;
-use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
-use super::actor::{Actor, Host, Secrets};
+use super::actor::{Actor, Host};
 use super::capture;
 use super::guest::{AgentLink, GuestError, chain};
 use super::mask::Masking;
 use super::state::{AgentSeen, AppSeen, Failure, VmEffect, VmEvent, Work};
+use super::thaw;
 use crate::config::VmLimits;
 use crate::hypervisor::fork::{Capture, ForkError};
 use crate::hypervisor::{AttachError, BootError, Identity, Prepared, Vm, VmExit};
@@ -30,17 +27,6 @@ use crate::journal::{Record, SecretsKept};
 use crate::snapshot::key::Keys;
 use crate::snapshots::{Inherited, Wanted};
 use crate::take::TakeError;
-
-/// How far a guest's clock may be off when its tenant begins, the way of the answer included: the
-/// agent may have been kept waiting between the reading of the time and its setting.
-const CLOCK_LAG_MAX: Duration = Duration::from_millis(40);
-
-/// How often it is set; a host where the last is late too is overloaded, and says so in its log.
-const CLOCK_TRIES: u32 = 5;
-
-/// From here on it is a wrong clock, and no late answer: certificates and tokens of the tenant go
-/// by the second.
-const CLOCK_LAG_WRONG: Duration = Duration::from_secs(1);
 
 /// What an effect gave besides its event.
 pub(super) enum Gain {
@@ -109,10 +95,7 @@ pub(super) fn begin(actor: &Actor, effect: VmEffect) -> BoxFuture<'static, Outco
                 unreachable!("{effect:?} without a VM that was attached");
             };
             match effect {
-                VmEffect::Thaw => {
-                    let hello = actor.hello.borrow().as_ref().map(|hello| hello.generation);
-                    thaw(host, record, link, hello.unwrap_or(GENERATION)).boxed()
-                }
+                VmEffect::Thaw => thaw::begin(actor, link).boxed(),
                 VmEffect::OpenNetwork => {
                     let hello = actor.hello.borrow();
                     let app = hello.as_ref().map(|hello| &hello.app);
@@ -331,122 +314,6 @@ pub(super) const fn seen(app: &AppStatus) -> AppSeen {
     }
 }
 
-async fn thaw(host: Arc<Host>, record: Record, link: AgentLink, generation: u32) -> Outcome {
-    let limit = host.config.limits.answer;
-    let mut last = String::new();
-    for _attempt in 0..3 {
-        match renew(&host, &record, &link, generation).await {
-            Ok(()) => return VmEvent::Thawed.into(),
-            Err(ThawError::Guest(error @ GuestError::Unreachable(_))) => {
-                // The last answer may have been lost, not the work.
-                let done = link.status(limit).await.is_ok_and(|status| {
-                    let name = status.incarnation.as_deref();
-                    status.thawed && !status.frozen && is_named(name, record.start.vm)
-                });
-                if done {
-                    return VmEvent::Thawed.into();
-                }
-                last = guest(&error);
-            }
-            Err(ThawError::Guest(error)) => return failed(VmFailureKind::Thaw, guest(&error)),
-            Err(error) => return failed(VmFailureKind::Thaw, chain(&error)),
-        }
-    }
-    failed(VmFailureKind::Thaw, last)
-}
-
-/// Why a guest is not what it must be before its tenant runs.
-#[derive(Debug, Error)]
-enum ThawError {
-    #[error("no random bytes for the guest")]
-    Random(#[source] getrandom::Error),
-    #[error(transparent)]
-    Guest(#[from] GuestError),
-    #[error("the guest's agent did not renew {0:?}: rebuild the VM with this version's agent")]
-    Withheld(ThawStep),
-    #[error(
-        "the guest's clock was {lag_ms} ms off each time it was set: the host is overloaded, or \
-         the guest does not set it"
-    )]
-    Clock { lag_ms: u64 },
-}
-
-/// One try. What an earlier one renewed is renewed again: the tenant's processes stand still until
-/// every step was answered for.
-async fn renew(
-    host: &Host,
-    record: &Record,
-    link: &AgentLink,
-    generation: u32,
-) -> Result<(), ThawError> {
-    let limit = host.config.limits.answer;
-    // The time is read once the way is open, as late as possible.
-    drop(link.session(limit).await?);
-    let mut thaw = fresh(host, record, generation)?;
-    // What must be done is not what was asked for: nothing that asks for less gets by with it.
-    let mut required = ThawStep::ALL.as_slice();
-    for tries_left in (0..CLOCK_TRIES).rev() {
-        let Some(thawed) = link.thaw(thaw, limit).await? else {
-            if generation < GENERATION_FORKS && record.start.source.is_boot() {
-                return Ok(());
-            }
-            return Err(GuestError::Protocol("no steps in the answer to a thaw").into());
-        };
-        let is_done = |step: &ThawStep| thawed.done.iter().any(|(done, _us)| done == step);
-        if let Some(withheld) = required.iter().find(|step| !is_done(step)) {
-            return Err(ThawError::Withheld(*withheld));
-        }
-        required = &[ThawStep::Clock];
-        let lag = realtime_ns(host).abs_diff(thawed.realtime_ns);
-        if u128::from(lag) <= CLOCK_LAG_MAX.as_nanos() {
-            break;
-        }
-        if tries_left == 0 {
-            let lag_ms = lag / 1_000_000;
-            if u128::from(lag) >= CLOCK_LAG_WRONG.as_nanos() {
-                return Err(ThawError::Clock { lag_ms });
-            }
-            tracing::warn!(vm = %record.start.vm, lag_ms, "a guest's clock is off");
-            break;
-        }
-        thaw = fresh(host, record, generation)?;
-        thaw.steps = vec![ThawStep::Clock];
-    }
-    let late = link.unfreeze(record.start.vm.to_string(), limit).await?;
-    if late > 0 {
-        tracing::warn!(vm = %record.start.vm, late, "processes of a fork may not know it");
-    }
-    Ok(())
-}
-
-fn realtime_ns(host: &Host) -> u64 {
-    u64::try_from(host.config.clock.realtime().as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// What a VM must not share with another, new each time. An agent of generation 1 is asked for all
-/// it knows and holds nothing.
-fn fresh(host: &Host, record: &Record, generation: u32) -> Result<Thaw, ThawError> {
-    let mut entropy = vec![0_u8; 64];
-    getrandom::fill(&mut entropy).map_err(ThawError::Random)?;
-    let mut machine_id = [0_u8; 16];
-    getrandom::fill(&mut machine_id).map_err(ThawError::Random)?;
-    let steps = match generation < GENERATION_FORKS {
-        true => Vec::new(),
-        false => host.config.thaw_steps.clone(),
-    };
-    Ok(Thaw {
-        realtime_ns: realtime_ns(host),
-        entropy: SecretBytes::new(entropy),
-        hostname: record.start.owner.app.clone(),
-        machine_id: HEXLOWER.encode(&machine_id),
-        resolver: (!record.start.egress.is_empty()).then_some(HOST_ADDRESS),
-        folder: record.start.folder.map(|image| image.to_string()),
-        incarnation: record.start.vm.to_string(),
-        hold: !steps.is_empty(),
-        steps,
-    })
-}
-
 async fn open_network(vm: Arc<dyn Vm>, work: Work, limits: VmLimits) -> Outcome {
     match tokio::time::timeout(limits.answer, vm.open_network()).await {
         Ok(Ok(())) => VmEvent::NetworkOpen(work).into(),
@@ -464,37 +331,50 @@ fn process_of(record: &Record) -> &Process {
     process.unwrap_or_else(|| unreachable!("a VM without an app waits for one"))
 }
 
-async fn start_app(
-    record: Record,
-    link: AgentLink,
-    mut secrets: watch::Receiver<Option<Arc<Secrets>>>,
-    masking: Masking,
-    limits: VmLimits,
-) -> Outcome {
+/// The app's secrets, once they are known and can be masked: whoever knows them may print them.
+pub(super) async fn secrets_of(
+    record: &Record,
+    mut told: watch::Receiver<Option<Arc<AppSecrets>>>,
+    masking: &Masking,
+    limits: &VmLimits,
+) -> Result<Arc<AppSecrets>, Outcome> {
     let secrets = if record.secrets == SecretsKept::None {
         Arc::default()
     } else {
-        let told = secrets.wait_for(Option::is_some);
+        let told = told.wait_for(Option::is_some);
         match tokio::time::timeout(limits.secrets, told).await {
             Ok(Ok(told)) => told.clone().unwrap_or_default(),
             _ => {
-                return failed(
+                return Err(failed(
                     VmFailureKind::Thaw,
                     "the node was restarted before the app started, and was not told the app's \
                      secrets again: start another VM"
                         .to_owned(),
-                );
+                ));
             }
         }
     };
-    let process = process_of(&record);
-    // An app that knows its secrets may print them.
-    if let Err(error) = masking.made(Arc::clone(&secrets)).await {
-        return failed(VmFailureKind::Thaw, chain(&error));
+    match masking.made(Arc::clone(&secrets)).await {
+        Ok(_masker) => Ok(secrets),
+        Err(error) => Err(failed(VmFailureKind::Thaw, chain(&error))),
     }
+}
+
+async fn start_app(
+    record: Record,
+    link: AgentLink,
+    told: watch::Receiver<Option<Arc<AppSecrets>>>,
+    masking: Masking,
+    limits: VmLimits,
+) -> Outcome {
+    // The thaw gave them; but one by a daemon before this one, which could mask what the app says.
+    if let Err(outcome) = secrets_of(&record, told, &masking, &limits).await {
+        return outcome;
+    }
+    let process = process_of(&record);
     let mut last = None;
     for _attempt in 0..3 {
-        let start = start_of(&record, process, &secrets);
+        let start = start_of(&record, process);
         match link.start_app(start, limits.answer).await {
             Ok(()) => return VmEvent::AppStarted.into(),
             Err(error @ GuestError::Unreachable(_)) => {
@@ -521,7 +401,7 @@ async fn start_app(
 /// The app's process as the agent is told: the one place that says what Spore promises an app to
 /// find, which wins over what a release sets; the time zone is only a default. `HOME` and `PATH`
 /// are the agent's, which knows the image and the user.
-fn start_of(record: &Record, process: &Process, secrets: &Secrets) -> StartApp {
+fn start_of(record: &Record, process: &Process) -> StartApp {
     let owner = &record.start.owner;
     let set = [
         ("PORT", process.port.to_string()),
@@ -541,6 +421,7 @@ fn start_of(record: &Record, process: &Process, secrets: &Secrets) -> StartApp {
     if process.has_hooks {
         give_hooks(&mut environment);
     }
+    let none = (record.secrets == SecretsKept::None).then(Vec::new);
     StartApp {
         command: process.command.clone(),
         directory: match record.start.folder {
@@ -548,8 +429,8 @@ fn start_of(record: &Record, process: &Process, secrets: &Secrets) -> StartApp {
             None => "/".to_owned(),
         },
         environment,
-        secret_environment: secrets.environment.clone(),
-        secret_files: secrets.files.clone(),
+        secret_environment: none.clone(),
+        secret_files: none,
         user: process.user.clone(),
         port: process.port,
         ready: process.ready.clone(),
@@ -674,7 +555,7 @@ pub(super) fn exit_failure(exit: VmExit) -> Failure {
     }
 }
 
-fn guest(error: &GuestError) -> String {
+pub(super) fn guest(error: &GuestError) -> String {
     format!("the guest could not be made ready: {}", chain(error))
 }
 

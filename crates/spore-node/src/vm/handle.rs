@@ -4,9 +4,8 @@
 
 use std::sync::Arc;
 
-use spore_wire::guest::AgentHello;
+use spore_wire::guest::{AgentHello, AppSecrets};
 use spore_wire::node::StopMode;
-use spore_wire::secret::SecretBytes;
 use tokio::sync::{mpsc, watch};
 
 use super::capture::Taking;
@@ -16,18 +15,11 @@ use crate::journal::Record;
 use crate::snapshot::key::Keys;
 use crate::snapshot::memory::Pin;
 
-/// An app's secrets.
-#[derive(Debug, Default)]
-pub(crate) struct Secrets {
-    pub(crate) environment: Vec<(String, SecretBytes)>,
-    pub(crate) files: Vec<(String, SecretBytes)>,
-}
-
 /// What a VM begins with that its journal does not hold.
 #[derive(Debug, Default)]
 pub(crate) struct Given {
     /// `None` where they are not known yet.
-    pub(crate) secrets: Option<Secrets>,
+    pub(crate) secrets: Option<AppSecrets>,
     /// Of what it is forked from.
     pub(crate) keys: Keys,
     /// The memory that it shares with others.
@@ -40,7 +32,7 @@ pub(crate) enum VmRequest {
     /// Stop it.
     Stop(StopMode),
     /// The app's secrets, again: an adopted VM's actor does not know them.
-    Secrets(Arc<Secrets>),
+    Secrets(Arc<AppSecrets>),
     /// Capture it.
     Capture(Box<Taking>),
 }

@@ -19,13 +19,12 @@ use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, AhoCorasickKind, BuildError, Input, MatchKind};
 use data_encoding::{BASE64, BASE64_NOPAD, BASE64URL_NOPAD, HEXLOWER};
+use spore_wire::guest::AppSecrets;
 use spore_wire::secret::SecretBytes;
 use thiserror::Error;
 use tokio::sync::OnceCell;
 use tokio::task::JoinError;
 use zeroize::Zeroizing;
-
-use super::actor::Secrets;
 
 /// Shorter values are left alone: taking out every `7` would leave no log.
 pub const MASKED_BYTES_MIN: usize = 4;
@@ -191,7 +190,7 @@ pub(crate) enum MaskError {
 
 impl Masking {
     /// The masker of these values, made by whoever asks first.
-    pub(crate) async fn made(&self, secrets: Arc<Secrets>) -> Result<Masker, MaskError> {
+    pub(crate) async fn made(&self, secrets: Arc<AppSecrets>) -> Result<Masker, MaskError> {
         let make = || async {
             if secrets.environment.is_empty() && secrets.files.is_empty() {
                 return Ok(Masker::default());

@@ -1,8 +1,8 @@
 //! One VM of this node: its life, the task that lives it, and the channel to its agent.
 //!
 //! [`state`] is the pure machine, `actor` carries its effects out (those that take time are in
-//! `effect`), [`guest`] speaks with the agent, `collect` keeps what the app prints, [`mask`]ed,
-//! [`board`] tells who asks. Nothing here decides *that* a VM runs.
+//! `effect`, `thaw` and `capture`), [`guest`] speaks with the agent, `collect` keeps what the app
+//! prints, [`mask`]ed, [`board`] tells who asks. Nothing here decides *that* a VM runs.
 
 pub(crate) mod actor;
 pub mod board;
@@ -16,3 +16,4 @@ mod record;
 pub mod state;
 mod supervise;
 pub(crate) mod tasks;
+mod thaw;

@@ -9,8 +9,8 @@ use spore_node::hypervisor::{AgentStream, Vm};
 use spore_wire::frame::{Decoder, FrameKind, PREAMBLE_BYTES, encode};
 use spore_wire::generation::GENERATION;
 use spore_wire::guest::{
-    AgentError, AgentHello, AgentMessage, Exec, HostHello, HostMessage, Reply, Request, Thaw,
-    ThawStep,
+    AgentError, AgentHello, AgentMessage, AppSecrets, Exec, HostHello, HostMessage, Reply, Request,
+    Thaw, ThawStep,
 };
 use spore_wire::id::VmId;
 use spore_wire::secret::SecretBytes;
@@ -156,6 +156,17 @@ impl Agent {
         self.ask(Request::Thaw(thaw(vm, hostname, folder))).await
     }
 
+    /// Renews everything and gives an app's secrets.
+    pub(crate) async fn thaw_giving(
+        &mut self,
+        vm: VmId,
+        secrets: AppSecrets,
+    ) -> Result<Reply, AgentError> {
+        let mut thaw = thaw(vm, "giving", None);
+        thaw.secrets = Some(secrets);
+        self.ask(Request::Thaw(thaw)).await
+    }
+
     /// Renews less than everything.
     pub(crate) async fn thaw_without(
         &mut self,
@@ -180,6 +191,7 @@ fn thaw(vm: VmId, hostname: &str, folder: Option<&str>) -> Thaw {
         incarnation: vm.to_string(),
         steps: ThawStep::ALL.to_vec(),
         hold: false,
+        secrets: None,
     }
 }
 

@@ -47,11 +47,17 @@ pub(crate) async fn boot_only(driver: &Qemu, machine: &Machine) -> Running {
 
 async fn fork(driver: &Qemu, machine: &Machine, from: &ForkFrom, source: VmId) -> Running {
     let mut this = fork_only(driver, machine, from, source).await;
-    let hostname = format!("fork-{}", &this.vm.to_string()[..8]);
     let begun = Instant::now();
-    this.agent.thaw(this.vm, &hostname).await.unwrap();
+    this.agent
+        .thaw(this.vm, &hostname_of(this.vm))
+        .await
+        .unwrap();
     println!("fork: thawed in {:?}", begun.elapsed());
     this
+}
+
+fn hostname_of(fork: VmId) -> String {
+    format!("fork-{}", &fork.to_string()[..8])
 }
 
 /// Not thawed yet.
@@ -155,6 +161,8 @@ async fn a_booted_vm_is_forked_twice_and_all_three_are_individuals() {
     }
     are_individuals(&seen);
     for fork in [&mut one, &mut two] {
+        let name = fork.agent.sh("uname -n").await;
+        assert_eq!(name, hostname_of(fork.vm), "of two forks each has its own");
         let kept = fork
             .agent
             .sh("cat /root/kept /run/kept; ls /root/after /root/other 2>&1");

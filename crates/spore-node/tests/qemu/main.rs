@@ -19,6 +19,7 @@ mod life;
 mod load;
 mod network;
 mod recovery;
+mod secrets;
 mod suspends;
 mod takes;
 mod thaw;

@@ -24,6 +24,7 @@ use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{
     NodeEvent, Owner, Process, Purpose, Source, StartVm, StopMode, VmFailureKind, VmPhase, VmStatus,
 };
+use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::SnapshotKind;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
@@ -94,6 +95,7 @@ async fn a_fork_keeps_neither_its_sources_connections_to_outside_nor_its_lines()
 
     let mut fork = fork_only(&driver, &machine, &taken.source, source.vm).await;
     fork.agent.thaw(fork.vm, "fork").await.unwrap();
+    assert_eq!(fork.agent.sh("uname -n").await, "fork");
     let lost = until(async || some(fork.agent.sh("cat /tmp/outside 2>&1").await, "lost")).await;
     assert_eq!(lost, "lost: Software caused connection abort");
     let script = "before=$(cat /tmp/count); while [ $(cat /tmp/count) = $before ]; do sleep 0.1; \
@@ -112,8 +114,9 @@ async fn a_fork_keeps_neither_its_sources_connections_to_outside_nor_its_lines()
 
     // What was not asked for was not done: so the steps are what did it.
     let mut less = fork_only(&driver, &machine, &taken.source, source.vm).await;
-    let kept = [ThawStep::Sockets, ThawStep::Logs];
+    let kept = [ThawStep::Names, ThawStep::Sockets, ThawStep::Logs];
     less.agent.thaw_without(less.vm, &kept).await.unwrap();
+    assert_eq!(less.agent.sh("uname -n").await, "source");
     less.agent.sh(script).await;
     assert!(
         less.agent
@@ -136,8 +139,8 @@ fn app(command: &[&str]) -> StartApp {
         command: command.iter().map(|word| (*word).to_owned()).collect(),
         directory: "/".to_owned(),
         environment: Vec::new(),
-        secret_environment: Vec::new(),
-        secret_files: Vec::new(),
+        secret_environment: None,
+        secret_files: None,
         user: None,
         port: 8000,
         ready: Readiness::Port,
@@ -145,12 +148,12 @@ fn app(command: &[&str]) -> StartApp {
     }
 }
 
-fn some(text: String, word: &str) -> Option<String> {
+pub(crate) fn some(text: String, word: &str) -> Option<String> {
     text.contains(word).then_some(text)
 }
 
 /// What `look` finds at last.
-async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let found = async {
         loop {
             if let Some(found) = look().await {
@@ -167,6 +170,19 @@ const SENDER: &str = r#"use Socket; socket(S, PF_INET, SOCK_DGRAM, 17);
 open(B, ">", "/tmp/begun"); my $to = sockaddr_in(9, inet_aton("10.42.0.1"));
 while (1) { send(S, "x", 0, $to); select undef, undef, undef, 0.01 }"#;
 
+/// An app that says what it was given.
+const KNOWS: &str = r#"echo "$KEY $(cat /run/secrets/TOKEN)" > /tmp/knows
+exec perl -e 'use Socket; socket(S, PF_INET, SOCK_STREAM, 0);
+bind(S, sockaddr_in(8000, INADDR_ANY)); listen(S, 1); sleep 1000'"#;
+
+fn with_secrets(mut start: StartVm) -> StartVm {
+    let process = start.process.as_mut().unwrap();
+    let value = |text: &str| SecretBytes::new(text.as_bytes().to_vec());
+    process.secret_environment = vec![("KEY".to_owned(), value("canary-in-env"))];
+    process.secret_files = vec![("TOKEN".to_owned(), value("canary-in-file"))];
+    start
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn withheld_thaw_step_kills_the_fork() {
     let Some((host, machine)) = TestHost::with_agent() else {
@@ -180,7 +196,7 @@ async fn withheld_thaw_step_kills_the_fork() {
         let mut config = config(&host, &watch);
         config.thaw_steps.retain(|step| Some(*step) != withheld);
         let node = node(&driver, config, &machine).await;
-        let start = start(&machine, &["/bin/sleep", "1000"]);
+        let start = with_secrets(start(&machine, &["/bin/sh", "-c", KNOWS]));
         let vm = start.vm;
         node.start(start).unwrap();
         if let Some(step) = withheld {
@@ -197,6 +213,9 @@ async fn withheld_thaw_step_kills_the_fork() {
             // One that was renewed whole does send, and is seen, but not before.
             until(async || (watch.packets() > 0).then_some(())).await;
             assert_eq!(watch.packets_before_network(), Some(0));
+            assert_eq!(until_ready(&node, vm).await.phase, VmPhase::Ready);
+            let knows = said(&node, vm, &["/bin/cat", "/tmp/knows"]).await;
+            assert_eq!(knows, "canary-in-env canary-in-file");
             node.stop(vm, StopMode::Kill).await.unwrap();
             timeout(HANG, node.stopped(vm)).await.unwrap().unwrap();
         }

@@ -347,6 +347,11 @@ fn a_keep_awake_lease_is_told_and_runs_down() {
     });
 }
 
+fn texts(node: &Node) -> Vec<String> {
+    let lines = node.log_tail("me", "hello", 100).unwrap();
+    lines.into_iter().map(|line| line.text).collect()
+}
+
 #[test]
 fn secrets_are_masked_and_a_new_daemon_keeps_no_line_before_it_knows_them() {
     on_virtual_time(async {
@@ -355,10 +360,6 @@ fn secrets_are_masked_and_a_new_daemon_keeps_no_line_before_it_knows_them() {
         bench.node.start(wanted.clone()).unwrap();
         until_phase(&bench.node, vm(1), VmPhase::Ready).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let texts = |node: &Node| -> Vec<String> {
-            let lines = node.log_tail("me", "hello", 100).unwrap();
-            lines.into_iter().map(|line| line.text).collect()
-        };
         assert_eq!(texts(&bench.node), ["KEY is ***", "listening"]);
         std::fs::remove_dir_all(bench.folder.path().join("log")).unwrap();
 
@@ -386,12 +387,21 @@ fn secrets_are_masked_and_a_new_daemon_keeps_no_line_before_it_knows_them() {
     });
 }
 
+/// Where a daemon may die between the first step of a thaw and the app's first instruction.
+const WHILE_SECRETS_ARE_GIVEN: [(VmEffect, KillPoint); 5] = [
+    (VmEffect::Thaw, KillPoint::Before),
+    (VmEffect::Thaw, KillPoint::After),
+    (VmEffect::OpenNetwork, KillPoint::Before),
+    (VmEffect::OpenNetwork, KillPoint::After),
+    (VmEffect::StartApp, KillPoint::Before),
+];
+
 #[test]
 fn an_adopted_vm_waits_for_its_secrets_before_its_app_starts() {
     on_virtual_time(async {
-        for told in [true, false] {
+        let cases = WHILE_SECRETS_ARE_GIVEN.map(|point| [true, false].map(|told| (point, told)));
+        for (point, told) in cases.into_iter().flatten() {
             let mut bench = Bench::new(10).await;
-            let point = (VmEffect::StartApp, KillPoint::Before);
             *bench.crash.at.lock().unwrap() = Some(point);
             let wanted = with_secret(start(vm(1), "hello"));
             bench.node.start(wanted.clone()).unwrap();
@@ -402,10 +412,16 @@ fn an_adopted_vm_waits_for_its_secrets_before_its_app_starts() {
             if told {
                 bench.node.start(wanted).unwrap();
                 let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
-                assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
+                assert_eq!(status.phase, VmPhase::Ready, "{point:?}: {status:?}");
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                assert_eq!(texts(&bench.node), ["KEY is ***", "listening"], "{point:?}");
             } else {
                 let status = bench.node.stopped(vm(1)).await.unwrap();
-                assert_eq!(status.failure.unwrap().kind, VmFailureKind::Thaw);
+                assert_eq!(
+                    status.failure.unwrap().kind,
+                    VmFailureKind::Thaw,
+                    "{point:?}"
+                );
                 bench.nothing_is_left();
             }
         }

@@ -357,6 +357,10 @@ impl Job {
             self.guest.violation("thawed twice");
             return Err(error(AgentErrorCode::NotNow, "thawed already"));
         }
+        if thaw.secrets.is_some() && lock(&self.guest.state).network_open {
+            self.guest
+                .violation("secrets come once the network is open");
+        }
         let begun = Instant::now();
         tokio::time::sleep(self.guest.delay() + Duration::from_millis(5)).await;
         let random = self.guest.renew_random(thaw.entropy.expose());
@@ -364,6 +368,12 @@ impl Job {
         state.random = random;
         state.clock_lag = begun.elapsed();
         state.hostname = thaw.hostname;
+        let is_given = |step: &ThawStep| *step == ThawStep::Secrets && self.guest.does(*step);
+        if let Some(secrets) = thaw.secrets
+            && thaw.steps.iter().any(is_given)
+        {
+            state.secrets = secrets;
+        }
         state.life = match thaw.hold {
             true => Life::Held(thaw.incarnation),
             false => Life::Running(thaw.incarnation),
@@ -418,7 +428,15 @@ impl Job {
         {
             return Err(error(AgentErrorCode::NotFound, "no such program: /none"));
         }
-        for (name, value) in &start.secret_environment {
+        let told = [&start.secret_environment, &start.secret_files];
+        if told
+            .iter()
+            .any(|told| told.as_ref().is_some_and(|told| !told.is_empty()))
+        {
+            self.guest.violation("secrets come with the app's start");
+        }
+        let secrets = lock(&self.guest.state).secrets.clone();
+        for (name, value) in &secrets.environment {
             let text = String::from_utf8_lossy(value.expose()).into_owned();
             self.guest.print(&format!("{name} is {text}"));
         }

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use spore_wire::generation::{GENERATION, GENERATION_OLDEST_SERVED};
-use spore_wire::guest::{AppStatus, Event, Exit, LogRecord, OutputKind, StartApp, ThawStep};
+use spore_wire::guest::{
+    AppSecrets, AppStatus, Event, Exit, LogRecord, OutputKind, StartApp, ThawStep,
+};
 use spore_wire::id::VmId;
 use tokio::io::DuplexStream;
 use tokio::sync::{Notify, broadcast, watch};
@@ -91,6 +93,8 @@ pub(super) struct GuestState {
     pub(super) network_open: bool,
     pub(super) app: AppStatus,
     pub(super) hostname: String,
+    /// What the app is told.
+    pub(super) secrets: AppSecrets,
     pub(super) port: u16,
     /// How late its clock was set.
     pub(super) clock_lag: Duration,
