@@ -55,7 +55,8 @@ impl Client {
         take: &TakeCheckpoint,
     ) -> Result<Checkpoint, CallError> {
         let path = format!("/api/v1/apps/{app}/checkpoint");
-        self.ask(long(Method::POST, path).with_json(take)).await
+        let call = long(Method::POST, path).with_json(take);
+        self.ask(call.with_new_key()?).await
     }
 
     /// Takes a snapshot of a sandbox that goes on.
@@ -65,13 +66,14 @@ impl Client {
         take: &TakeCheckpoint,
     ) -> Result<Checkpoint, CallError> {
         let path = sandbox_path(sandbox, "/checkpoint");
-        self.ask(long(Method::POST, path).with_json(take)).await
+        let call = long(Method::POST, path).with_json(take);
+        self.ask(call.with_new_key()?).await
     }
 
     /// Opens sandboxes. A call that is dropped leaves none.
     pub async fn fork(&self, request: &ForkRequest) -> Result<Vec<Fork>, CallError> {
         let call = long(Method::POST, "/api/v1/forks".to_owned());
-        self.ask(call.with_json(request)).await
+        self.ask(call.with_json(request).with_new_key()?).await
     }
 
     /// All sandboxes.

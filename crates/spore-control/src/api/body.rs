@@ -18,7 +18,7 @@ use super::Shared;
 use super::error::Fault;
 use super::guard::Caller;
 use crate::converge::AppRef;
-use crate::converge::deploy::Repeatable;
+use crate::converge::repeat::Repeatable;
 
 /// A JSON body. An empty body counts as `{}`.
 pub(super) struct Json<T>(pub(super) T);

@@ -13,6 +13,7 @@ use crate::converge::RemovalError;
 use crate::converge::deploy::DeployError;
 use crate::converge::image::{CollectError, KeepError};
 use crate::converge::life::Failure;
+use crate::converge::repeat::RepeatError;
 use crate::converge::sandbox::SandboxError;
 use crate::converge::snapshot::SnapshotError;
 use crate::domain::RuleError;
@@ -145,7 +146,7 @@ impl From<DeployError> for Fault {
             | DeployError::Moved { .. }
             | DeployError::Removing(_) => Self::new(ErrorCode::Conflict, message),
             DeployError::NoApp { .. } => Self::new(ErrorCode::NotFound, message),
-            DeployError::Mismatch => Self::new(ErrorCode::IdempotencyMismatch, message),
+            DeployError::Repeat(error) => error.into(),
             DeployError::Rule(error) => error.into(),
             DeployError::Rollback(error) => {
                 let code = match error {
@@ -226,6 +227,7 @@ impl From<SnapshotError> for Fault {
             SnapshotError::ForksAtOnce => ErrorCode::TooManyRequests,
             SnapshotError::NotAll(failure) | SnapshotError::Source(failure) => failure.code,
             SnapshotError::Left => ErrorCode::BadRequest,
+            SnapshotError::Repeat(error) => return error.into(),
             SnapshotError::Sandbox(error) => return error.into(),
             SnapshotError::Rule(error) => return error.into(),
             SnapshotError::Name(error) => return error.into(),
@@ -234,6 +236,17 @@ impl From<SnapshotError> for Fault {
             SnapshotError::Secrets(error) => return error.into(),
         };
         Self::new(code, message)
+    }
+}
+
+impl From<RepeatError> for Fault {
+    fn from(error: RepeatError) -> Self {
+        let code = match error {
+            RepeatError::Mismatch => ErrorCode::IdempotencyMismatch,
+            RepeatError::UnderWay => ErrorCode::TooManyRequests,
+            RepeatError::Store(error) => return error.into(),
+        };
+        Self::new(code, error.to_string())
     }
 }
 

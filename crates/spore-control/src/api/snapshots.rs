@@ -12,14 +12,14 @@ use spore_api::snapshot::{
 use spore_api::span::Ms;
 use spore_wire::snapshot::SnapshotKind as Kind;
 
-use super::body::{InPath, Json, Query};
+use super::body::{Create, InPath, Json, Query};
 use super::error::Fault;
 use super::page::page_of;
 use super::{Caller, Shared};
 use crate::clock::rfc3339;
 use crate::converge::sandbox::SandboxRef;
 use crate::converge::snapshot::{CheckpointOf, Shown};
-use crate::nodes::{CollectMode, Dependents, TakenSnapshot};
+use crate::nodes::{CollectMode, Dependents};
 
 /// Lists the account's snapshots, and the platform's own.
 #[utoipa::path(get, path = "/api/v1/snapshots", tag = "snapshots", params(PageQuery),
@@ -110,47 +110,48 @@ pub(super) async fn collect(
 
 /// Takes a snapshot of an app, which goes on. One that sleeps is woken.
 #[utoipa::path(post, path = "/api/v1/apps/{app}/checkpoint", tag = "snapshots",
-    params(("app" = String, Path)), request_body = TakeCheckpoint,
+    params(("app" = String, Path), ("Idempotency-Key" = Option<String>, Header)),
+    request_body = TakeCheckpoint,
     responses((status = 200, body = Checkpoint)))]
 pub(super) async fn checkpoint_app(
     State(api): State<Shared>,
     InPath(app): InPath,
-    Json(take): Json<TakeCheckpoint>,
+    body: Create<TakeCheckpoint>,
 ) -> Result<Answer<Checkpoint>, Fault> {
-    checkpoint(&api, &CheckpointOf::App(app), &take).await
+    checkpoint(&api, &CheckpointOf::App(app), &body).await
 }
 
 /// Takes a snapshot of a sandbox, which goes on.
 #[utoipa::path(post, path = "/api/v1/sandboxes/{sandbox}/checkpoint", tag = "snapshots",
-    params(("sandbox" = String, Path)), request_body = TakeCheckpoint,
+    params(("sandbox" = String, Path), ("Idempotency-Key" = Option<String>, Header)),
+    request_body = TakeCheckpoint,
     responses((status = 200, body = Checkpoint)))]
 pub(super) async fn checkpoint_sandbox(
     State(api): State<Shared>,
     caller: Caller,
     Path(id): Path<String>,
-    Json(take): Json<TakeCheckpoint>,
+    body: Create<TakeCheckpoint>,
 ) -> Result<Answer<Checkpoint>, Fault> {
     let id: SandboxId = id.parse()?;
     let account = caller.account;
     let of = CheckpointOf::Sandbox(SandboxRef { account, id });
-    checkpoint(&api, &of, &take).await
+    checkpoint(&api, &of, &body).await
 }
 
 async fn checkpoint(
     api: &Shared,
     of: &CheckpointOf,
-    take: &TakeCheckpoint,
+    body: &Create<TakeCheckpoint>,
 ) -> Result<Answer<Checkpoint>, Fault> {
+    let (take, repeatable) = (&body.value, body.repeatable.as_ref());
     let taken = api
         .converge
-        .checkpoint(of, &take.tag, take.allow_secrets)
+        .checkpoint(of, &take.tag, take.allow_secrets, repeatable)
         .await?;
-    let (shown, TakenSnapshot { pause, frozen, .. }) = taken;
-    let ms = |span: core::time::Duration| Ms(u64::try_from(span.as_micros()).unwrap_or(u64::MAX));
     Ok(Answer(Checkpoint {
-        snapshot: public(shown)?,
-        pause_ms: ms(pause),
-        frozen_ms: ms(frozen),
+        snapshot: public(taken.shown)?,
+        pause_ms: Ms(taken.pauses.pause_us),
+        frozen_ms: Ms(taken.pauses.frozen_us),
     }))
 }
 

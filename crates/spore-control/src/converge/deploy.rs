@@ -10,6 +10,7 @@ use spore_wire::cause::chain;
 use spore_wire::id::{ImageId, VmId};
 
 use super::life::{Event, Failure};
+use super::repeat::{RepeatError, Repeatable};
 use super::{AppRef, Converge};
 use crate::clock::next_id;
 use crate::domain::RuleError;
@@ -17,7 +18,6 @@ use crate::domain::app::{RollbackError, forgotten, one_more_app, rollback_to};
 use crate::operations::{Operations, Outcome};
 use crate::store::record::account::account_key;
 use crate::store::record::app::{AppRecord, app_key, apps_of};
-use crate::store::record::idempotency::{IdempotencyRecord, idempotency_key};
 use crate::store::record::image::{IMAGES, ImageRecord};
 use crate::store::record::operation::{OperationRecord, StoredOperationState, operation_key};
 use crate::store::record::release::{ReleaseRecord, Rules, StoredState, release_key, releases_of};
@@ -50,15 +50,6 @@ pub struct Named {
     pub key: String,
 }
 
-/// The client's key of a create, so that a repetition is the same create.
-#[derive(Clone, Debug)]
-pub struct Repeatable {
-    /// What the client sent.
-    pub key: String,
-    /// Of method, path and body.
-    pub fingerprint: String,
-}
-
 /// Why a deploy or rollback did not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum DeployError {
@@ -79,9 +70,9 @@ pub enum DeployError {
     /// An app of this name is not wholly removed.
     #[error(transparent)]
     Removing(#[from] Removing),
-    /// The key was used for another call.
-    #[error("the Idempotency-Key was used for another call: use a new key for a new call")]
-    Mismatch,
+    /// The client's key.
+    #[error(transparent)]
+    Repeat(#[from] RepeatError),
     /// The account has as many as it may.
     #[error(transparent)]
     Rule(#[from] RuleError),
@@ -293,23 +284,6 @@ impl Converge {
         Ok(Some(id))
     }
 
-    /// Writes a client's key down with what it begins.
-    pub(crate) fn remember(
-        &self,
-        account: &AccountName,
-        transaction: Transaction,
-        repeatable: &Repeatable,
-        operation: &str,
-    ) -> Transaction {
-        let key = idempotency_key(account, &repeatable.key);
-        let record = IdempotencyRecord {
-            fingerprint: repeatable.fingerprint.clone(),
-            operation: operation.to_owned(),
-            created_at_ms: self.now_ms(),
-        };
-        transaction.when(&key, 0).put(&key, encode(&record))
-    }
-
     /// The operation that an earlier call with the same key began.
     async fn repeated(
         &self,
@@ -319,7 +293,7 @@ impl Converge {
         let Some(repeatable) = repeatable else {
             return Ok(None);
         };
-        self.earlier(&app.account, repeatable).await
+        Ok(self.earlier(&app.account, repeatable).await?)
     }
 
     /// Writes down that a release is live.
@@ -616,36 +590,4 @@ fn with_last_lines(failure: &Failure) -> String {
     }
     let lines = failure.last_lines.join("\n  ");
     format!("{}\nThe app's last lines:\n  {lines}", failure.message)
-}
-
-impl Converge {
-    /// The operation that an earlier call with this key began, if it was the same call.
-    ///
-    /// # Errors
-    /// [`DeployError::Mismatch`] when it was another.
-    pub(crate) async fn earlier(
-        &self,
-        account: &AccountName,
-        repeatable: &Repeatable,
-    ) -> Result<Option<String>, DeployError> {
-        let key = idempotency_key(account, &repeatable.key);
-        let Some(stored) = load::<IdempotencyRecord>(&*self.inner.store, &key).await? else {
-            return Ok(None);
-        };
-        let age_ms = self.now_ms().saturating_sub(stored.record.created_at_ms);
-        let kept_ms = i64::try_from(spore_api::limits::IDEMPOTENCY_S * 1000).unwrap_or(i64::MAX);
-        if age_ms > kept_ms {
-            let forget = Transaction::default()
-                .when(&key, stored.version)
-                .delete(&key);
-            return match self.inner.store.commit(forget).await {
-                Ok(_) | Err(CommitError::Conflict { .. }) => Ok(None),
-                Err(CommitError::Store(error)) => Err(error.into()),
-            };
-        }
-        if stored.record.fingerprint != repeatable.fingerprint {
-            return Err(DeployError::Mismatch);
-        }
-        Ok(Some(stored.record.operation))
-    }
 }

@@ -40,6 +40,7 @@ pub mod image;
 pub mod life;
 mod removal;
 mod repair;
+pub mod repeat;
 mod route;
 pub(crate) mod sandbox;
 pub(crate) mod snapshot;
@@ -114,6 +115,7 @@ pub(crate) struct Inner {
     /// The sandboxes, each with the way to its keeper.
     sandboxes: Mutex<BTreeMap<sandbox::SandboxRef, sandbox::Handle>>,
     fork_turns: Arc<sandbox::Turns>,
+    repeats: Arc<repeat::Repeats>,
     /// Held while the rest of a removed app is forgotten.
     forgetting: tokio::sync::Mutex<()>,
     /// The last VMs that were over.
@@ -184,6 +186,7 @@ impl Converge {
             snapshot_ledger: tokio::sync::Mutex::default(),
             sandboxes: Mutex::default(),
             fork_turns: Arc::default(),
+            repeats: Arc::default(),
             slots: Mutex::default(),
             routes: Mutex::default(),
             forgetting: tokio::sync::Mutex::default(),

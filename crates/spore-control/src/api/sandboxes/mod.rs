@@ -12,7 +12,7 @@ use spore_api::name::SandboxId;
 use spore_api::page::{Page, PageQuery};
 use spore_api::sandbox::{Fork, ForkRequest, RollbackSandbox, Sandbox, SandboxState};
 
-use crate::api::body::{Json, Query};
+use crate::api::body::{Create, Json, Query};
 use crate::api::error::Fault;
 use crate::api::exec::{Beside, upgraded};
 use crate::api::page::page;
@@ -26,13 +26,15 @@ use crate::store::{Order, StoreError};
 
 /// Opens sandboxes; answers when each is open or has failed. A caller that leaves leaves none.
 #[utoipa::path(post, path = "/api/v1/forks", tag = "sandboxes",
+    params(("Idempotency-Key" = Option<String>, Header)),
     request_body = ForkRequest, responses((status = 200, body = Vec<Fork>)))]
 pub(in crate::api) async fn fork(
     State(api): State<Shared>,
     caller: Caller,
     Extension(left): Extension<Left>,
-    Json(request): Json<ForkRequest>,
+    body: Create<ForkRequest>,
 ) -> Result<Answer<Vec<Fork>>, Fault> {
+    let (request, repeatable) = (body.value, body.repeatable.as_ref());
     let order = ForkOrder {
         from: request.from,
         count: request.count,
@@ -43,7 +45,8 @@ pub(in crate::api) async fn fork(
         },
         allow_secrets: request.allow_secrets,
     };
-    let forked = api.converge.fork(&caller.account, &order, left).await?;
+    let account = &caller.account;
+    let forked = api.converge.fork(account, &order, repeatable, left).await?;
     // Each failure can be found in the log by an id of its own.
     let one = |(id, outcome): ForkedOne| Fork {
         id,

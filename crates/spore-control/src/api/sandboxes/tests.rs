@@ -94,6 +94,88 @@ fn found(answer: &Answer) -> (u16, String) {
     (answer.status.as_u16(), answer.code())
 }
 
+fn keyed(path: &str, key: &str, body: &Value) -> http::Request<axum::body::Body> {
+    let create = request("POST", path, Some(body.clone()));
+    with(create, "idempotency-key", key)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_checkpoint_and_a_fork_with_a_key_are_made_once() {
+    let bench = Bench::new().await;
+    bench.deploy("notes", |_| {}).await;
+    let take = json!({"tag": "first"});
+    let path = "/api/v1/apps/notes/checkpoint";
+    let first = bench.send(keyed(path, "take", &take)).await;
+    let again = bench.send(keyed(path, "take", &take)).await;
+    assert_eq!(first.status, 200, "{}", first.json());
+    assert_eq!(first.json(), again.json(), "pauses included");
+    let taken = bench.call("POST", path, Some(take.clone())).await;
+    assert_eq!(
+        taken.code(),
+        "conflict",
+        "without its key it is another call"
+    );
+
+    let order = json!({"from": "first", "count": 3});
+    let fork = || bench.send(keyed("/api/v1/forks", "fork", &order));
+    let [first, again] = [fork().await.json(), fork().await.json()];
+    assert_eq!((first.as_array().unwrap().len(), &first), (3, &again));
+    assert_eq!(bench.sandbox_vms(), 3);
+    let gone = first[0]["id"].as_str().unwrap().to_owned();
+    let path = format!("/api/v1/sandboxes/{gone}");
+    bench.ok("DELETE", &path, None).await;
+    let later = fork().await.json();
+    assert_eq!(later[0]["error"]["code"], "not_found", "{later}");
+    assert_eq!(later[1], first[1]);
+    assert_eq!(bench.sandbox_vms(), 2);
+
+    let of = format!(
+        "/api/v1/sandboxes/{}/checkpoint",
+        first[1]["id"].as_str().unwrap()
+    );
+    let take = json!({"tag": "second"});
+    let deeper = bench.send(keyed(&of, "deeper", &take)).await.json();
+    assert_eq!(bench.send(keyed(&of, "deeper", &take)).await.json(), deeper);
+    let other = json!({"from": "first", "count": 1});
+    let refused = bench.send(keyed("/api/v1/forks", "fork", &other)).await;
+    assert_eq!(found(&refused), (409, "idempotency_mismatch".to_owned()));
+    bench.ok("DELETE", "/api/v1/snapshots/second", None).await;
+    let refused = bench.send(keyed(&of, "deeper", &take)).await;
+    assert_eq!(found(&refused), (404, "not_found".to_owned()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repetition_waits_for_the_first_call_and_makes_anew_what_failed() {
+    let bench = Bench::with_tag("first").await;
+    let order = json!({"from": "first", "count": 2, "all_or_nothing": true});
+    let fork = || bench.send(keyed("/api/v1/forks", "fork", &order));
+    let (one, other) = tokio::join!(fork(), fork());
+    let [first, second] = match one.status.is_success() {
+        true => [one, other],
+        false => [other, one],
+    };
+    assert_eq!(first.status, 200, "{}", first.json());
+    assert_eq!(found(&second), (429, "too_many_requests".to_owned()));
+    let [one, other] = [fork().await.json(), fork().await.json()];
+    assert_eq!((one.as_array().unwrap().len(), &one), (2, &other));
+    assert_eq!(bench.sandbox_vms(), 2);
+
+    for sandbox in one.as_array().unwrap() {
+        let path = format!("/api/v1/sandboxes/{}", sandbox["id"].as_str().unwrap());
+        bench.ok("DELETE", &path, None).await;
+    }
+    let anew = fork().await.json();
+    assert_ne!(anew, other);
+    assert_eq!(bench.sandbox_vms(), 2);
+
+    let order = json!({"from": "no-such", "count": 1});
+    let refused = bench.send(keyed("/api/v1/forks", "late", &order)).await;
+    assert_eq!(found(&refused), (404, "not_found".to_owned()));
+    bench.checkpoint("apps/notes", "no-such").await;
+    let made = bench.send(keyed("/api/v1/forks", "late", &order)).await;
+    assert_eq!(made.status, 200, "{}", made.json());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_checkpoint_is_forked_used_rolled_back_and_thrown_away() {
     let bench = Bench::new().await;

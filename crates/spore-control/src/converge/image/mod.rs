@@ -15,7 +15,8 @@ use spore_wire::node::{ImageInfo, ImageKind, ImageRecipe};
 use tokio::sync::{mpsc, watch};
 
 use super::Converge;
-use super::deploy::{DeployError, Repeatable};
+use super::deploy::DeployError;
+use super::repeat::Repeatable;
 use crate::clock::next_id;
 use crate::domain::RuleError;
 use crate::nodes::{ByteStream, CollectMode, NodesError};

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use spore_api::error::ErrorCode;
 use spore_api::limits::{FORKS_AT_ONCE_MAX, FORKS_MAX, SANDBOXES_PER_ACCOUNT_MAX};
 use spore_api::name::{AccountName, SandboxId};
 use spore_wire::id::VmId;
@@ -14,19 +15,20 @@ use spore_wire::snapshot::{SnapshotKind, SnapshotMeta};
 use tokio::sync::{oneshot, watch};
 
 use super::life::{Event, Life};
-use super::{SandboxRef, Waiter};
+use super::{SandboxRef, Standing, Waiter};
 use crate::clock::next_id;
 use crate::converge::Converge;
 use crate::converge::life::Failure;
+use crate::converge::repeat::{RepeatError, Repeatable};
 use crate::converge::snapshot::SnapshotError;
 use crate::converge::start::refused;
 use crate::domain::RuleError;
 use crate::nodes::{Room, SnapshotKeys};
-use crate::store::Transaction;
 use crate::store::record::encode;
 use crate::store::record::sandbox::{
     Base, SandboxRecord, StoredSandboxState, sandbox_key, sandboxes_of,
 };
+use crate::store::{CommitError, Transaction};
 
 /// Sandboxes to open.
 #[derive(Clone, Debug)]
@@ -124,6 +126,15 @@ impl Drop for Turn {
     }
 }
 
+/// What sandboxes begin from, and for whom.
+struct Begin<'a> {
+    account: &'a AccountName,
+    base: &'a Base,
+    /// Its name for people.
+    from: &'a str,
+    repeatable: Option<&'a Repeatable>,
+}
+
 /// A sandbox that is on its way.
 struct Opening {
     sandbox: SandboxRef,
@@ -141,33 +152,77 @@ impl Converge {
         &self,
         account: &AccountName,
         order: &ForkOrder,
+        repeatable: Option<&Repeatable>,
         mut left: Left,
     ) -> Result<Vec<ForkedOne>, SnapshotError> {
         if !(1..=FORKS_MAX).contains(&order.count) {
             let rule = format!("1 to {FORKS_MAX} sandboxes can be opened at once");
             return Err(RuleError::invalid("count", order.count, rule).into());
         }
+        let alone = repeatable.map(|repeatable| self.alone(account, repeatable));
+        let _alone = alone.transpose()?;
+        if let Some(repeatable) = repeatable
+            && let Some(made) = self.earlier(account, repeatable).await?
+        {
+            if let Some(forked) = self.forked_earlier(account, &made)? {
+                return Ok(forked);
+            }
+            self.forget_key(account, repeatable).await;
+        }
         let _turn = self.inner.fork_turns.take(account)?;
         let (base, from) = self.fork_base(account, order).await?;
-        let forked = self.fork_all(account, order, &base, &from, &mut left).await;
+        let begin = Begin {
+            account,
+            base: &base,
+            from: &from,
+            repeatable,
+        };
+        let forked = self.fork_all(&begin, order, &mut left).await;
         // A snapshot that was taken for this fork goes with it.
         self.drop_unneeded(&base).await;
+        if let (Err(_), Some(repeatable)) = (&forked, repeatable) {
+            self.forget_key(account, repeatable).await;
+        }
         forked
+    }
+
+    /// What became of the sandboxes of an earlier call; `None` when none is there, as after a
+    /// daemon that did not live to see them open.
+    fn forked_earlier(
+        &self,
+        account: &AccountName,
+        made: &str,
+    ) -> Result<Option<Vec<ForkedOne>>, SnapshotError> {
+        let mut all = Vec::new();
+        for id in made.split(' ') {
+            let (id, account): (SandboxId, _) = (id.parse()?, account.clone());
+            let sandbox = SandboxRef { account, id };
+            let outcome = match self.sandbox(&sandbox).map(|view| view.standing) {
+                Ok(Standing::Opening) => return Err(RepeatError::UnderWay.into()),
+                Ok(Standing::Open | Standing::RollingBack | Standing::Ended(_)) => Ok(()),
+                Ok(Standing::Closing | Standing::Gone) | Err(_) => {
+                    let message = "it could not be opened, or was removed since";
+                    Err(Failure::new(ErrorCode::NotFound, message))
+                }
+            };
+            all.push((sandbox.id, outcome));
+        }
+        let is_one_there = all.iter().any(|(_, outcome)| outcome.is_ok());
+        Ok(is_one_there.then_some(all))
     }
 
     async fn fork_all(
         &self,
-        account: &AccountName,
+        begin: &Begin<'_>,
         order: &ForkOrder,
-        base: &Base,
-        from: &str,
         left: &mut Left,
     ) -> Result<Vec<ForkedOne>, SnapshotError> {
+        let (account, base) = (begin.account, begin.base);
         let plan = self.fork_plan(base).await?;
         if plan.meta.kind == SnapshotKind::Suspend {
             return Err(SnapshotError::Suspended { id: base.id });
         }
-        let all = self.write_down(account, order.count, base, from).await?;
+        let all = self.write_down(begin, order.count).await?;
         let starts = all
             .iter()
             .map(|one| plan.start(&one.sandbox, one.vm))
@@ -205,11 +260,10 @@ impl Converge {
     /// Writes sandboxes down that are about to be opened, all at once, and has each kept.
     async fn write_down(
         &self,
-        account: &AccountName,
+        begin: &Begin<'_>,
         count: u32,
-        base: &Base,
-        from: &str,
     ) -> Result<Vec<Opening>, SnapshotError> {
+        let (account, base) = (begin.account, begin.base);
         // From the look at the snapshot until its sandboxes are known, nobody removes it.
         let _alone = self.inner.snapshot_ledger.lock().await;
         self.snapshot_info(base).await?;
@@ -221,12 +275,21 @@ impl Converge {
         let mut write = Transaction::default();
         let mut all = Vec::new();
         for _ in 0..count {
-            let (sandbox, record) = self.next_sandbox(account, base, from)?;
+            let (sandbox, record) = self.next_sandbox(account, base, begin.from)?;
             let key = sandbox_key(account, &sandbox.id);
             write = write.put(key, encode(&record));
             all.push((sandbox, record));
         }
-        self.commit_alone(write).await?;
+        if let Some(repeatable) = begin.repeatable {
+            let ids: Vec<_> = all.iter().map(|(one, _)| one.id.to_string()).collect();
+            write = self.remember(account, write, repeatable, &ids.join(" "));
+        }
+        match self.inner.store.commit(write).await {
+            Ok(_) => {}
+            // The key is its only condition.
+            Err(CommitError::Conflict { .. }) => return Err(RepeatError::UnderWay.into()),
+            Err(CommitError::Store(error)) => return Err(error.into()),
+        }
         let opening = |(sandbox, record): (SandboxRef, SandboxRecord)| {
             let (sender, outcome): (Waiter, _) = oneshot::channel();
             let vm = record.vm;
@@ -284,7 +347,7 @@ async fn outcomes(all: Vec<Opening>) -> Vec<ForkedOne> {
     for one in all {
         let outcome = one.outcome.await.unwrap_or_else(|_ended| {
             let message = "the daemon is stopping";
-            Err(Failure::new(spore_api::error::ErrorCode::Stopping, message))
+            Err(Failure::new(ErrorCode::Stopping, message))
         });
         outcomes.push((one.sandbox.id, outcome));
     }

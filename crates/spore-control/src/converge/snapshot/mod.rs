@@ -3,6 +3,7 @@
 //! Nothing is ever found by a content or a guessed id: an account's snapshots are looked for in
 //! that account, then among the platform's own.
 
+use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 
 use spore_api::error::ErrorCode;
@@ -12,6 +13,7 @@ use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::snapshot::SnapshotInfo;
 
 use super::life::Failure;
+use super::repeat::{RepeatError, Repeatable};
 use super::sandbox::{SandboxError, SandboxRef};
 use super::{AppRef, Converge, Hold};
 use crate::domain::RuleError;
@@ -116,6 +118,9 @@ pub(crate) enum SnapshotError {
     /// A key.
     #[error(transparent)]
     Secrets(#[from] SecretsError),
+    /// The client's key.
+    #[error(transparent)]
+    Repeat(#[from] RepeatError),
 }
 
 impl SnapshotError {
@@ -155,6 +160,45 @@ pub(crate) enum CheckpointOf {
     App(AppRef),
     /// A sandbox's.
     Sandbox(SandboxRef),
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Checkpointed {
+    pub(crate) shown: Shown,
+    pub(crate) pauses: Pauses,
+}
+
+/// How long the VM of a snapshot stood still, and its programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pauses {
+    pub(crate) pause_us: u64,
+    pub(crate) frozen_us: u64,
+}
+
+impl Pauses {
+    fn of(taken: &TakenSnapshot) -> Self {
+        let us = |span: Duration| u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            pause_us: us(taken.pause),
+            frozen_us: us(taken.frozen),
+        }
+    }
+
+    /// As they are written down behind the snapshot.
+    fn with(self, id: SnapshotId) -> String {
+        format!("{id} {} {}", self.pause_us, self.frozen_us)
+    }
+
+    fn read(made: &str) -> Option<(SnapshotId, Self)> {
+        let mut words = made.split(' ');
+        let id = words.next()?.parse().ok()?;
+        let pauses = Self {
+            pause_us: words.next()?.parse().ok()?,
+            frozen_us: words.next()?.parse().ok()?,
+        };
+        Some((id, pauses))
+    }
 }
 
 /// A VM that is about to be taken, kept awake until it is.
@@ -343,11 +387,19 @@ impl Converge {
         of: &CheckpointOf,
         tag: &TagName,
         allow_secrets: bool,
-    ) -> Result<(Shown, TakenSnapshot), SnapshotError> {
+        repeatable: Option<&Repeatable>,
+    ) -> Result<Checkpointed, SnapshotError> {
         let account = match of {
             CheckpointOf::App(app) => &app.account,
             CheckpointOf::Sandbox(sandbox) => &sandbox.account,
         };
+        let alone = repeatable.map(|repeatable| self.alone(account, repeatable));
+        let _alone = alone.transpose()?;
+        if let Some(repeatable) = repeatable
+            && let Some(made) = self.earlier(account, repeatable).await?
+        {
+            return self.taken_earlier(account, &made).await;
+        }
         let (at, store) = (tag_key(account, tag), &self.inner.store);
         let taken_already = || SnapshotError::TagTaken { tag: tag.clone() };
         if store.get(&at).await?.is_some() {
@@ -367,9 +419,14 @@ impl Converge {
             snapshot: taken.info.id,
             created_at_ms: self.now_ms(),
         };
-        let name = Transaction::default()
+        let pauses = Pauses::of(&taken);
+        let mut name = Transaction::default()
             .when(&at, 0)
             .put(&at, encode(&record));
+        if let Some(repeatable) = repeatable {
+            let made = pauses.with(taken.info.id);
+            name = self.remember(account, name, repeatable, &made);
+        }
         let named = store.commit(name).await;
         let base = Base {
             account: account.clone(),
@@ -377,7 +434,10 @@ impl Converge {
             kept: Kept::BySandboxes,
         };
         match named {
-            Ok(_) => Ok((self.show_snapshot(&base).await?, taken)),
+            Ok(_) => Ok(Checkpointed {
+                shown: self.show_snapshot(&base).await?,
+                pauses,
+            }),
             Err(error) => {
                 // Nobody can name it, so nobody needs it.
                 self.drop_unneeded(&base).await;
@@ -387,6 +447,24 @@ impl Converge {
                 })
             }
         }
+    }
+
+    /// What an earlier call took, as long as it is there.
+    async fn taken_earlier(
+        &self,
+        account: &AccountName,
+        made: &str,
+    ) -> Result<Checkpointed, SnapshotError> {
+        let (id, pauses) = Pauses::read(made).ok_or_else(|| SnapshotError::Missing {
+            name: made.to_owned(),
+        })?;
+        let base = Base {
+            account: account.clone(),
+            id,
+            kept: Kept::ByOwner,
+        };
+        let shown = self.show_snapshot(&base).await?;
+        Ok(Checkpointed { shown, pauses })
     }
 
     /// The VM to take, awake.

@@ -1,4 +1,4 @@
-//! Idempotency keys: which operation a repeated create means.
+//! Idempotency keys: what a repeated create means.
 
 use serde::{Deserialize, Serialize};
 use spore_api::name::AccountName;
@@ -10,7 +10,7 @@ use super::Record;
 pub struct IdempotencyRecord {
     /// BLAKE3 of method, path and body: a repetition must be the same call.
     pub fingerprint: String,
-    /// The operation that it began.
+    /// What it made: an operation's id, sandboxes' ids, or a snapshot's with its pauses.
     pub operation: String,
     /// Milliseconds since the Unix epoch.
     pub created_at_ms: i64,
