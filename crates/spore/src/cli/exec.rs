@@ -12,9 +12,10 @@ use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use rustix::termios::{self, OptionalActions, Termios};
+use serde::Serialize;
 use spore_api::client::{ExecError, ExecEvent, ExecInput, ExecOutput};
 use spore_api::exec::{ExecExit, ExecStart, WindowSize};
 use spore_api::name::{AppName, SandboxId};
@@ -22,15 +23,23 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::failure::{TIMED_OUT, UsageError};
+use super::output::{Format, bytes_text};
 use super::{Context, OneApp, stdin};
 use crate::document::parse_span;
 
 /// What `shell` runs: the best shell that the image has.
 const SHELL: &str = "if command -v bash >/dev/null 2>&1; then exec bash; else exec sh; fi";
 
+/// What `--help` says below the options.
+pub(super) const AFTER_HELP: &str = "It ends with the program's own exit code, or 128 and the \
+    signal's number. With --json it prints exit, stdout and stderr when the program has ended.";
+
+/// The most bytes of each output that `--json` holds until the program's end.
+const JSON_OUTPUT_BYTES_MAX: usize = 16 * 1024 * 1024;
+
 /// Run a program beside an app
 #[derive(Debug, Args)]
-#[command(after_help = "It ends with the program's own exit code, or 128 and the signal's number.")]
+#[command(after_help = AFTER_HELP)]
 pub(super) struct Exec {
     /// The app's name
     app: AppName,
@@ -69,6 +78,33 @@ pub(super) struct Shell {
     /// Whom to be [default: the app's user]
     #[arg(long, short)]
     user: Option<String>,
+}
+
+/// What a program said, and how it ended: all that `--json` prints.
+#[derive(Debug, Serialize)]
+struct Told {
+    exit: ExecExit,
+    /// What is not UTF-8 is replaced by U+FFFD.
+    stdout: String,
+    stderr: String,
+}
+
+/// What a program has said until now.
+#[derive(Debug, Default)]
+struct Said {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+impl Said {
+    fn told(&self, exit: ExecExit) -> Told {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Told {
+            exit,
+            stdout: text(&self.stdout),
+            stderr: text(&self.stderr),
+        }
+    }
 }
 
 /// Where a program runs.
@@ -121,10 +157,14 @@ impl Program {
             let span = span.map_err(|problem| UsageError::Time { text, problem })?;
             start.timeout_ms = Some(u64::try_from(span.as_millis()).unwrap_or(u64::MAX));
         }
+        let what = format!("cannot run {} in {target}", start.argv.join(" "));
+        if context.output.format() == Format::Json {
+            return told(context, target, start, what).await;
+        }
         let wants_terminal =
             !self.no_tty && io::stdin().is_terminal() && io::stdout().is_terminal();
-        let what = format!("cannot run {} in {target}", start.argv.join(" "));
-        session(context, target, start, wants_terminal, what).await
+        let exit = session(context, target, start, wants_terminal, what, None).await?;
+        Ok(code_of(context, exit))
     }
 }
 
@@ -141,17 +181,44 @@ impl Shell {
         let wants_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
         let target = Target::App(self.which.app);
         let what = format!("cannot open a shell in {target}");
-        session(context, &target, start, wants_terminal, what).await
+        let exit = session(context, &target, start, wants_terminal, what, None).await?;
+        Ok(code_of(context, exit))
     }
 }
 
+/// Runs a program to its end and says what became of it, for programs.
+async fn told(context: &Context, target: &Target, start: ExecStart, what: String) -> Result<u8> {
+    let mut said = Said::default();
+    let exit = session(context, target, start, false, what, Some(&mut said)).await?;
+    context.output.json(&said.told(exit))?;
+    Ok(number_of(exit))
+}
+
+/// What this process ends with.
+fn code_of(context: &Context, exit: ExecExit) -> u8 {
+    if exit == ExecExit::Timeout {
+        context.output.note("its time was up");
+    }
+    number_of(exit)
+}
+
+fn number_of(exit: ExecExit) -> u8 {
+    match exit {
+        ExecExit::Code { code } => code,
+        ExecExit::Signal { signal } => u8::try_from(128 + signal).unwrap_or(u8::MAX),
+        ExecExit::Timeout => TIMED_OUT,
+    }
+}
+
+/// What the program says goes to the standard streams as it comes, or is kept in `said`.
 async fn session(
     context: &Context,
     target: &Target,
     mut start: ExecStart,
     wants_terminal: bool,
     what: String,
-) -> Result<u8> {
+    said: Option<&mut Said>,
+) -> Result<ExecExit> {
     if wants_terminal {
         start.pty = Some(window());
         if let Some(terminal) = &context.screen.terminal {
@@ -175,29 +242,39 @@ async fn session(
         None
     };
     let exit = tokio::select! {
-        exit = read(context, output) => exit,
+        exit = read(context, output, said) => exit,
         // It ends only when the connection does, and then the reader knows why.
         () = write(input, typed, signals) => Err(ExecError::Closed.into()),
     };
     drop(raw);
-    Ok(match exit.with_context(what)? {
-        ExecExit::Code { code } => code,
-        ExecExit::Signal { signal } => u8::try_from(128 + signal).unwrap_or(u8::MAX),
-        ExecExit::Timeout => {
-            context.output.note("its time was up");
-            TIMED_OUT
-        }
-    })
+    exit.with_context(what)
 }
 
-async fn read(context: &Context, mut output: ExecOutput) -> Result<ExecExit> {
+async fn read(
+    context: &Context,
+    mut output: ExecOutput,
+    mut said: Option<&mut Said>,
+) -> Result<ExecExit> {
     loop {
-        match output.next().await? {
-            ExecEvent::Stdout(bytes) => context.output.bytes(&bytes)?,
-            ExecEvent::Stderr(bytes) => context.output.aside_bytes(&bytes)?,
-            ExecEvent::Exit(exit) => return Ok(exit),
+        match (said.as_deref_mut(), output.next().await?) {
+            (_, ExecEvent::Exit(exit)) => return Ok(exit),
+            (None, ExecEvent::Stdout(bytes)) => context.output.bytes(&bytes)?,
+            (None, ExecEvent::Stderr(bytes)) => context.output.aside_bytes(&bytes)?,
+            (Some(said), ExecEvent::Stdout(bytes)) => keep(&mut said.stdout, &bytes)?,
+            (Some(said), ExecEvent::Stderr(bytes)) => keep(&mut said.stderr, &bytes)?,
         }
     }
+}
+
+fn keep(kept: &mut Vec<u8>, bytes: &[u8]) -> Result<()> {
+    ensure!(
+        kept.len() + bytes.len() <= JSON_OUTPUT_BYTES_MAX,
+        "it printed more than the {} that --json holds, and was ended: leave --json out, or have \
+         it write to a file",
+        bytes_text(JSON_OUTPUT_BYTES_MAX as u64)
+    );
+    kept.extend_from_slice(bytes);
+    Ok(())
 }
 
 async fn write(

@@ -6,7 +6,7 @@ use spore_api::name::SandboxId;
 use spore_api::sandbox::{self, RollbackSandbox, SandboxState};
 
 use super::Context;
-use super::exec::{Program, Target};
+use super::exec::{AFTER_HELP, Program, Target};
 use super::output::{Cell, Format, Look, moment};
 
 /// List sandboxes, run programs in them, roll them back, remove them
@@ -30,7 +30,7 @@ struct Ls {}
 
 /// Run a program in a sandbox
 #[derive(Debug, Args)]
-#[command(after_help = "It ends with the program's own exit code, or 128 and the signal's number.")]
+#[command(after_help = AFTER_HELP)]
 struct Exec {
     /// The sandbox's id
     sandbox: SandboxId,

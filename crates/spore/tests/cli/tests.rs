@@ -4,6 +4,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use serde_json::json;
 use spore_api::release::CreateRelease;
 use tempfile::{TempDir, tempdir};
 
@@ -657,6 +658,42 @@ fn exec_carries_input_output_and_the_exit_code() {
     let ran = run_with_input(&fake, &["shell", "notes"], b"");
     assert_eq!(ran.code, Some(0));
     assert_eq!(fake.started().argv[0], "/bin/sh");
+}
+
+#[test]
+fn a_program_that_programs_run_is_told_as_one_json_document() {
+    let fake = Fake::start();
+    for before in [&["exec", "notes"][..], &["sandbox", "exec", SANDBOX]] {
+        for (args, code, exit, out) in [
+            (
+                &["ls", "-l"][..],
+                0,
+                json!({"by": "code", "code": 0}),
+                "ls -l",
+            ),
+            (&["exit", "7"], 7, json!({"by": "code", "code": 7}), ""),
+            (&["die"], 137, json!({"by": "signal", "signal": 9}), ""),
+            (&["late"], 124, json!({"by": "timeout"}), ""),
+        ] {
+            let ran = run(&fake, &[&["--json"], before, &["--"], args].concat());
+            let aside = ["", "aside\n"][usize::from(!out.is_empty())];
+            let told: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+            let expected = json!({"exit": exit, "stdout": out, "stderr": aside});
+            assert_eq!((ran.code, told), (Some(code), expected), "{args:?}");
+            assert_eq!(ran.stderr, "", "{args:?}");
+        }
+        let ran = run(&fake, &[&["--json"], before, &["refuse"]].concat());
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(3), ""));
+        let error: serde_json::Value = serde_json::from_str(&ran.stderr).unwrap();
+        assert_eq!(error["code"], "app_failed");
+    }
+    let ran = run_with_input(&fake, &["exec", "--json", "notes", "cat"], b"a\xff");
+    let told: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(told["stdout"], "a\u{fffd}");
+    let much = vec![b'x'; 16 * 1024 * 1024 + 1];
+    let ran = run_with_input(&fake, &["exec", "--json", "notes", "cat"], &much);
+    assert_eq!((ran.code, ran.stdout.as_str()), (Some(1), ""));
+    assert!(ran.stderr.contains("leave --json out"), "{}", ran.stderr);
 }
 
 #[test]
