@@ -1,0 +1,29 @@
+//! One guest, one process: the parts of Spore's microVM monitor on KVM.
+//!
+//! ```text
+//!   machine/   the guest's physical map (layout) and its ACPI tables
+//!   kvm/       [unsafe] the few things that are asked of KVM, each checked; the guest's processor
+//!   memory/    [unsafe] the guest's memory: one mapping, volatile access, checked ranges
+//!   device/    registers on buses, and the virtio devices behind them
+//!   snapshot/  the form of a saved machine
+//!   probe      the guest that tells a KVM that can run others from one that cannot
+//! ```
+//!
+//! What holds everywhere here:
+//!
+//! - Nothing opens a path, a socket or a process: what is used came in as a descriptor.
+//! - The guest is hostile. Every number that it wrote is checked where it is read; a ring that
+//!   makes no sense is a [`fault::GuestFault`], which ends this guest with a reason and nothing
+//!   else.
+//! - Guest memory is never a Rust reference. What is looked at twice is copied once first, since
+//!   the guest changes it meanwhile.
+//! - No time is read and no chance is taken but through what was given ([`clock::Clock`]).
+
+pub mod clock;
+pub mod device;
+pub mod fault;
+pub mod kvm;
+pub mod machine;
+pub mod memory;
+pub mod probe;
+pub mod snapshot;
