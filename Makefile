@@ -11,7 +11,8 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make deps        fetch everything from outside, once"
 	@echo "make clean-host  remove everything that up and deps put on this machine"
-	@echo "make fmt | lint | bench | rig-test"
+	@echo "make rig-test    the tests that need KVM, in a machine that QEMU emulates"
+	@echo "make fmt | lint | bench"
 
 up:
 	@$(XTASK) up
@@ -45,4 +46,4 @@ bench:
 	@bench/gateway.sh
 
 rig-test:
-	@$(XTASK) rig -- test -c /dev/kvm
+	@$(XTASK) rig-test

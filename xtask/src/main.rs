@@ -62,6 +62,8 @@ enum Task {
     Test,
     /// Runs a command on a Linux with real KVM, which QEMU emulates; needs no KVM here
     Rig(RigOptions),
+    /// Runs the tests that need KVM in the rig
+    RigTest(Folder),
     /// Boots a Debian with systemd under QEMU and looks at Spore there (after `deps --systemd`)
     SystemdTest(Folder),
     /// What is looked at in that machine; started there only
@@ -131,6 +133,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Tidy { deps } => tidy::run(deps),
         Task::Test => suite::run(),
         Task::Rig(options) => return rig::run(&options),
+        Task::RigTest(folder) => return rig::test(&folder),
         Task::SystemdTest(folder) => systemd::run(&folder.dir),
         Task::SystemdStory => systemd::story::run(),
         Task::Up(folder) => host::up(&folder.dir),

@@ -27,8 +27,8 @@ use rustix::fs::FlockOperation;
 
 use self::boot::{Boot, Ended};
 use crate::deps::rig;
-use crate::progress::say;
-use crate::{Folder, place};
+use crate::progress::{say, step};
+use crate::{Folder, command, place};
 
 /// Folders of the rig's own, as guest/rig/init mounts them: what this machine has there is unseen.
 const OWN_FOLDERS: [&str; 4] = ["/tmp", "/run", "/var/lib/spore", "/var/lib/spore-e2e"];
@@ -36,19 +36,28 @@ const OWN_FOLDERS: [&str; 4] = ["/tmp", "/run", "/var/lib/spore", "/var/lib/spor
 /// Boots until it ends as it should.
 const ATTEMPTS: u32 = 2;
 
+/// Processors, unless others are asked for.
+const CPUS: u32 = 2;
+
+/// Memory, likewise.
+const MEMORY_MIB: u32 = 8192;
+
+/// Seconds until it counts as hung, likewise.
+const LIMIT_S: u32 = 3600;
+
 /// What to run, and on how large a machine.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct RigOptions {
     #[command(flatten)]
     folder: Folder,
     /// Processors of the machine
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, default_value_t = CPUS, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
     /// Memory of the machine, taken as it is used
-    #[arg(long, value_name = "MIB", default_value_t = 8192)]
+    #[arg(long, value_name = "MIB", default_value_t = MEMORY_MIB)]
     memory_mib: u32,
     /// How long it may run before it counts as hung
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    #[arg(long, value_name = "SECONDS", default_value_t = LIMIT_S)]
     limit_s: u32,
     /// Where `/out` and the console's log come to: an empty folder [default: `rig` in the target
     /// folder, emptied]
@@ -57,6 +66,54 @@ pub(crate) struct RigOptions {
     /// The command and its arguments, after `--`
     #[arg(required = true, last = true)]
     command: Vec<OsString>,
+}
+
+/// Seconds until the tests count as hung: far longer than they take.
+const TEST_LIMIT_S: u32 = 900;
+
+/// Programs of tests that need KVM: their packages, and their names there.
+const TESTS: [(&str, &str); 1] = [("spore-vmm", "machine")];
+
+/// Builds the tests that need KVM and runs them in the rig, one program after the other.
+pub(crate) fn test(folder: &Folder) -> Result<ExitCode> {
+    let mut script = OsString::from("failed=0\n");
+    for (package, name) in TESTS {
+        let program = step(&format!("build {name} of {package}"), || {
+            program(package, name)
+        })?;
+        script.push(quoted(program.as_os_str()));
+        script.push(" --test-threads=1 --show-output || failed=1\n");
+    }
+    script.push("exit $failed\n");
+    run(&RigOptions {
+        folder: folder.clone(),
+        cpus: CPUS,
+        memory_mib: MEMORY_MIB,
+        limit_s: TEST_LIMIT_S,
+        out: None,
+        command: vec!["sh".into(), "-c".into(), script],
+    })
+}
+
+/// Builds a program of tests; gives its path.
+fn program(package: &str, name: &str) -> Result<PathBuf> {
+    let text = command::output(
+        place::cargo()
+            .args(["test", "--quiet", "--locked", "--no-run"])
+            .args(["--message-format=json-render-diagnostics"])
+            .args(["--package", package, "--test", name]),
+    )?;
+    executable(&text, name)
+        .with_context(|| format!("cargo built no program for the tests {name} of {package}"))
+}
+
+/// The program of a target, in what cargo says of a build.
+fn executable(messages: &str, name: &str) -> Option<PathBuf> {
+    messages.lines().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        let path = message["executable"].as_str()?;
+        (message["target"]["name"] == name).then(|| PathBuf::from(path))
+    })
 }
 
 /// Boots the rig and runs the command; gives its exit code.
@@ -172,7 +229,7 @@ mod tests {
     use std::path::Path;
     use std::process::Command;
 
-    use super::{OWN_FOLDERS, check_seen, results, script};
+    use super::{OWN_FOLDERS, check_seen, executable, results, script};
     use crate::place;
 
     #[test]
@@ -185,6 +242,18 @@ mod tests {
             .output()
             .unwrap();
         assert_eq!(output.stdout, b"it's|$HOME|two words||a\nb|");
+    }
+
+    #[test]
+    fn a_test_program_is_found_in_what_cargo_says() {
+        let said = "{\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"spore_vmm\"},\
+                    \"executable\":null}\n\
+                    {\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"machine\"},\
+                    \"executable\":\"/target/debug/deps/machine-1\"}\n\
+                    {\"reason\":\"build-finished\",\"success\":true}\n";
+        let found = executable(said, "machine").unwrap();
+        assert_eq!(found, Path::new("/target/debug/deps/machine-1"));
+        assert_eq!(executable(said, "others"), None);
     }
 
     #[test]
