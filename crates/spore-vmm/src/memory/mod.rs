@@ -192,8 +192,8 @@ impl Space {
 
     /// Maps the file over the whole space and shows it as the guest sees it.
     ///
-    /// Happens once in a space's life: what is mapped stays until the space goes. After an error the
-    /// space is of no use, and a guest whose slots point into it must not run.
+    /// Happens once in a space's life: what is mapped stays until the space goes. After an error
+    /// the space is of no use, and a guest whose slots point into it must not run.
     pub fn fill(
         self: &Arc<Self>,
         file: BorrowedFd<'_>,
@@ -224,8 +224,8 @@ impl Space {
         let mapped =
             unsafe { rustix::mm::mmap(self.base.as_ptr(), self.bytes, protection, flags, file, 0) };
         if let Err(source) = mapped {
-            // The kernel takes away what was there before it maps, and may fail after that. Then the
-            // range is free for whoever maps next, and is not to be unmapped from under them.
+            // The kernel takes away what was there before it maps, and may fail after that. Then
+            // the range is free for whoever maps next, and is not to be unmapped from under them.
             self.lost.store(true, Ordering::SeqCst);
             return Err(MapError::File { bytes, source });
         }
