@@ -120,8 +120,7 @@ impl Renewal {
             false => self.host.config.thaw_steps.clone(),
         };
         let mut thaw = self.fresh(steps)?;
-        // What must be done is not what was asked for: nothing that asks for less gets by with it.
-        let mut required = ThawStep::ALL.as_slice();
+        let mut required = self.required();
         for tries_left in (0..CLOCK_TRIES).rev() {
             let Some(thawed) = self.link.thaw(thaw, limit).await? else {
                 return self.renewed_by_the_first();
@@ -130,7 +129,7 @@ impl Renewal {
             if let Some(withheld) = required.iter().find(|step| !is_done(step)) {
                 return Err(ThawError::Withheld(*withheld));
             }
-            required = &[ThawStep::Clock];
+            required = vec![ThawStep::Clock];
             let lag = self.realtime_ns().abs_diff(thawed.realtime_ns);
             if u128::from(lag) <= CLOCK_LAG_MAX.as_nanos() {
                 break;
@@ -152,6 +151,16 @@ impl Renewal {
             tracing::warn!(%vm, late, "processes of a fork may not know it");
         }
         Ok(())
+    }
+
+    /// What must be done, which is not what was asked for: nothing that asks for less gets by with
+    /// it. Who has no secrets to be given needs no agent that takes them, which a snapshot of an
+    /// earlier version may lack.
+    fn required(&self) -> Vec<ThawStep> {
+        let has_secrets = self.record.secrets == SecretsKept::Elsewhere;
+        let all = ThawStep::ALL.into_iter();
+        all.filter(|step| *step != ThawStep::Secrets || has_secrets)
+            .collect()
     }
 
     /// Whether an agent that names no steps was enough: one of generation 1, of a VM that was

@@ -6,7 +6,9 @@ use spore_wire::guest::ThawStep;
 use spore_wire::id::SnapshotId;
 use spore_wire::node::{Source, StopMode, VmFailureKind, VmPhase};
 
-use crate::bench::{Bench, exec, fork, on_virtual_time, start, until, until_phase, vm};
+use crate::bench::{
+    Bench, exec, fork, on_virtual_time, start, until, until_phase, vm, with_secret,
+};
 
 async fn said(bench: &Bench, number: u8, argv: &[&str]) -> String {
     let program = bench.node.exec(vm(number), exec(argv)).await.unwrap();
@@ -104,7 +106,8 @@ fn withheld_thaw_step_kills_the_vm_before_its_network_opens() {
             on_virtual_time(async {
                 let bench = Bench::new(90).await;
                 bench.host.withhold(step);
-                bench.node.start(begin(vm(1), "hello")).unwrap();
+                let start = with_secret(begin(vm(1), "hello"));
+                bench.node.start(start).unwrap();
                 let over = bench.node.stopped(vm(1)).await.unwrap();
                 let failure = over.failure.unwrap();
                 assert_eq!(failure.kind, VmFailureKind::Thaw, "{failure:?}");
@@ -114,6 +117,22 @@ fn withheld_thaw_step_kills_the_vm_before_its_network_opens() {
                 bench.nothing_is_left();
             });
         }
+    }
+}
+
+#[test]
+fn an_agent_that_takes_no_secrets_is_good_enough_for_who_has_none() {
+    for begin in [start, fork] {
+        on_virtual_time(async {
+            let bench = Bench::new(91).await;
+            bench.host.withhold(ThawStep::Secrets);
+            bench.node.start(begin(vm(1), "hello")).unwrap();
+            let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
+            assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
+            bench.node.stop(vm(1), StopMode::Graceful).await.unwrap();
+            bench.node.stopped(vm(1)).await.unwrap();
+            bench.nothing_is_left();
+        });
     }
 }
 
