@@ -135,6 +135,7 @@ impl Host {
                 account: "bench".to_owned(),
                 app: "bench".to_owned(),
                 release: 1,
+                secrets_version: 0,
             },
             image: ImageId::from_hash([1; 32]),
             folder: None,

@@ -334,6 +334,7 @@ mod tests {
                 account: "me".to_owned(),
                 app: "notes".to_owned(),
                 release: 3,
+                secrets_version: 5,
             },
             image: ImageId::from_hash([1; 32]),
             folder: None,
@@ -410,6 +411,7 @@ mod tests {
         fs::write(journal.path(vm), old).unwrap();
         let read = journal.read_all().unwrap().remove(&vm).unwrap().unwrap();
         assert_eq!(read.start.source, Source::Boot);
+        assert_eq!(read.start.owner.secrets_version, 0);
         assert_eq!(
             (read.generation, read.milestone),
             (JOURNAL_GENERATION, Milestone::Booted)

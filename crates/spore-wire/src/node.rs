@@ -30,6 +30,9 @@ pub struct Owner {
     pub app: String,
     /// The release's number.
     pub release: u64,
+    /// Which values of the app's secrets it was given: how often they had been changed by then.
+    #[serde(default)]
+    pub secrets_version: u64,
 }
 
 /// A VM to start.

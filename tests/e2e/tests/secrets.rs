@@ -7,14 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use spore_e2e::app::SELF_PORTRAIT;
+use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
 use spore_e2e::search::Words;
 use spore_e2e::{AppFolder, Platform, available};
 
 const CANARY: &str = "canary-9f3b1c77e2d84a60-never-in-clear";
 const SECOND: &str = "canary-5a0e4d19b7c64f38-nor-this-one";
 
-const CANARIES: Words<2> = Words([CANARY, SECOND]);
+const THIRD: &str = "canary-c81d02f7a65b4e93-nor-that-one";
+
+const CANARIES: Words<3> = Words([CANARY, SECOND, THIRD]);
 
 const PRINTS_IT: &str = "import os\nprint('the key is', os.environ['API_KEY'], flush=True)\n";
 
@@ -152,6 +154,87 @@ async fn secrets_are_set_replaced_listed_without_values_and_removed() -> Result<
     let status = platform.cli(&["status", "keeper"])?;
     ensure!(status.contains("REGION"), "{status}");
     platform.end()
+}
+
+/// Its answer is what it was given, and it prints the same.
+const SAYS_THEM: &str = r#"
+import os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        given = os.environ["API_KEY"] + " " + os.environ["SECOND"]
+        print("asked by", self.path, "for", given, flush=True)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(given)))
+        self.end_headers()
+        self.wfile.write(given.encode())
+
+    def log_message(self, form, *arguments):
+        pass
+
+
+ThreadingHTTPServer(("0.0.0.0", int(os.environ["PORT"])), Handler).serve_forever()
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_vm_was_given_is_masked_after_a_restart_whatever_it_is_now() -> Result<()> {
+    if !available() {
+        return Ok(());
+    }
+    let mut platform = Platform::start().await?;
+    let manifest = format!("{STAYS_AWAKE}[secrets]\nnames = [\"API_KEY\", \"SECOND\"]\n");
+    let folder = AppFolder::python("keeper", SAYS_THEM, &manifest)?;
+    set(&platform, "API_KEY", CANARY)?;
+    set(&platform, "SECOND", SECOND)?;
+    platform.cli(&["deploy", &folder.argument()])?;
+    let given = format!("{CANARY} {SECOND}");
+    ensure!(asked(&platform, "/before").await? == given);
+
+    set(&platform, "API_KEY", THIRD)?;
+    platform.cli(&["secret", "rm", "keeper", "SECOND"])?;
+    ensure!(asked(&platform, "/changed").await? == given);
+    for round in ["/first", "/second"] {
+        platform.kill_daemon()?;
+        platform.start_daemon().await?;
+        ensure!(asked(&platform, round).await? == given, "it is the same VM");
+        printed(&platform, round, "*** ***").await?;
+    }
+    let found = sightings(&platform)?;
+    ensure!(found.is_empty(), "the secret is in {found:?}");
+
+    // A new VM is given what is there now, and what was is gone.
+    let arguments = ["secret", "set", "keeper", "SECOND", "--restart"];
+    let restarted = platform.run_with(&arguments, THIRD.as_bytes())?;
+    ensure!(restarted.code == 0, "{restarted:?}");
+    ensure!(asked(&platform, "/anew").await? == format!("{THIRD} {THIRD}"));
+    printed(&platform, "/anew", "*** ***").await?;
+    let found = sightings(&platform)?;
+    ensure!(found.is_empty(), "the secret is in {found:?}");
+    platform.end()
+}
+
+async fn asked(platform: &Platform, path: &str) -> Result<String> {
+    let answer = platform.visitor().get("keeper.localhost", path).await?;
+    ensure!(answer.status == 200, "{answer:?}");
+    Ok(answer.body)
+}
+
+/// Waits until the app's log has the line of a request, and looks that it is this one.
+async fn printed(platform: &Platform, path: &str, masked: &str) -> Result<()> {
+    let began = format!("asked by {path} for ");
+    for _try in 0..600 {
+        let logs = platform.cli(&["logs", "keeper"])?;
+        if let Some((_, line)) = logs.split_once(&began) {
+            ensure!(line.starts_with(masked), "{logs}");
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    anyhow::bail!("the log says nothing of {path}: {}", platform.log_tail())
 }
 
 async fn value(platform: &Platform, name: &str) -> Result<String> {

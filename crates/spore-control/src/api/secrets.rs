@@ -20,11 +20,11 @@ use crate::converge::{AppRef, Converge};
 use crate::domain::RuleError;
 use crate::domain::app::one_more_app;
 use crate::secrets::{Place, value_bytes};
-use crate::store::record::app::{AppRecord, app_key, apps_of};
+use crate::store::record::app::{AppRecord, apps_of};
 use crate::store::record::removal::removal_key;
 use crate::store::record::secret::{SecretRecord, name_of, secret_key, secrets_of};
 use crate::store::record::{decode, encode, load};
-use crate::store::{CommitError, Order, StoreError, Transaction, every};
+use crate::store::{Order, StoreError, Transaction, every};
 
 /// Lists an app's secrets, without their values.
 #[utoipa::path(get, path = "/api/v1/apps/{app}/secrets", tag = "secrets",
@@ -60,8 +60,6 @@ pub(super) async fn set(
     let name: SecretName = name.parse()?;
     let value = SecretBytes::new(body.value.into_bytes());
     let record = api.converge.set_secret(&app, &name, &value).await?;
-    // What is suspended holds the value that was.
-    api.converge.forget_suspended(&app).await?;
     api.converge.refresh(&app).await?;
     let used = api.converge.secrets_in_use(&app).await?;
     Ok(Answer(public(name, &record, &used)))
@@ -76,22 +74,12 @@ pub(super) async fn remove(
     Path((_, name)): Path<(String, String)>,
 ) -> Result<StatusCode, Fault> {
     let name: SecretName = name.parse()?;
-    let key = secret_key(&app.account, &app.app, &name);
-    let stored = api.converge.inner.store.get(&key).await?;
-    let Some(stored) = stored else {
-        let message = format!("`{}` has no secret `{name}`", app.app);
-        return Err(Fault::new(ErrorCode::NotFound, message));
-    };
-    let transaction = Transaction::default()
-        .when(&key, stored.version)
-        .delete(&key);
-    api.converge.inner.store.commit(transaction).await?;
-    api.converge.forget_secrets(&app).await?;
+    api.converge.remove_secret(&app, &name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 impl Converge {
-    async fn set_secret(
+    pub(crate) async fn set_secret(
         &self,
         app: &AppRef,
         name: &SecretName,
@@ -99,58 +87,84 @@ impl Converge {
     ) -> Result<SecretRecord, Fault> {
         check(value)?;
         let (account, store) = (&app.account, &self.inner.store);
-        let (app_at, at) = (
-            app_key(account, &app.app),
-            secret_key(account, &app.app, name),
-        );
+        let at = secret_key(account, &app.app, name);
         loop {
             let stored_app = self.app_record(app).await?;
             let stored = load::<SecretRecord>(&**store, &at).await?;
-            let mut transaction = Transaction::default()
-                .when(
-                    &app_at,
-                    stored_app.as_ref().map_or(0, |stored| stored.version),
-                )
-                .when(&at, stored.as_ref().map_or(0, |stored| stored.version));
-            // Written even when nothing in it changes: a removal that lists the app's secrets at
-            // the same time must see that there is one more.
-            let mut app_record = match stored_app {
-                Some(stored) => stored.record,
+            let version = stored.as_ref().map_or(0, |stored| stored.version);
+            let mut change = Transaction::default().when(&at, version);
+            let mut app_record = match &stored_app {
+                Some(stored) => stored.record.clone(),
                 None => {
                     one_more_app(store.count(&apps_of(account)).await?)?;
                     if self.is_being_removed(app).await? {
                         let app = app.app.to_string();
                         return Err(DeployError::from(Removing { app }).into());
                     }
-                    transaction = transaction.when(removal_key(account, &app.app), 0);
+                    change = change.when(removal_key(account, &app.app), 0);
                     AppRecord::new(self.now_ms())
                 }
             };
-            app_record.secrets_changed = true;
-            transaction = transaction.put(&app_at, encode(&app_record));
-            let mut others = Others::default();
-            for entry in every(&**store, &secrets_of(account, &app.app)).await? {
-                if entry.key != at {
-                    let record = decode(&entry).map_err(StoreError::from)?;
-                    others.count += 1;
-                    others.bytes += value_bytes(&record);
-                }
-            }
-            let before = stored.as_ref().map(|stored| value_bytes(&stored.record));
-            others.leave_room_for(value.expose().len(), before)?;
-            let revision = stored.map_or(0, |stored| stored.record.revision) + 1;
+            let others = self.others(app, &at).await?;
+            let stored = stored.map(|stored| stored.record);
+            others.leave_room_for(value.expose().len(), stored.as_ref().map(value_bytes))?;
             let place = Place {
                 account,
                 app: &app.app,
                 name,
             };
-            let record = self.inner.vault.seal(place, revision, value).await?;
-            match store.commit(transaction.put(&at, encode(&record))).await {
-                Ok(_) => return Ok(record),
-                Err(CommitError::Conflict { .. }) => {}
-                Err(CommitError::Store(error)) => return Err(error.into()),
+            let revision = stored.as_ref().map_or(0, |stored| stored.revision) + 1;
+            let mut record = self.inner.vault.seal(place, revision, value).await?;
+            if let Some(former) = &stored {
+                let until = app_record.secrets_version;
+                change = self.keep_former(app, name, former, until, change).await?;
+            }
+            changed(&mut app_record);
+            record.since = app_record.secrets_version;
+            change = change.put(&at, encode(&record));
+            let was = stored_app.as_ref();
+            if self.write_app(app, was, &app_record, change).await? {
+                // A look at it forgets what no VM holds.
+                self.signal(app);
+                return Ok(record);
             }
         }
+    }
+
+    pub(crate) async fn remove_secret(&self, app: &AppRef, name: &SecretName) -> Result<(), Fault> {
+        let at = secret_key(&app.account, &app.app, name);
+        loop {
+            let stored_app = self.app_record(app).await?;
+            let stored = load::<SecretRecord>(&*self.inner.store, &at).await?;
+            let (Some(stored_app), Some(stored)) = (stored_app, stored) else {
+                let message = format!("`{}` has no secret `{name}`", app.app);
+                return Err(Fault::new(ErrorCode::NotFound, message));
+            };
+            let mut app_record = stored_app.record.clone();
+            let until = app_record.secrets_version;
+            let change = Transaction::default().when(&at, stored.version).delete(&at);
+            let former = self.keep_former(app, name, &stored.record, until, change);
+            let change = former.await?;
+            changed(&mut app_record);
+            if self
+                .write_app(app, Some(&stored_app), &app_record, change)
+                .await?
+            {
+                self.signal(app);
+                return Ok(());
+            }
+        }
+    }
+
+    async fn others(&self, app: &AppRef, but: &str) -> Result<Others, StoreError> {
+        let mut others = Others::default();
+        for entry in every(&*self.inner.store, &secrets_of(&app.account, &app.app)).await? {
+            if entry.key != but {
+                others.count += 1;
+                others.bytes += value_bytes(&decode(&entry)?);
+            }
+        }
+        Ok(others)
     }
 
     /// The secrets that the live release asks for.
@@ -172,6 +186,13 @@ impl Converge {
             [rules.secret_names, rules.secret_files].concat()
         }))
     }
+}
+
+/// One of its secrets changes: what is suspended, and what runs, holds what they were.
+fn changed(app: &mut AppRecord) {
+    app.suspended = None;
+    app.secrets_changed = true;
+    app.secrets_version += 1;
 }
 
 fn check(value: &SecretBytes) -> Result<(), RuleError> {

@@ -45,8 +45,14 @@ impl Converge {
             let Some((effects, due)) = self.step(app, &intent) else {
                 return;
             };
-            if effects.is_empty() && self.end_look(app, due) {
-                return;
+            if effects.is_empty() {
+                if let Err(error) = self.forget_unheld(app, None).await {
+                    let error = chain(&error);
+                    tracing::warn!(%app, error, "what its secrets were is forgotten later");
+                }
+                if self.end_look(app, due) {
+                    return;
+                }
             }
             for effect in effects {
                 self.perform(app, effect).await;
@@ -128,7 +134,11 @@ impl Converge {
         tracing::debug!(%app, ?effect, "effect");
         match effect {
             Effect::Start { vm, release, begin } => self.spawn_start(app, vm, release, begin),
-            Effect::Remind { vm, release } => self.spawn_remind(app, vm, release),
+            Effect::Remind {
+                vm,
+                release,
+                secrets_version,
+            } => self.spawn_remind(app, vm, release, secrets_version),
             Effect::Stop { vm, mode } => self.spawn_stop(app, vm, mode),
             Effect::Suspend { vm, release } => self.spawn_suspend(app, vm, release),
             Effect::Close { vm, force } => {
@@ -215,10 +225,10 @@ impl Converge {
     }
 
     /// The node knows the VM, so this starts nothing: it only hears the secrets again.
-    fn spawn_remind(&self, app: &AppRef, vm: VmId, release: u64) {
+    fn spawn_remind(&self, app: &AppRef, vm: VmId, release: u64, secrets_version: u64) {
         let (converge, app) = (self.clone(), app.clone());
         tokio::spawn(async move {
-            if let Err(failure) = converge.remind(&app, vm, release).await {
+            if let Err(failure) = converge.remind(&app, vm, release, secrets_version).await {
                 // A VM that needs them to go on is ended by its node, which says so.
                 let message = failure.message;
                 tracing::warn!(%app, %vm, message, "an adopted VM is not told its secrets again");

@@ -36,6 +36,7 @@ use crate::store::SharedStore;
 mod app;
 pub mod deploy;
 mod driver;
+mod given;
 pub mod image;
 pub mod life;
 mod removal;

@@ -9,6 +9,7 @@ use super::{AppRef, Converge};
 use crate::nodes::NodesError;
 use crate::store::record::app::app_key;
 use crate::store::record::encode;
+use crate::store::record::former_secret::former_secrets_of;
 use crate::store::record::release::releases_of;
 use crate::store::record::removal::{REMOVALS, RemovalRecord, names_of, removal_key};
 use crate::store::record::secret::secrets_of;
@@ -106,7 +107,11 @@ impl Converge {
                 .when(&at, stored.version)
                 .delete(&at)
                 .put(removal_key(account, name), encode(&removal));
-            for prefix in [releases_of(account, name), secrets_of(account, name)] {
+            for prefix in [
+                releases_of(account, name),
+                secrets_of(account, name),
+                former_secrets_of(account, name),
+            ] {
                 for entry in every(store, &prefix).await? {
                     transaction = transaction.delete(entry.key);
                 }

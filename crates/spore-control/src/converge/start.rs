@@ -2,23 +2,20 @@
 
 use spore_api::error::ErrorCode;
 use spore_api::limits::{COMMAND_BYTES_MAX, SECRETS_BYTES_PER_APP_MAX, SECRETS_PER_APP_MAX};
-use spore_api::name::SecretName;
 use spore_wire::cause::chain;
 use spore_wire::frame::MESSAGE_BYTES_MAX;
 use spore_wire::guest::Readiness;
 use spore_wire::id::{TraceId, VmId};
 use spore_wire::node::{Owner, Process, Purpose, Resources, Source, StartVm, StopMode, TemplateOf};
-use spore_wire::secret::SecretBytes;
 
+use super::given::GivenError;
 use super::life::{Begin, Failure};
 use super::{AppRef, Converge};
 use crate::nodes::NodesError;
-use crate::secrets::{Place, SecretsError};
 use crate::store::StoreError;
 use crate::store::record::image::{ImageOrigin, ImageRecord, image_key};
 use crate::store::record::load;
 use crate::store::record::release::{ReleaseRecord, Rules, StoredWarm};
-use crate::store::record::secret::{SecretRecord, secret_key};
 
 /// What a start message has beside secrets, command and environment: what Spore sets itself, a
 /// health path, names of fields.
@@ -41,10 +38,8 @@ const _: () = assert!(
 enum StartError {
     #[error("release {release} is not there any more: deploy again")]
     NoRelease { release: u64 },
-    #[error("the secret `{name}` is not set: `spore secret set {app} {name}`, then try again")]
-    NoSecret { app: String, name: SecretName },
     #[error(transparent)]
-    Secrets(#[from] SecretsError),
+    Given(#[from] GivenError),
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -58,8 +53,10 @@ impl Converge {
         (release, begin): (u64, Begin),
         trace: Option<TraceId>,
     ) -> Result<(), Failure> {
-        self.begins_with_secrets(app, vm).await?;
-        let start = self.start_vm(app, vm, release).await;
+        // A VM that is alone leaves nobody who holds what its app's secrets were.
+        let unheld = self.forget_unheld(app, Some(vm)).await;
+        unheld.map_err(|error| unasked(&error.into()))?;
+        let start = self.start_vm(app, vm, release, None).await;
         let mut start = start.map_err(|error| unasked(&error))?;
         start.trace = trace;
         if begin == Begin::Cold {
@@ -103,34 +100,54 @@ impl Converge {
         Err(error)
     }
 
-    /// Tells the node the secrets of a VM that it adopted: its journal holds none, and without
-    /// them it neither starts the app nor keeps what the app prints.
-    pub(super) async fn remind(&self, app: &AppRef, vm: VmId, release: u64) -> Result<(), Failure> {
-        let start = self.start_vm(app, vm, release).await;
-        let start = start.map_err(|error| unasked(&error))?;
-        let has_none = start.process.as_ref().is_none_or(|process| {
-            process.secret_environment.is_empty() && process.secret_files.is_empty()
-        });
+    /// Tells the node the secrets that a VM was given which it adopted: its journal holds none, and
+    /// without them it neither starts the app nor keeps what the app prints.
+    pub(super) async fn remind(
+        &self,
+        app: &AppRef,
+        vm: VmId,
+        release: u64,
+        secrets_version: u64,
+    ) -> Result<(), Failure> {
+        let start = self.start_vm(app, vm, release, Some(secrets_version)).await;
         // A VM that ended meanwhile must not be started by a word meant for it.
         let status = self.inner.nodes.status(vm).await;
         let gone = status
             .map_err(|error| refused(&error))?
             .is_none_or(|status| status.phase.is_over());
-        if has_none || gone {
+        if gone {
+            return Ok(());
+        }
+        let start = match start {
+            Ok(start) => start,
+            Err(error) => {
+                let why = chain(&error);
+                let text = format!("what it prints is not kept since the daemon's start: {why}");
+                self.note(app, vm, release, text).await;
+                return Err(unasked(&error));
+            }
+        };
+        if !start.has_secrets() {
             return Ok(());
         }
         let told = self.inner.nodes.start(start).await;
         told.map_err(|error| refused(&error))
     }
 
-    async fn start_vm(&self, app: &AppRef, vm: VmId, number: u64) -> Result<StartVm, StartError> {
+    /// The start of a new VM; or, with the version of its secrets, of one that was started before.
+    async fn start_vm(
+        &self,
+        app: &AppRef,
+        vm: VmId,
+        number: u64,
+        secrets_version: Option<u64>,
+    ) -> Result<StartVm, StartError> {
         let release = self.release(app, number).await?;
         let release = release.ok_or(StartError::NoRelease { release: number })?;
-        let secret_environment = self.secrets(app, &release.rules.secret_names).await?;
-        let secret_files = self.secrets(app, &release.rules.secret_files).await?;
+        let given = self.given(app, &release.rules, secrets_version).await?;
         let mut process = self.process(&release);
-        process.secret_environment = secret_environment;
-        process.secret_files = secret_files;
+        process.secret_environment = given.environment;
+        process.secret_files = given.files;
         let template = self.template_of(app, &release).await?;
         let rules = release.rules;
         Ok(StartVm {
@@ -139,6 +156,7 @@ impl Converge {
                 account: app.account.to_string(),
                 app: app.app.to_string(),
                 release: number,
+                secrets_version: given.version,
             },
             image: release.image,
             folder: release.folder,
@@ -193,30 +211,6 @@ impl Converge {
             has_hooks: rules.warm == StoredWarm::Ready,
         }
     }
-
-    async fn secrets(
-        &self,
-        app: &AppRef,
-        names: &[SecretName],
-    ) -> Result<Vec<(String, SecretBytes)>, StartError> {
-        let mut opened = Vec::with_capacity(names.len());
-        for name in names {
-            let key = secret_key(&app.account, &app.app, name);
-            let stored = load::<SecretRecord>(&*self.inner.store, &key).await?;
-            let stored = stored.ok_or_else(|| StartError::NoSecret {
-                app: app.app.to_string(),
-                name: name.clone(),
-            })?;
-            let place = Place {
-                account: &app.account,
-                app: &app.app,
-                name,
-            };
-            let value = self.inner.vault.open(place, &stored.record).await?;
-            opened.push((name.to_string(), value));
-        }
-        Ok(opened)
-    }
 }
 
 /// What a VM of a release gets of its host.
@@ -231,8 +225,8 @@ pub(super) const fn resources_of(rules: &Rules) -> Resources {
 fn unasked(error: &StartError) -> Failure {
     let code = match error {
         StartError::NoRelease { .. } => ErrorCode::NoRelease,
-        StartError::NoSecret { .. } => ErrorCode::AppFailed,
-        StartError::Secrets(_) | StartError::Store(_) => ErrorCode::Internal,
+        StartError::Given(GivenError::NoSecret { .. }) => ErrorCode::AppFailed,
+        StartError::Given(_) | StartError::Store(_) => ErrorCode::Internal,
     };
     Failure::new(code, chain(error))
 }

@@ -18,8 +18,8 @@ use super::{AppRef, Converge};
 use crate::nodes::{Dependents, NodesError, Note, Removal, SnapshotKeys, TakeSnapshot};
 use crate::secrets::SecretsError;
 use crate::store::record::app::{AppRecord, Suspended, app_key};
-use crate::store::record::encode;
 use crate::store::record::snapshot_key::snapshot_key_key;
+use crate::store::record::{Versioned, encode};
 use crate::store::{CommitError, StoreError, Transaction};
 
 /// Why an app was not suspended.
@@ -94,8 +94,7 @@ impl Converge {
         Ok(taken?)
     }
 
-    /// Changes what an app goes on from, and writes it beside `with`; the key of what it went on
-    /// from before goes in the same step, and its snapshot after it. `false` when there is no such
+    /// Changes what an app goes on from, and writes it beside `with`. `false` when there is no such
     /// app.
     async fn write_suspended(
         &self,
@@ -103,33 +102,52 @@ impl Converge {
         with: Transaction,
         change: impl Fn(&mut AppRecord) + Send,
     ) -> Result<bool, StoreError> {
-        let at = app_key(&app.account, &app.app);
         loop {
             let Some(stored) = self.app_record(app).await? else {
                 return Ok(false);
             };
             let mut record: AppRecord = stored.record.clone();
             change(&mut record);
-            if record == stored.record {
+            let is_written = record == stored.record
+                || self
+                    .write_app(app, Some(&stored), &record, with.clone())
+                    .await?;
+            if is_written {
                 return Ok(true);
             }
-            let of = |record: &AppRecord| Some(record.suspended.as_ref()?.snapshot);
-            let before = of(&stored.record).filter(|before| of(&record) != Some(*before));
-            let mut write = with.clone().when(&at, stored.version);
-            write = write.put(&at, encode(&record));
-            if let Some(before) = before {
-                write = write.delete(snapshot_key_key(&app.account, before));
-            }
-            match self.inner.store.commit(write).await {
-                Ok(_) => {
-                    if let Some(before) = before {
-                        self.remove_suspended(&app.account, before).await;
-                    }
-                    return Ok(true);
+        }
+    }
+
+    /// Writes an app's record beside `with`; the key of what it went on from before goes in the
+    /// same step, and its snapshot after it. `false` when something of that was changed meanwhile.
+    ///
+    /// # Errors
+    /// When the store did not serve.
+    pub(crate) async fn write_app(
+        &self,
+        app: &AppRef,
+        was: Option<&Versioned<AppRecord>>,
+        record: &AppRecord,
+        with: Transaction,
+    ) -> Result<bool, StoreError> {
+        let at = app_key(&app.account, &app.app);
+        let of = |record: &AppRecord| Some(record.suspended.as_ref()?.snapshot);
+        let before = was.and_then(|was| of(&was.record));
+        let before = before.filter(|before| of(record) != Some(*before));
+        let mut write = with.when(&at, was.map_or(0, |was| was.version));
+        write = write.put(&at, encode(record));
+        if let Some(before) = before {
+            write = write.delete(snapshot_key_key(&app.account, before));
+        }
+        match self.inner.store.commit(write).await {
+            Ok(_) => {
+                if let Some(before) = before {
+                    self.remove_suspended(&app.account, before).await;
                 }
-                Err(CommitError::Conflict { .. }) => {}
-                Err(CommitError::Store(error)) => return Err(error),
+                Ok(true)
             }
+            Err(CommitError::Conflict { .. }) => Ok(false),
+            Err(CommitError::Store(error)) => Err(error),
         }
     }
 
@@ -141,41 +159,6 @@ impl Converge {
         let forgets = |record: &mut AppRecord| record.suspended = None;
         let nothing = Transaction::default();
         self.write_suspended(app, nothing, forgets).await.map(drop)
-    }
-
-    /// As [`Converge::forget_suspended`]; nor is what runs suspended, which may hold a secret that
-    /// was removed.
-    ///
-    /// # Errors
-    /// When the store did not serve.
-    pub(crate) async fn forget_secrets(&self, app: &AppRef) -> Result<(), StoreError> {
-        let forgets = |record: &mut AppRecord| {
-            record.suspended = None;
-            record.secrets_changed = true;
-        };
-        let nothing = Transaction::default();
-        self.write_suspended(app, nothing, forgets).await.map(drop)
-    }
-
-    /// Before the secrets of a VM are read: if there is no other one of its app, nothing holds
-    /// values that were, but what is suspended.
-    pub(super) async fn begins_with_secrets(&self, app: &AppRef, vm: VmId) -> Result<(), Failure> {
-        let is_alone = {
-            let slots = self.slots();
-            slots.get(app).is_some_and(|slot| slot.life.is_alone(vm))
-        };
-        let stored = self.app_record(app).await;
-        let stored = stored.map_err(|error| refused_by_store(&error))?;
-        if !is_alone || !stored.is_some_and(|stored| stored.record.secrets_changed) {
-            return Ok(());
-        }
-        let anew = |record: &mut AppRecord| {
-            record.suspended = None;
-            record.secrets_changed = false;
-        };
-        let written = self.write_suspended(app, Transaction::default(), anew);
-        written.await.map_err(|error| refused_by_store(&error))?;
-        Ok(())
     }
 
     /// Removes a snapshot that nothing goes on from any more. Without its key it is of no use, and
@@ -274,13 +257,14 @@ impl Converge {
     }
 
     /// Tells an app's owner something, in the app's log.
-    async fn note(&self, app: &AppRef, vm: VmId, release: u64, text: String) {
+    pub(super) async fn note(&self, app: &AppRef, vm: VmId, release: u64, text: String) {
         tracing::warn!(%app, %vm, text);
         let note = Note {
             owner: Owner {
                 account: app.account.to_string(),
                 app: app.app.to_string(),
                 release,
+                secrets_version: 0,
             },
             vm,
             text,

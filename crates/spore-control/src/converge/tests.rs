@@ -6,6 +6,7 @@ use std::sync::Arc;
 use spore_wire::gateway::{Activity, FromGateway, ToGateway};
 use spore_wire::id::VmId;
 use spore_wire::node::{Source, StartVm, VmFailureKind};
+use spore_wire::secret::SecretBytes;
 
 use super::AppRef;
 use super::deploy::{DeployError, Named, NewRelease};
@@ -18,9 +19,11 @@ use crate::operations::{Operations, Outcome};
 use crate::secrets::{KeyFile, KeyProvider};
 use crate::store::memory::MemoryStore;
 use crate::store::record::app::{AppRecord, app_key};
+use crate::store::record::former_secret::{FORMER_SECRETS, FormerSecretRecord, former_secret_key};
 use crate::store::record::image::{ImageOrigin, ImageRecord, image_key};
 use crate::store::record::operation::{OperationRecord, StoredOperationState, operation_key};
 use crate::store::record::release::StoredState;
+use crate::store::record::secret::SecretRecord;
 use crate::store::record::{encode, load};
 use crate::store::{SharedStore, Transaction, every};
 use crate::{Control, Parts};
@@ -961,4 +964,227 @@ async fn a_release_that_fails_leaves_what_is_suspended_as_it_is() {
     let kept = bench.record(&notes).await.suspended.unwrap();
     let start = bench.wake(&notes).await;
     assert_eq!(start.source, Source::Suspended(kept.snapshot));
+}
+
+impl Bench {
+    async fn set(&self, app: &AppRef, name: &str, value: &str) {
+        let value = SecretBytes::new(value.as_bytes().to_vec());
+        let name = name.parse().unwrap();
+        let set = self.control.converge().set_secret(app, &name, &value).await;
+        set.unwrap();
+    }
+
+    async fn unset(&self, app: &AppRef, name: &str) {
+        let name = name.parse().unwrap();
+        let removed = self.control.converge().remove_secret(app, &name).await;
+        removed.unwrap();
+    }
+
+    /// Deploys a release that wants `KEY` and, as a file, `CERT`.
+    async fn deploy_with_secrets(&self, app: &AppRef) {
+        let new = release(|new| {
+            new.rules.secret_names = vec!["KEY".parse().unwrap()];
+            new.rules.secret_files = vec!["CERT".parse().unwrap()];
+        });
+        let id = self.control.converge().deploy(app, &new, None).await;
+        self.over(app, &id.unwrap()).await;
+    }
+
+    /// What the node was told of a VM's secrets, each time.
+    fn told(&self, vm: VmId) -> Vec<String> {
+        let state = self.nodes.state.lock().unwrap();
+        let starts = state.starts.iter().filter(|start| start.vm == vm);
+        let told = starts.map(|start| {
+            let process = start.process.as_ref().unwrap();
+            let all = process.secret_environment.iter();
+            let all = all.chain(&process.secret_files).map(|(name, value)| {
+                let value = String::from_utf8_lossy(value.expose()).into_owned();
+                format!("{name}={value}")
+            });
+            all.collect::<Vec<_>>().join(" ")
+        });
+        told.collect()
+    }
+
+    /// The values that are kept although they are not given any more.
+    async fn former(&self) -> Vec<String> {
+        let entries = every(&*self.store, FORMER_SECRETS).await.unwrap();
+        entries.into_iter().map(|entry| entry.key).collect()
+    }
+
+    async fn revision(&self) -> u64 {
+        self.store.commit(Transaction::default()).await.unwrap()
+    }
+
+    async fn next_daemon(self) -> Self {
+        let next = self.crash().await;
+        next.settle(100).await;
+        next
+    }
+}
+
+/// An app that serves and was given `KEY=one CERT=cert`.
+async fn given() -> (Bench, AppRef, VmId) {
+    let (bench, notes) = (Bench::new().await, app("notes"));
+    bench.set(&notes, "KEY", "one").await;
+    bench.set(&notes, "CERT", "cert").await;
+    bench.deploy_with_secrets(&notes).await;
+    let (vm, _) = bench.nodes.running()[0];
+    assert_eq!(bench.told(vm), ["KEY=one CERT=cert"]);
+    assert_eq!(bench.former().await, Vec::<String>::new());
+    (bench, notes, vm)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_is_reminded_of_the_values_that_it_was_given() {
+    let (bench, notes, vm) = given().await;
+    bench.set(&notes, "KEY", "two").await;
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(vm), ["KEY=one CERT=cert"; 2]);
+
+    bench.set(&notes, "KEY", "three").await;
+    bench.settle(100).await;
+    let kept = bench.former().await;
+    assert_eq!(kept, ["former-secret/me/notes/KEY/2"], "`two` is nowhere");
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(vm), ["KEY=one CERT=cert"; 3]);
+
+    let fresh = bench.control.converge().restart(&notes).await.unwrap();
+    assert_eq!(bench.told(fresh), ["KEY=three CERT=cert"]);
+    bench.settle(100).await;
+    assert_eq!(bench.former().await, Vec::<String>::new());
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(fresh), ["KEY=three CERT=cert"; 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_is_reminded_of_a_secret_that_was_removed_until_it_sleeps() {
+    let (bench, notes, vm) = given().await;
+    let before = bench.revision().await;
+    bench.unset(&notes, "KEY").await;
+    assert_eq!(bench.revision().await, before + 2, "it is one commit");
+    bench.unset(&notes, "CERT").await;
+    bench.set(&notes, "CERT", "other").await;
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(vm), ["KEY=one CERT=cert"; 2]);
+    assert_eq!(bench.former().await.len(), 2);
+
+    bench.control.converge().sleep(&notes).await.unwrap();
+    bench.settle(100).await;
+    assert_eq!(bench.former().await, Vec::<String>::new());
+    let starts = bench.nodes.starts();
+    let refused = bench.control.converge().wake(&notes).await.unwrap_err();
+    assert!(refused.message.contains("spore secret set notes KEY"));
+    assert_eq!(bench.nodes.starts(), starts, "what was is given to nobody");
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_of_two_vms_is_reminded_of_its_own_values() {
+    let (bench, notes, old) = given().await;
+    bench.set(&notes, "KEY", "two").await;
+    // A release that is tried and fails leaves the old VM with what it has.
+    bench.nodes.act("notes", 2, Act::Crash);
+    bench.deploy_with_secrets(&notes).await;
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(old), ["KEY=one CERT=cert"; 2]);
+
+    // One that serves beside it for a while has the values of its own start.
+    bench.door.busy(&notes, old, 1);
+    bench.deploy_with_secrets(&notes).await;
+    let vms = bench.nodes.running();
+    let (new, _) = *vms.iter().find(|(vm, _)| *vm != old).unwrap();
+    assert_eq!(vms.len(), 2, "the old one drains");
+    bench.set(&notes, "KEY", "three").await;
+    bench.settle(100).await;
+    let kept = bench.former().await;
+    let [one, two] = ["KEY/2", "KEY/3"].map(|it| format!("former-secret/me/notes/{it}"));
+    assert_eq!(kept, [one, two.clone()]);
+    bench.settle(40_000).await;
+    assert_eq!(bench.nodes.running().len(), 1);
+    assert_eq!(bench.former().await, [two]);
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(new), ["KEY=two CERT=cert"; 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_whose_values_are_not_known_any_more_is_told_none() {
+    let (bench, notes, vm) = given().await;
+    bench.set(&notes, "KEY", "two").await;
+    for key in bench.former().await {
+        let forget = Transaction::default().delete(key);
+        bench.store.commit(forget).await.unwrap();
+    }
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(vm), ["KEY=one CERT=cert"]);
+    let told = bench.notes().join("; ");
+    assert!(told.contains("spore stop notes"), "{told}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_vm_that_is_newer_than_the_store_is_told_none() {
+    let (bench, notes, vm) = given().await;
+    // As when the store was put back from a backup.
+    let mut record = bench.record(&notes).await;
+    record.secrets_version = 1;
+    let key = app_key(&notes.account, &notes.app);
+    let write = Transaction::default().put(key, encode(&record));
+    bench.store.commit(write).await.unwrap();
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(vm), ["KEY=one CERT=cert"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_secrets_were_goes_with_the_vm_that_held_them_and_with_the_app() {
+    let (bench, notes, vm) = given().await;
+    bench.set(&notes, "KEY", "two").await;
+    assert_eq!(bench.former().await.len(), 1);
+    // It ends while no daemon looks.
+    bench.nodes.vanish(vm);
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.former().await, Vec::<String>::new());
+    assert!(!bench.record(&notes).await.secrets_changed);
+
+    bench.control.converge().wake(&notes).await.unwrap();
+    bench.set(&notes, "KEY", "three").await;
+    assert_eq!(bench.former().await.len(), 1);
+    bench.control.converge().remove(&notes).await.unwrap();
+    assert_eq!(bench.former().await, Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_values_that_nobody_held_none_is_kept() {
+    let (bench, notes, vm) = given().await;
+    let big = "x".repeat(65_000);
+    for round in 0..40 {
+        bench.set(&notes, "KEY", &format!("{big}{round}")).await;
+    }
+    bench.settle(100).await;
+    assert_eq!(bench.former().await, ["former-secret/me/notes/KEY/2"]);
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(vm), ["KEY=one CERT=cert"; 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_too_much_is_kept_a_change_goes_on_and_the_vm_is_told_nothing() {
+    let (bench, notes, vm) = given().await;
+    let name = "OTHER".parse().unwrap();
+    for until in 1000..1512 {
+        let secret = SecretRecord {
+            revision: 1,
+            sealed: String::new(),
+            updated_at_ms: 0,
+            since: 0,
+        };
+        let record = encode(&FormerSecretRecord { secret, until });
+        let key = former_secret_key(&notes.account, &notes.app, &name, until);
+        let write = Transaction::default().put(key, record);
+        bench.store.commit(write).await.unwrap();
+    }
+    bench.set(&notes, "KEY", "two").await;
+    assert_eq!(bench.former().await.len(), 512);
+    let bench = bench.next_daemon().await;
+    assert_eq!(bench.told(vm), ["KEY=one CERT=cert"]);
+    bench.control.converge().restart(&notes).await.unwrap();
+    bench.settle(100).await;
+    assert_eq!(bench.former().await, Vec::<String>::new());
 }

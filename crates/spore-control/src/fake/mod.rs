@@ -201,6 +201,11 @@ impl Nodes for FakeNodes {
         let vm = start.vm;
         let key = (start.owner.app.clone(), start.owner.release);
         let mut state = self.state.lock().unwrap();
+        if state.vms.contains_key(&vm) {
+            // It only hears the secrets again.
+            state.starts.push(start);
+            return Ok(());
+        }
         let given = state.acts.get(&key).copied();
         let act = given.or_else(|| match key.1 {
             0 => state.sandbox_acts.pop_front(),

@@ -170,6 +170,7 @@ impl Vault {
             revision,
             sealed: BASE64.encode(&sealed),
             updated_at_ms: self.clock.now().as_millisecond(),
+            since: 0,
         })
     }
 

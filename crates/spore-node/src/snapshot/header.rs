@@ -395,6 +395,7 @@ pub(super) mod tests {
             account: "me".to_owned(),
             app: "notes".to_owned(),
             release: 7,
+            secrets_version: 5,
         });
         meta.app = Some(SnapshotApp {
             port: 8000,
@@ -439,6 +440,10 @@ pub(super) mod tests {
         let text = String::from_utf8(full().encode().unwrap()).unwrap();
         assert_eq!(text, String::from_utf8_lossy(golden));
         assert_eq!(Header::decode(golden).unwrap(), full());
+        let first = include_bytes!("header.first.json");
+        let mut expected = full();
+        expected.meta.taken_of.as_mut().unwrap().secrets_version = 0;
+        assert_eq!(Header::decode(first).unwrap(), expected);
     }
 
     #[test]

@@ -140,6 +140,7 @@ fn start_of(wanted: &Wanted, vm: VmId) -> StartVm {
             account: wanted.account.clone(),
             app: BUILDER.to_owned(),
             release: 0,
+            secrets_version: 0,
         },
         image: wanted.plan.image,
         folder: None,

@@ -138,6 +138,7 @@ mod tests {
                 account: "me".to_owned(),
                 app: "notes".to_owned(),
                 release: 1,
+                secrets_version: 0,
             },
             phase,
             failure: None,

@@ -53,7 +53,8 @@ fn main() -> Outcome {
     match std::env::args().nth(1).as_deref() {
         Some("fill") => fill(),
         Some("swarm") => swarm(),
-        _ => Err("fill or swarm is expected".into()),
+        Some("breed") => breed(),
+        _ => Err("fill, swarm or breed is expected".into()),
     }
 }
 
@@ -76,6 +77,21 @@ fn swarm() -> Outcome {
         child.wait()?;
     }
     Ok(())
+}
+
+/// Starts processes that end at once, also after some were refused: a shell gives up at the first.
+fn breed() -> Outcome {
+    let mut children = Vec::new();
+    loop {
+        let child = Command::new("/bin/sleep").arg("0").spawn();
+        let is_refused = child.is_err();
+        children.extend(child);
+        if is_refused || children.len() > 8 {
+            for mut child in children.drain(..children.len().div_ceil(2)) {
+                child.wait()?;
+            }
+        }
+    }
 }
 
 fn say(line: &str) -> std::io::Result<()> {
@@ -277,8 +293,7 @@ fn throttled(cgroups: &Cgroups) -> Outcome {
 fn removed(cgroups: &Cgroups) -> Outcome {
     let limits = Limits { pids: 60, ..LIMITS };
     cgroups.create("vm", &limits)?;
-    let forking = "while :; do (:) & done";
-    let child = run_in(cgroups, "vm", &["/bin/sh", "-c", forking])?;
+    let child = run_in(cgroups, "vm", &["/init", "breed"])?;
     let swarm = run_in(cgroups, "vm", &["/init", "swarm"])?;
     until(|| Ok(cgroups.stats("vm")?.pids > 20))?;
     cgroups.remove("vm")?;

@@ -286,6 +286,7 @@ pub(crate) fn counter(vm: VmId) -> StartVm {
             account: "me".to_owned(),
             app: "counter".to_owned(),
             release: 1,
+            secrets_version: 0,
         },
         image: ImageId::from_hash([1; 32]),
         folder: None,

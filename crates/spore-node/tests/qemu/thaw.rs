@@ -433,6 +433,7 @@ fn start(machine: &Machine, command: &[&str]) -> StartVm {
             account: "me".to_owned(),
             app: "fork".to_owned(),
             release: 1,
+            secrets_version: 0,
         },
         image: ImageId::from_hash([1; 32]),
         folder: None,

@@ -269,6 +269,7 @@ pub(crate) fn start(vm: VmId, app: &str) -> StartVm {
             account: "me".to_owned(),
             app: app.to_owned(),
             release: 7,
+            secrets_version: 0,
         },
         image: ImageId::from_hash([1; 32]),
         folder: Some(ImageId::from_hash([2; 32])),

@@ -9,6 +9,7 @@ use spore_wire::node::{Source, StopMode, VmFailureKind, VmPhase};
 use crate::bench::{
     Bench, exec, fork, on_virtual_time, start, until, until_phase, vm, with_secret,
 };
+use crate::takes::{ready, stop};
 
 async fn said(bench: &Bench, number: u8, argv: &[&str]) -> String {
     let program = bench.node.exec(vm(number), exec(argv)).await.unwrap();
@@ -126,11 +127,8 @@ fn an_agent_that_takes_no_secrets_is_good_enough_for_who_has_none() {
         on_virtual_time(async {
             let bench = Bench::new(91).await;
             bench.host.withhold(ThawStep::Secrets);
-            bench.node.start(begin(vm(1), "hello")).unwrap();
-            let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
-            assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
-            bench.node.stop(vm(1), StopMode::Graceful).await.unwrap();
-            bench.node.stopped(vm(1)).await.unwrap();
+            ready(&bench, begin(vm(1), "hello")).await;
+            stop(&bench, 1).await;
             bench.nothing_is_left();
         });
     }
@@ -142,11 +140,8 @@ fn clock_is_right_before_the_apps_first_instruction_however_long_the_agent_was_k
         on_virtual_time(async {
             let bench = Bench::new(92).await;
             bench.host.delay_clock(vm(1), Duration::from_millis(300));
-            bench.node.start(begin(vm(1), "hello")).unwrap();
-            let status = until_phase(&bench.node, vm(1), VmPhase::Ready).await;
-            assert_eq!(status.phase, VmPhase::Ready, "{status:?}");
-            bench.node.stop(vm(1), StopMode::Graceful).await.unwrap();
-            bench.node.stopped(vm(1)).await.unwrap();
+            ready(&bench, begin(vm(1), "hello")).await;
+            stop(&bench, 1).await;
             bench.nothing_is_left();
         });
     }

@@ -127,6 +127,8 @@ pub enum Effect {
         vm: VmId,
         /// What it runs.
         release: u64,
+        /// Which values of them it was given.
+        secrets_version: u64,
     },
     /// Stop a VM.
     Stop {
@@ -380,10 +382,12 @@ impl Life {
         (deploy.vm == Some(vm)).then_some(deploy.operation.as_str())
     }
 
-    /// Whether the app has no VM but this one.
-    #[must_use]
-    pub fn is_alone(&self, vm: VmId) -> bool {
-        self.vms.keys().all(|other| *other == vm)
+    /// Of each VM but `begins`, which values of the app's secrets it was given; `None` when that is
+    /// not known yet.
+    pub fn secrets_versions(&self, begins: Option<VmId>) -> impl Iterator<Item = Option<u64>> + '_ {
+        let vms = self.vms.iter();
+        let vms = vms.filter(move |(vm, _)| Some(**vm) != begins);
+        vms.map(|(_, life)| Some(life.status.as_ref()?.owner.secrets_version))
     }
 
     /// The VMs that the node should have, with the moment it said so.

@@ -40,7 +40,13 @@ impl Life {
             return;
         };
         let release = life.release;
-        self.say(Effect::Remind { vm, release });
+        let status = life.status.as_ref();
+        let secrets_version = status.map_or(0, |status| status.owner.secrets_version);
+        self.say(Effect::Remind {
+            vm,
+            release,
+            secrets_version,
+        });
         let Some(life) = self.vms.get_mut(&vm) else {
             return;
         };
@@ -87,9 +93,9 @@ impl Life {
             )
         };
         let Some(vm) = deploy.vm else {
-            // A switch begins when what the last one left is over: never more than two VMs, and
+            // A switch begins when what was there before is over: never more than two VMs, and
             // never two of the release that is rolled back to. Their end is news of its own.
-            if self.vms.values().any(|vm| ending(vm.stage)) {
+            if self.vms.len() > 1 || self.vms.values().any(|vm| ending(vm.stage)) {
                 return;
             }
             let Some(vm) = fresh.take() else {

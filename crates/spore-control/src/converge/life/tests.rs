@@ -132,6 +132,7 @@ impl World {
                 account: "me".to_owned(),
                 app: "notes".to_owned(),
                 release,
+                secrets_version: 0,
             },
             phase,
             failure: (phase == VmPhase::Failed).then(|| VmFailure {
@@ -549,6 +550,28 @@ fn run(world: &mut World, acts: &[Act]) {
         world.act(*act);
         world.settle().unwrap();
     }
+}
+
+#[test]
+fn a_deploy_waits_for_a_vm_that_its_node_ends_beside_another() {
+    let mut world = World::new(true);
+    let acts = [
+        Act::Deploy,
+        Act::Restart,
+        Act::Move(103),
+        Act::Move(83),
+        Act::Pass(0),
+        Act::Move(19),
+        Act::Move(84),
+        Act::End(31),
+        Act::Move(110),
+        Act::Move(8),
+        Act::Deploy,
+    ];
+    run(&mut world, &acts);
+    assert_eq!(world.node.len(), 2, "{:?}", world.life);
+    world.calm().unwrap();
+    assert!(world.life.deploying().is_none(), "{:?}", world.life);
 }
 
 #[test]

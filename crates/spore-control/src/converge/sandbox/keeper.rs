@@ -17,7 +17,7 @@ use crate::converge::Converge;
 use crate::converge::life::Failure;
 use crate::nodes::NodesError;
 use crate::store::record::encode;
-use crate::store::record::sandbox::{Base, SandboxRecord, StoredSandboxState, sandbox_key};
+use crate::store::record::sandbox::{Base, SandboxRecord, sandbox_key};
 use crate::store::{CommitError, Transaction};
 
 /// Until something that failed is tried again.
@@ -131,16 +131,7 @@ impl Keeper {
     /// Writes a change down; what came of it, and the record with the change.
     async fn save(&mut self, change: Change) -> (Event, SandboxRecord) {
         let mut record = self.record.clone();
-        match &change {
-            Change::Opened => record.state = StoredSandboxState::Open,
-            Change::Rolling { new, to } => record.next = Some((*new, to.clone())),
-            Change::Swapped { new, to } => {
-                record.vm = *new;
-                record.base = to.clone();
-                record.next = None;
-            }
-            Change::Stayed => record.next = None,
-        }
+        change.write(&mut record);
         let key = sandbox_key(&self.sandbox.account, &self.sandbox.id);
         let write = Transaction::default().put(key, encode(&record));
         match self.converge.inner.store.commit(write).await {

@@ -18,8 +18,8 @@
 //!
 //! Invariants, each a property in the tests: there are two VMs only while one takes the other's
 //! place; a VM that is not the sandbox's any more is stopped; while the old VM waits, a rollback
-//! that fails leaves it untouched; what is Open is written down; whoever waits is answered once;
-//! when it is gone, so are its VMs and its record.
+//! that fails leaves it untouched; the record leads a restart to what is Open; whoever waits is
+//! answered once; when it is gone, so are its VMs and its record.
 
 use std::collections::BTreeMap;
 
@@ -137,6 +137,8 @@ pub(crate) enum Change {
     Opened,
     /// A VM is about to take the place of its own.
     Rolling {
+        /// What is there.
+        now: Place,
         /// Which.
         new: VmId,
         /// What it begins from.
@@ -150,7 +152,31 @@ pub(crate) enum Change {
         to: Base,
     },
     /// That VM did not.
-    Stayed,
+    Stayed {
+        /// What is there.
+        now: Place,
+    },
+}
+
+/// What is there while the place of a VM is in question.
+///
+/// It is written down with every such change: the record may name another VM since it last took one
+/// in that the store had no room for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The sandbox's VM; `None` when it ended.
+    vm: Option<VmId>,
+    /// What the last one began from.
+    base: Base,
+}
+
+impl Place {
+    fn write(&self, record: &mut SandboxRecord) {
+        if let Some(vm) = self.vm {
+            record.vm = vm;
+        }
+        record.base = self.base.clone();
+    }
 }
 
 /// Where a sandbox stands, for others.
@@ -162,6 +188,28 @@ pub(crate) enum Standing {
     Closing,
     Ended(String),
     Gone,
+}
+
+impl Change {
+    /// Writes it into the record.
+    pub(crate) fn write(&self, record: &mut SandboxRecord) {
+        match self {
+            Self::Opened => record.state = StoredSandboxState::Open,
+            Self::Rolling { now, new, to } => {
+                now.write(record);
+                record.next = Some((*new, to.clone()));
+            }
+            Self::Swapped { new, to } => {
+                record.vm = *new;
+                record.base = to.clone();
+                record.next = None;
+            }
+            Self::Stayed { now } => {
+                now.write(record);
+                record.next = None;
+            }
+        }
+    }
 }
 
 impl Life {
@@ -360,7 +408,9 @@ impl Life {
                 return;
             }
         };
+        let base = self.base.clone();
         effects.push(Effect::Save(Change::Rolling {
+            now: Place { vm: old, base },
             new,
             to: to.clone(),
         }));
@@ -378,7 +428,9 @@ impl Life {
                 reason: format!("it could not go back: {}", failure.message),
             },
         };
-        effects.push(Effect::Save(Change::Stayed));
+        let base = self.base.clone();
+        let now = Place { vm: old, base };
+        effects.push(Effect::Save(Change::Stayed { now }));
         effects.push(Effect::RolledBack(Err(failure)));
     }
 
@@ -400,7 +452,7 @@ impl Life {
                 self.state = State::Open { vm: *vm };
                 effects.push(Effect::Opened(Ok(())));
             }
-            (Change::Rolling { new, to }, State::RollingBack { .. }) => {
+            (Change::Rolling { new, to, .. }, State::RollingBack { .. }) => {
                 self.vms.insert(new, Known::default());
                 effects.push(Effect::Start { vm: new, from: to });
             }

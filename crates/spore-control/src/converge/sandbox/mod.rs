@@ -56,6 +56,7 @@ impl SandboxRef {
             account: self.account.to_string(),
             app: format!("{OWNER_PREFIX}{}", self.id),
             release: 0,
+            secrets_version: 0,
         }
     }
 

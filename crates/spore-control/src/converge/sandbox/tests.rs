@@ -185,17 +185,7 @@ impl World {
         if self.full {
             return Event::Unsaved(change, failure(ErrorCode::DiskFull));
         }
-        let record = self.record.as_mut().unwrap();
-        match &change {
-            Change::Opened => record.state = StoredSandboxState::Open,
-            Change::Rolling { new, to } => record.next = Some((*new, to.clone())),
-            Change::Swapped { new, to } => {
-                record.vm = *new;
-                record.base = to.clone();
-                record.next = None;
-            }
-            Change::Stayed => record.next = None,
-        }
+        change.write(self.record.as_mut().unwrap());
         Event::Saved(change)
     }
 
@@ -214,7 +204,7 @@ impl World {
             "{living} VMs while {:?}",
             self.life.standing()
         );
-        if let (Some(open), false) = (self.life.open(), self.full) {
+        if let Some(open) = self.life.open() {
             let record = self.record.as_ref().unwrap();
             let next = record.next.as_ref().map(|(next, _)| *next);
             prop_assert!(record.vm == open || next == Some(open), "{record:?}");
@@ -454,6 +444,33 @@ fn a_rollback_that_fails_leaves_the_sandbox_as_it_was() {
     assert_eq!(world.life.base(), &base(0));
     assert!(!world.node[&vm(0)].is_stopped);
     assert_eq!(world.record.unwrap().next, None);
+}
+
+#[test]
+fn a_restart_finds_what_a_full_store_could_not_be_told_of() {
+    for (fails, room_at) in [(true, 1), (true, 2), (false, 1), (false, 2)] {
+        let mut world = open();
+        world.act(Act::Rollback).unwrap();
+        world.act(Act::Answer(2)).unwrap();
+        world.over(vm(0)).unwrap();
+        world.act(Act::Full(true)).unwrap();
+        world.act(Act::Ready(0)).unwrap();
+        assert_eq!(
+            world.life.open(),
+            Some(vm(1)),
+            "it took the place all the same"
+        );
+        world.full = room_at > 1;
+        world.act(Act::Rollback).unwrap();
+        world.full = false;
+        if fails {
+            world.act(Act::Answer(1)).unwrap();
+        }
+        world.crash().unwrap();
+        world.calm().unwrap();
+        assert_eq!(world.life.open(), Some(vm(1)), "{fails} {room_at}");
+        assert_eq!(world.life.base(), &base(1), "{fails} {room_at}");
+    }
 }
 
 #[test]

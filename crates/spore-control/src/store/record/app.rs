@@ -26,6 +26,10 @@ pub struct AppRecord {
     /// value that was.
     #[serde(default, skip_serializing_if = "core::ops::Not::not")]
     pub secrets_changed: bool,
+    /// How often one of its secrets was set or removed. A VM is started with it, so that it stays
+    /// known which values it holds.
+    #[serde(default)]
+    pub secrets_version: u64,
 }
 
 /// The snapshot of a suspended app; its key is beside it.
@@ -51,6 +55,7 @@ impl AppRecord {
             deploying: None,
             suspended: None,
             secrets_changed: false,
+            secrets_version: 0,
         }
     }
 }

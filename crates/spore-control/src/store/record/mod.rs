@@ -10,6 +10,7 @@ use super::Entry;
 
 pub mod account;
 pub mod app;
+pub mod former_secret;
 pub mod idempotency;
 pub mod image;
 pub mod operation;
@@ -136,8 +137,24 @@ pub async fn load<R: Record>(
 #[cfg(test)]
 mod tests {
     use super::app::AppRecord;
+    use super::secret::SecretRecord;
     use super::{decode, encode};
     use crate::store::Entry;
+
+    #[test]
+    fn records_of_before_secrets_had_versions_are_of_version_0() {
+        let entry = |key: &str, record: &str| Entry {
+            key: key.to_owned(),
+            version: 1,
+            value: format!("{{\"v\":1,\"record\":{record}}}").into_bytes(),
+        };
+        let app = "{\"created_at_ms\":0,\"enabled\":true,\"release\":1,\"next_release\":2,\
+                   \"deploying\":null}";
+        let app: AppRecord = decode(&entry("app/me/notes", app)).unwrap();
+        let secret = "{\"revision\":7,\"sealed\":\"\",\"updated_at_ms\":0}";
+        let secret: SecretRecord = decode(&entry("secret/me/notes/KEY", secret)).unwrap();
+        assert_eq!((app.secrets_version, secret.since), (0, 0));
+    }
 
     #[test]
     fn a_record_of_another_version_is_refused_with_what_to_do() {

@@ -14,6 +14,9 @@ pub struct SecretRecord {
     pub sealed: String,
     /// Milliseconds since the Unix epoch.
     pub updated_at_ms: i64,
+    /// The version of the app's secrets that it came with.
+    #[serde(default)]
+    pub since: u64,
 }
 
 impl Record for SecretRecord {

@@ -18,14 +18,19 @@ const BUFFERS: u64 = 0x4000;
 
 /// A small memory.
 pub(crate) fn memory() -> GuestMemory {
+    memory_of(MEMORY_BYTES)
+}
+
+/// One of so many bytes, from address 0 on.
+pub(crate) fn memory_of(bytes: u64) -> GuestMemory {
     let file = rustix::fs::memfd_create("driver", MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&file, MEMORY_BYTES).unwrap();
+    rustix::fs::ftruncate(&file, bytes).unwrap();
     let region = Region {
         start: Gpa(0),
         offset: 0,
-        bytes: MEMORY_BYTES,
+        bytes,
     };
-    let space = Space::reserve(MEMORY_BYTES).unwrap();
+    let space = Space::reserve(bytes).unwrap();
     let memory = space.fill(file.as_fd(), Sharing::Shared, &[region]);
     memory.unwrap()
 }

@@ -2,16 +2,15 @@
 //! writes what it likes.
 
 use std::collections::VecDeque;
-use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
-use rustix::fs::MemfdFlags;
 use virtio_queue::{Queue as OtherQueue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use super::{Buffer, Chain, NEXT, Part, QUEUE_SIZE_MAX, Queue, QueueFault, QueueState, WRITE};
-use crate::memory::{Gpa, GuestMemory, Region, Sharing, Space};
+use crate::device::virtio::driver::memory_of;
+use crate::memory::{Gpa, GuestMemory};
 
 const MEMORY_BYTES: u64 = 0x1_0000;
 const DESCRIPTORS: u64 = 0x1000;
@@ -21,17 +20,7 @@ const USED: u64 = 0x4000;
 const BUFFERS: u64 = 0x8000;
 
 fn memory() -> GuestMemory {
-    let file = rustix::fs::memfd_create("queue", MemfdFlags::CLOEXEC).unwrap();
-    rustix::fs::ftruncate(&file, MEMORY_BYTES).unwrap();
-    let region = Region {
-        start: Gpa(0),
-        offset: 0,
-        bytes: MEMORY_BYTES,
-    };
-    let space = Space::reserve(MEMORY_BYTES).unwrap();
-    space
-        .fill(file.as_fd(), Sharing::Shared, &[region])
-        .unwrap()
+    memory_of(MEMORY_BYTES)
 }
 
 fn state(size: u16) -> QueueState {
