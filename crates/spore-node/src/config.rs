@@ -92,6 +92,9 @@ pub struct VmLimits {
     pub agent: Duration,
     /// The same of a fork, whose kernel and agent are up already.
     pub agent_of_fork: Duration,
+    /// Until the processes of a fork that asked to hear of it have said that they know: all of them
+    /// together, since a tenant must not hold its own VM up for longer.
+    pub hooks: Duration,
     /// Until a tenant's processes stand still.
     pub freeze: Duration,
     /// From a paused guest to what makes it what it is, beyond copying all of it.
@@ -119,6 +122,7 @@ impl Default for VmLimits {
             boot: Duration::from_secs(60),
             agent: Duration::from_secs(90),
             agent_of_fork: Duration::from_secs(30),
+            hooks: Duration::from_secs(5),
             freeze: Duration::from_secs(10),
             capture: Duration::from_secs(60),
             answer: Duration::from_secs(20),

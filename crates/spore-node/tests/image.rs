@@ -298,9 +298,10 @@ mod image {
             "{error}"
         );
         rig.assert_nothing_left();
-        // Its place is free again.
+        // Its place is free again; whether so little time is enough is the machine's affair.
         let whole = Box::new(io::Cursor::new(archive()));
-        shop.import(whole, ImageKind::Folder, FILING).await.unwrap();
+        let next = shop.import(whole, ImageKind::Folder, FILING).await;
+        assert!(!matches!(next, Err(WorkError::Busy { .. })), "{next:?}");
     }
 
     #[tokio::test]
@@ -308,8 +309,15 @@ mod image {
         let Some(rig) = Rig::new() else { return };
         let shop = rig.workshop(LONG, LONG);
         let mut first = Box::pin(shop.import(body(drip), ImageKind::Folder, FILING));
-        assert!(tokio::time::timeout(SHORT, &mut first).await.is_err());
-        assert_eq!(rig.cgroups.list().unwrap().len(), 1, "it works");
+        let works = async {
+            while rig.cgroups.list().unwrap().is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            () = works => {}
+            early = &mut first => panic!("it ended by itself: {early:?}"),
+        }
         let second = shop.import(body(drip), ImageKind::Folder, FILING).await;
         let second = second.unwrap_err();
         assert!(matches!(second, WorkError::Busy { .. }), "{second}");

@@ -187,6 +187,10 @@ pub enum Request {
     Unfreeze {
         /// As in [`Thaw::incarnation`].
         incarnation: String,
+        /// How long all processes that asked to hear of a fork may take together, in milliseconds;
+        /// `None` for what the agent thinks right.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hooks_ms: Option<u64>,
     },
     /// Starts the app and keeps it running. Legal when none runs.
     StartApp(StartApp),

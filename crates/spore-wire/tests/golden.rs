@@ -131,6 +131,13 @@ mod tests {
                 "request unfreeze",
                 request(json!({"op": "unfreeze", "incarnation": "abcdefghijklmnopqrstuvwxya"})),
             ),
+            (
+                "request unfreeze of a fork",
+                request(
+                    json!({"op": "unfreeze", "incarnation": "abcdefghijklmnopqrstuvwxya",
+                    "hooks_ms": 5000}),
+                ),
+            ),
         ])
     }
 

@@ -20,7 +20,6 @@ use spore_wire::guest::{
 use super::{Agent, Begun, Job, Machine, Stream};
 use crate::clock;
 use crate::guest::refused;
-use crate::hook::HOOKS_MS_MAX;
 
 /// How long the tenant's processes may take to stand still.
 pub const FREEZE_MS_MAX: u64 = 2_000;
@@ -95,7 +94,7 @@ impl Life {
             (Self::Frozen(_), Request::Thaw(_)) => return Ok(()),
             (Self::Held(name), Request::Thaw(thaw)) if thaw.incarnation == *name => return Ok(()),
             (_, Request::Thaw(_)) => "this VM has been thawed already".to_owned(),
-            (Self::Frozen(name) | Self::Held(name), Request::Unfreeze { incarnation }) => {
+            (Self::Frozen(name) | Self::Held(name), Request::Unfreeze { incarnation, .. }) => {
                 if incarnation == name {
                     return Ok(());
                 }
@@ -202,7 +201,12 @@ impl<M: Machine> Agent<M> {
 
     /// Lets the tenant's processes run. Those of a fork that asked for it hear of it first thing,
     /// also those whose question came while nobody listened.
-    pub(super) fn unfreeze(&mut self, name: String, now_ms: u64) -> Result<Begun, AgentError> {
+    pub(super) fn unfreeze(
+        &mut self,
+        name: String,
+        within_ms: u64,
+        now_ms: u64,
+    ) -> Result<Begun, AgentError> {
         let mut told = 0;
         if matches!(self.life, Life::Held(_)) {
             self.hear_wishes(now_ms);
@@ -217,18 +221,23 @@ impl<M: Machine> Agent<M> {
         if told == 0 {
             return Ok(Begun::Reply(Reply::Done));
         }
-        let until_ms = now_ms + HOOKS_MS_MAX;
-        Ok(Begun::Job(Job::Hooks { until_ms }))
+        Ok(Begun::Job(Job::Hooks {
+            until_ms: now_ms.saturating_add(within_ms),
+            within_ms,
+        }))
     }
 
     /// Answers once every process that was told of a fork has said that it is done, or is late.
     pub(super) fn await_hooks(&mut self, now_ms: u64) {
         let mut streams = self.streams.iter();
         let found = streams.find_map(|(&number, stream)| match stream.job {
-            Job::Hooks { until_ms } => Some((number, until_ms)),
+            Job::Hooks {
+                until_ms,
+                within_ms,
+            } => Some((number, until_ms, within_ms)),
             _ => None,
         });
-        let (Some((number, until_ms)), Some(face)) = (found, &mut self.face) else {
+        let (Some((number, until_ms, within_ms)), Some(face)) = (found, &mut self.face) else {
             return;
         };
         let (busy, done) = (face.hooks().busy(), face.hooks().done());
@@ -238,7 +247,7 @@ impl<M: Machine> Agent<M> {
         let late = u32::try_from(busy).unwrap_or(u32::MAX);
         if late > 0 {
             self.app.say(&format!(
-                "spore: {late} of {} processes did not say within {HOOKS_MS_MAX} ms that they know \
+                "spore: {late} of {} processes did not say within {within_ms} ms that they know \
                  of the fork",
                 late + done
             ));
@@ -269,8 +278,10 @@ mod tests {
     }
 
     fn unfreeze(name: &str) -> Request {
-        let incarnation = name.to_owned();
-        Request::Unfreeze { incarnation }
+        Request::Unfreeze {
+            incarnation: name.to_owned(),
+            hooks_ms: None,
+        }
     }
 
     fn lives() -> [Life; 6] {

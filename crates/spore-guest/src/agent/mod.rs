@@ -35,6 +35,7 @@ use crate::exec::Exec;
 use crate::face::{Face, Wish};
 use crate::file::{FileReader, FileWriter};
 use crate::guest::{Guest, refused};
+use crate::hook::HOOKS_MS;
 use crate::interest::{Interest, Ready};
 use crate::memory::MemoryWatch;
 use crate::port::Port;
@@ -199,7 +200,7 @@ impl<M: Machine> Agent<M> {
                     interest.at(now_ms);
                 }
                 Job::Freeze => interest.at(now_ms + STILLNESS_STEP_MS),
-                Job::Hooks { until_ms } => interest.at(*until_ms),
+                Job::Hooks { until_ms, .. } => interest.at(*until_ms),
                 Job::Read(_) | Job::Logs { .. } | Job::Write(_) | Job::StopApp => {}
             }
         }
@@ -355,7 +356,10 @@ impl<M: Machine> Agent<M> {
             Request::Status => Ok(Begun::Reply(Reply::Status(self.status(now_ms)))),
             Request::Thaw(thaw) => self.thaw(thaw).map(Begun::Reply),
             Request::Freeze => self.freeze(now_ms),
-            Request::Unfreeze { incarnation } => self.unfreeze(incarnation, now_ms),
+            Request::Unfreeze {
+                incarnation,
+                hooks_ms,
+            } => self.unfreeze(incarnation, hooks_ms.unwrap_or(HOOKS_MS), now_ms),
             Request::StartApp(start) => {
                 self.app.start(&mut self.guest, start, now_ms)?;
                 Ok(Begun::Reply(Reply::Done))

@@ -31,6 +31,7 @@ pub(super) enum Job {
     /// Waits for the processes that were told of a fork.
     Hooks {
         until_ms: u64,
+        within_ms: u64,
     },
 }
 

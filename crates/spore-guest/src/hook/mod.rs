@@ -25,8 +25,8 @@ use crate::interest::Interest;
 /// The most processes that may wait for forks.
 pub const HOOKS_MAX: usize = 64;
 
-/// How long all of them together may take.
-pub const HOOKS_MS_MAX: u64 = 5_000;
+/// How long all of them together may take where the host does not say.
+pub const HOOKS_MS: u64 = 5_000;
 
 /// Ready-made hooks, below `/run/spore/lib`.
 pub const FILES: [(&str, &str); 3] = [

@@ -274,6 +274,7 @@ impl Actor {
             self.access.send_replace(None);
             self.settle(Adopted::Released);
         }
+        self.collect();
         for effect in effects {
             self.point(effect, KillPoint::Before).await;
             if effect.asks() {
@@ -321,12 +322,8 @@ impl Actor {
     }
 
     fn ask(&mut self, effect: VmEffect) {
-        match effect {
-            VmEffect::ConnectAgent => self.connect_agent(),
-            VmEffect::AwaitReady => self.collect(),
-            // An adopted guest may have much to say before it goes.
-            VmEffect::Shutdown => self.collect(),
-            _ => {}
+        if effect == VmEffect::ConnectAgent {
+            self.connect_agent();
         }
         if let Some(taking) = &mut self.taking {
             taking.begun(effect);
@@ -484,6 +481,10 @@ impl Actor {
 
     /// Begins to collect what the app prints, once it may run and its secrets are known.
     fn collect(&mut self) {
+        // An adopted guest may have much to say, even one that is about to go.
+        if self.collector.is_some() || !self.app_may_run() {
+            return;
+        }
         let untold = self.record.secrets == SecretsKept::None
             && self.record.inherited == SecretsKept::Elsewhere;
         // Nobody said what would have to be masked, or it is what the app's own VMs say too.
@@ -497,7 +498,7 @@ impl Actor {
             // The agent keeps the lines until control has told the secrets again.
             (SecretsKept::Elsewhere, None) => return,
         };
-        let (None, Some(link)) = (&self.collector, self.link.clone()) else {
+        let Some(link) = self.link.clone() else {
             return;
         };
         let owner = self.record.start.owner.clone();
@@ -531,9 +532,7 @@ impl Actor {
                 let unknown = self.secrets.borrow().is_none();
                 if unknown && self.record.secrets == SecretsKept::Elsewhere {
                     self.secrets.send_replace(Some(secrets));
-                    if self.app_may_run() {
-                        self.collect();
-                    }
+                    self.collect();
                 }
             }
         }

@@ -278,7 +278,7 @@ async fn unfreeze(
                 }
             }
         }
-        match link.unfreeze(vm.to_string(), limit).await {
+        match link.unfreeze(vm.to_string(), limits.hooks, limit).await {
             Ok(_late) => return VmEvent::Unfrozen.into(),
             Err(error) => {
                 last = chain(&error);

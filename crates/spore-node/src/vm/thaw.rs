@@ -145,7 +145,8 @@ impl Renewal {
             thaw = self.fresh(vec![ThawStep::Clock])?;
         }
         let name = self.record.start.vm.to_string();
-        let late = self.link.unfreeze(name, limit).await?;
+        let hooks = self.host.config.limits.hooks;
+        let late = self.link.unfreeze(name, hooks, limit).await?;
         if late > 0 {
             let vm = self.record.start.vm;
             tracing::warn!(%vm, late, "processes of a fork may not know it");

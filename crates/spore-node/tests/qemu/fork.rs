@@ -100,8 +100,11 @@ pub(crate) async fn capture(
     if afterwards == Afterwards::GoesOn {
         of.held.resume().await.unwrap();
         println!("captured, paused for {:?}", begun.elapsed());
-        let incarnation = of.vm.to_string();
-        let going_on = of.agent.ask(Request::Unfreeze { incarnation }).await;
+        let unfreeze = Request::Unfreeze {
+            incarnation: of.vm.to_string(),
+            hooks_ms: None,
+        };
+        let going_on = of.agent.ask(unfreeze).await;
         assert_eq!(going_on, Ok(Reply::Done));
     } else {
         println!("captured and ended in {:?}", begun.elapsed());

@@ -387,6 +387,36 @@ fn secrets_are_masked_and_a_new_daemon_keeps_no_line_before_it_knows_them() {
     });
 }
 
+#[test]
+fn what_an_adopted_app_prints_is_kept_whenever_its_secrets_are_told() {
+    on_virtual_time(async {
+        for (wanted, told, printed) in [
+            (start(vm(1), "hello"), false, vec!["listening"]),
+            (start(vm(1), "hello"), true, vec!["listening"]),
+            // Before the agent is heard again: that the app is ready comes behind it.
+            (
+                with_secret(start(vm(1), "hello")),
+                true,
+                vec!["KEY is ***", "listening"],
+            ),
+        ] {
+            let mut bench = Bench::new(12).await;
+            bench.node.start(wanted.clone()).unwrap();
+            until_phase(&bench.node, vm(1), VmPhase::Ready).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            std::fs::remove_dir_all(bench.folder.path().join("log")).unwrap();
+
+            assert_eq!(bench.restart().await.adopted, [vm(1)]);
+            if told {
+                bench.node.start(wanted).unwrap();
+            }
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            assert_eq!(bench.node.status(vm(1)).unwrap().phase, VmPhase::Ready);
+            assert_eq!(texts(&bench.node), printed, "told {told}");
+        }
+    });
+}
+
 /// Where a daemon may die between the first step of a thaw and the app's first instruction.
 const WHILE_SECRETS_ARE_GIVEN: [(VmEffect, KillPoint); 5] = [
     (VmEffect::Thaw, KillPoint::Before),

@@ -300,7 +300,7 @@ impl Job {
                 lock(&self.guest.state).life = Life::Frozen(life.name().unwrap_or_default());
                 Ok(Reply::Done)
             }
-            Request::Unfreeze { incarnation } => {
+            Request::Unfreeze { incarnation, .. } => {
                 if !life.is_frozen() || life.name() != Some(incarnation.clone()) {
                     self.guest.violation("unfrozen as what it is not");
                     return Err(error(AgentErrorCode::NotNow, "frozen as another"));

@@ -74,10 +74,18 @@ impl AgentLink {
     }
 
     /// Lets the tenant's processes run, of the VM of this name. Gives how many of them had not said
-    /// in time that they know of the fork.
-    pub(crate) async fn unfreeze(&self, name: String, limit: Duration) -> Result<u32, GuestError> {
-        let incarnation = name;
-        let request = Request::Unfreeze { incarnation };
+    /// within `hooks` that they know of the fork.
+    pub(crate) async fn unfreeze(
+        &self,
+        name: String,
+        hooks: Duration,
+        limit: Duration,
+    ) -> Result<u32, GuestError> {
+        let request = Request::Unfreeze {
+            incarnation: name,
+            hooks_ms: Some(millis(hooks)),
+        };
+        let limit = limit.saturating_add(hooks);
         match within(limit, self.ask(request, limit)).await? {
             Reply::Done => Ok(0),
             Reply::Resumed(resumed) => Ok(resumed.late),
