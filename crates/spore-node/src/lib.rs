@@ -10,6 +10,7 @@ pub mod clock;
 pub mod config;
 pub mod confine;
 pub mod disk;
+pub mod doctor;
 pub mod egress;
 pub mod hypervisor;
 pub mod image;

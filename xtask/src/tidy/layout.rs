@@ -25,6 +25,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "spore-node",
             "spore-control",
             "spore-gateway",
+            "spore-vmm",
         ],
     ),
 ];

@@ -9,6 +9,7 @@ mod checkpoint;
 mod completions;
 mod cp;
 mod deploy;
+mod doctor;
 mod exec;
 mod failure;
 mod fork;
@@ -101,6 +102,7 @@ enum Verb {
     Sandbox(sandbox::Sandbox),
     Snapshot(snapshot::Snapshot),
     Completions(completions::Completions),
+    Doctor(doctor::Doctor),
     Server(platform::Server),
     #[command(hide = true)]
     Gateway(platform::Gateway),
@@ -108,6 +110,8 @@ enum Verb {
     Egress(platform::Egress),
     #[command(hide = true)]
     KeepToken(platform::KeepToken),
+    #[command(hide = true)]
+    KvmProbe(doctor::KvmProbe),
     /// The launcher of one VMM (started by the daemon)
     #[command(hide = true)]
     Jail,
@@ -232,6 +236,8 @@ fn local(verb: Verb, output: &Output) -> Result<Local> {
         Verb::Jail => crate::server::jail(),
         Verb::ImagePack => crate::server::image_pack(),
         Verb::Completions(verb) => verb.run(output)?.into(),
+        Verb::Doctor(verb) => verb.run(output)?.into(),
+        Verb::KvmProbe(verb) => verb.run(output)?.into(),
         verb => return Ok(Local::Remote(verb)),
     };
     Ok(Local::Done(exit))
@@ -267,6 +273,8 @@ async fn dispatch(verb: Verb, context: &Context) -> Result<u8> {
         | Verb::KeepToken(_)
         | Verb::Jail
         | Verb::ImagePack
+        | Verb::Doctor(_)
+        | Verb::KvmProbe(_)
         | Verb::Completions(_) => unreachable!("`local` runs the verbs that need no daemon"),
     }
 }

@@ -72,14 +72,14 @@ pub(crate) struct KeepToken {
 }
 
 #[derive(Debug, Args)]
-struct ConfigFile {
+pub(crate) struct ConfigFile {
     /// The configuration [default: /etc/spore/spore.toml, if it is there]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
 impl ConfigFile {
-    fn read(&self) -> Result<ServerConfig> {
+    pub(crate) fn read(&self) -> Result<ServerConfig> {
         Ok(ServerConfig::read(self.config.as_deref())?)
     }
 }

@@ -28,7 +28,7 @@ use crate::config::ServerConfig;
 const NAMESPACE_POOL: usize = 4;
 
 /// The user that builds images from packages.
-const BUILD_USER: &str = "spore-build";
+pub(crate) const BUILD_USER: &str = "spore-build";
 
 /// Where image builds work: all their uids must be able to enter.
 const BUILD_SCRATCH: &str = "/var/tmp";

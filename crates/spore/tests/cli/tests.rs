@@ -120,7 +120,7 @@ fn without_time(line: &str) -> String {
 
 #[test]
 fn help_is_as_it_was() {
-    let verbs: [&[&str]; 39] = [
+    let verbs: [&[&str]; 40] = [
         &["--help"],
         &["-h"],
         &["deploy", "--help"],
@@ -159,6 +159,7 @@ fn help_is_as_it_was() {
         &["snapshot", "rm", "--help"],
         &["snapshot", "compact", "--help"],
         &["snapshot", "gc", "--help"],
+        &["doctor", "--help"],
         &["completions", "--help"],
     ];
     for args in verbs {
@@ -807,6 +808,40 @@ fn completions_and_version_need_no_daemon() {
     }
     let ran: Ran = bare().arg("--version").output().unwrap().into();
     assert_eq!(ran.stdout, format!("spore {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn the_doctor_names_what_is_missing_and_says_what_to_do() {
+    let folder = tempdir().unwrap();
+    let config = folder.path().join("spore.toml");
+    let missing = folder.path().join("no-kernel");
+    std::fs::write(&config, format!("kernel = {missing:?}\n")).unwrap();
+    let config = config.to_str().unwrap();
+    let ran: Ran = bare()
+        .args(["doctor", "--config", config])
+        .output()
+        .unwrap()
+        .into();
+    assert_eq!(ran.code, Some(1), "{}", ran.stderr);
+    assert!(ran.stdout.contains("no-kernel"), "{}", ran.stdout);
+    assert!(ran.stdout.contains("`make up`"), "{}", ran.stdout);
+    let ran: Ran = bare()
+        .args(["doctor", "--json", "--config", config])
+        .output()
+        .unwrap()
+        .into();
+    let told: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(told["ready"], false);
+    let findings = told["findings"].as_array().unwrap();
+    let guest = findings.iter().find(|it| it["name"] == "guest").unwrap();
+    assert_eq!(guest["verdict"], "missing");
+    // Whether there is a KVM of use is this machine's; that it was asked is not.
+    let kvm = findings.iter().find(|it| it["name"] == "kvm").unwrap();
+    assert_ne!(kvm["verdict"], "missing", "{kvm}");
+    assert!(
+        !kvm["says"].as_str().unwrap().contains("ended with exit"),
+        "{kvm}"
+    );
 }
 
 #[test]
