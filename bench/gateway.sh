@@ -13,6 +13,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+for tool in nginx wrk taskset ip jq curl python3; do
+  command -v "$tool" > /dev/null || {
+    echo "there is no $tool: apt-get install nginx wrk util-linux iproute2 jq curl python3" >&2
+    exit 1
+  }
+done
+[ "$(id -u)" = 0 ] || { echo "namespaces need root: run it with sudo" >&2; exit 1; }
+
 rounds=${1:-5}
 seconds=${2:-4}
 connections=64
