@@ -1,6 +1,15 @@
 //! virtio 1.x: what its devices have in common. The transport ([`mmio`]) speaks to the driver's
 //! registers, a queue ([`queue`]) to its rings, and a device to neither.
+//!
+//! ```text
+//!   the guest kicks a queue        ──▶ handle(queue) ─┐
+//!   a descriptor or the time comes ──▶ ready() ───────┴─▶ wants(): what to wait for now
+//! ```
+//!
+//! A device never waits. What it cannot do now it leaves in its queue, and says what it waits for:
+//! no request is in flight between two calls, so that a device can be saved between any two.
 
+pub mod console;
 #[cfg(test)]
 mod driver;
 pub mod mmio;
@@ -8,9 +17,13 @@ pub mod queue;
 pub mod rng;
 
 use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
 
-use self::queue::{Queue, QueueFault};
-use crate::memory::GuestMemory;
+use self::queue::{Broken, Queues};
+use super::Device;
+use crate::fault::GuestFault;
 
 /// The driver speaks virtio 1.0 or later. Always offered, and refused is a driver without it.
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -32,19 +45,25 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Answers a read of its configuration; beyond its end there are zeros.
     fn config(&self, offset: u64, data: &mut [u8]);
 
-    /// The driver is ready: from now on queues are handled. `features` are what it took.
+    /// The driver is ready: from now on queues are handled. `features` are what it took. Called
+    /// for a restored device too, which keeps what it was restored with.
     fn activate(&mut self, features: u64);
 
     /// The driver begins anew, or is gone.
     fn reset(&mut self);
 
-    /// Does what is in a queue, or as much of it as one turn may.
-    fn handle(
-        &mut self,
-        index: u16,
-        queues: &mut [Option<Queue>],
-        memory: &GuestMemory,
-    ) -> Result<Handled, QueueFault>;
+    /// Does what is in a queue, or as much of it as one turn may. Nothing when it is not live.
+    fn handle(&mut self, index: u16, queues: &mut Queues<'_>) -> Result<Handled, Broken>;
+
+    /// Goes on with what it waited for. Called too often it does nothing.
+    fn ready(&mut self, _queues: &mut Queues<'_>) -> Result<Handled, Broken> {
+        Ok(Handled::default())
+    }
+
+    /// What it waits for now, besides its driver.
+    fn wants(&self) -> Wants {
+        Wants::default()
+    }
 }
 
 /// What came of a turn.
@@ -55,4 +74,66 @@ pub struct Handled {
     pub interrupt: bool,
     /// The turn was over before the queue was empty: another is due, kicked or not.
     pub more: bool,
+}
+
+impl Handled {
+    /// What came of two turns.
+    pub const fn and(self, other: Self) -> Self {
+        Self {
+            interrupt: self.interrupt || other.interrupt,
+            more: self.more || other.more,
+        }
+    }
+}
+
+/// What a device waits for. More than before only after [`Driven::handle`], [`Driven::ready`] or
+/// [`Driven::resume`], so that whoever drives it asks after these.
+#[derive(Clone, Debug, Default)]
+pub struct Wants {
+    /// A descriptor, and what of it, by level. Whoever watches it stops when it is not wanted any
+    /// more: a descriptor that was hung up is ready for ever.
+    pub descriptor: Option<(Arc<OwnedFd>, Interest)>,
+    /// When to look at it again, by its clock.
+    pub at: Option<Duration>,
+}
+
+/// What a descriptor is to be ready for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// Reading, or accepting.
+    Read,
+    /// Writing.
+    Write,
+    /// Either.
+    Both,
+}
+
+/// A device behind its transport, for the loop that drives it.
+pub trait Driven: Device {
+    /// How many queues it has.
+    fn queues(&self) -> u16;
+
+    /// Handles a queue after a kick, and interrupts the driver if it wants that. `true` when
+    /// another turn is due.
+    fn handle(&self, index: u16) -> Result<bool, GuestFault>;
+
+    /// Goes on with what it waited for. `true` when another turn is due.
+    fn ready(&self) -> Result<bool, GuestFault>;
+
+    /// What it waits for now.
+    fn wants(&self) -> Wants;
+
+    /// Looks at every queue once and interrupts the driver: whatever was on its way when it was
+    /// saved, either way, is made up for. A driver bears it at any time. Says which queues are due
+    /// another turn.
+    fn resume(&self) -> Result<Vec<u16>, GuestFault>;
+}
+
+/// Answers a read of a configuration of so many bytes; beyond its end there are zeros.
+fn config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let there = usize::try_from(offset).ok().and_then(|at| config.get(at..));
+    for (to, from) in data.iter_mut().zip(there.unwrap_or_default()) {
+        *to = *from;
+    }
 }

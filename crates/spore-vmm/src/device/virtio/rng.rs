@@ -1,8 +1,7 @@
 //! Entropy for the guest, from the host's generator.
 
-use super::queue::{Chain, Queue, QueueFault};
+use super::queue::{self, Broken, Chain, Queues};
 use super::{Handled, VirtioDevice};
-use crate::memory::GuestMemory;
 
 /// The most that one request is answered with; the driver asks again.
 pub const RESPONSE_BYTES_MAX: usize = 256;
@@ -39,21 +38,15 @@ impl Rng {
     }
 
     /// Fills what a request gives, up to the limit; says how much it was.
-    fn fill(&self, memory: &GuestMemory) -> Result<u32, QueueFault> {
+    fn fill(&self, index: u16, queues: &Queues<'_>) -> Result<u32, Broken> {
         let mut random = [0; RESPONSE_BYTES_MAX];
-        let mut rest = random.as_mut_slice();
-        let mut written = 0_u32;
-        for buffer in self.chain.writable() {
-            let count = usize::try_from(buffer.bytes).unwrap_or(usize::MAX);
-            let (part, behind) = rest.split_at_mut(count.min(rest.len()));
-            rest = behind;
-            if part.is_empty() || !(self.source)(part) {
-                break;
-            }
-            memory.write(buffer.at, part).map_err(QueueFault::Buffer)?;
-            written += u32::try_from(part.len()).unwrap_or(0);
+        let wanted = queue::total(self.chain.writable()).min(random.len());
+        let random = random.get_mut(..wanted).unwrap_or_default();
+        if random.is_empty() || !(self.source)(random) {
+            return Ok(0);
         }
-        Ok(written)
+        let written = queues.scatter(index, self.chain.writable(), 0, random)?;
+        Ok(u32::try_from(written).unwrap_or(0))
     }
 }
 
@@ -82,23 +75,15 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {}
 
-    fn handle(
-        &mut self,
-        index: u16,
-        queues: &mut [Option<Queue>],
-        memory: &GuestMemory,
-    ) -> Result<Handled, QueueFault> {
-        let Some(Some(queue)) = queues.get_mut(usize::from(index)) else {
-            return Ok(Handled::default());
-        };
+    fn handle(&mut self, index: u16, queues: &mut Queues<'_>) -> Result<Handled, Broken> {
         let mut answered = 0;
-        while answered < REQUESTS_MAX && queue.pop(memory, &mut self.chain)? {
-            let written = self.fill(memory)?;
-            queue.push(memory, self.chain.head(), written)?;
+        while answered < REQUESTS_MAX && queues.pop(index, &mut self.chain)? {
+            let written = self.fill(index, queues)?;
+            queues.push(index, self.chain.head(), written)?;
             answered += 1;
         }
         Ok(Handled {
-            interrupt: answered > 0 && queue.wants_interrupt(memory)?,
+            interrupt: answered > 0 && queues.wants_interrupt(index)?,
             more: answered == REQUESTS_MAX,
         })
     }
@@ -109,7 +94,6 @@ mod tests {
     use super::{RESPONSE_BYTES_MAX, Rng};
     use crate::device::virtio::VirtioDevice as _;
     use crate::device::virtio::driver::{Driver, QUEUE_SIZE};
-    use crate::memory::Gpa;
 
     fn sevens(bytes: &mut [u8]) -> bool {
         bytes.fill(7);
@@ -127,23 +111,15 @@ mod tests {
         driver.offer(&[], &[3, 0, 5]);
         driver.offer(&[], &[1000]);
         driver.offer(&[4], &[]);
-        let handled = rng.handle(0, &mut driver.queues, &driver.memory).unwrap();
+        let handled = rng.handle(0, &mut driver.queues()).unwrap();
         assert!(handled.interrupt && !handled.more);
         let limit = u32::try_from(RESPONSE_BYTES_MAX).unwrap();
-        let lengths: Vec<u32> = driver.used().iter().map(|used| used.1).collect();
-        assert_eq!(
-            lengths,
-            [3, limit, 0],
-            "a buffer of no bytes ends a request"
-        );
-        let mut bytes = [0; 4];
-        let first = driver.buffers[0][0];
-        driver.memory.read(first, &mut bytes).unwrap();
-        assert_eq!(bytes, [7, 7, 7, 0]);
-        let second = Gpa(driver.buffers[1][0].0 + u64::from(limit) - 1);
-        let mut bytes = [0; 2];
-        driver.memory.read(second, &mut bytes).unwrap();
-        assert_eq!(bytes, [7, 0]);
+        let done = driver.take(0);
+        let lengths: Vec<u32> = done.iter().map(|done| done.written).collect();
+        assert_eq!(lengths, [8, limit, 0]);
+        assert_eq!(done[0].bytes, [7; 8], "across a buffer of no bytes");
+        let end = RESPONSE_BYTES_MAX;
+        assert_eq!(done[1].bytes[end - 1..=end], [7, 0xee]);
     }
 
     #[test]
@@ -151,9 +127,9 @@ mod tests {
         let mut rng = Rng::new(none);
         let mut driver = Driver::new();
         driver.offer(&[], &[8]);
-        let handled = rng.handle(0, &mut driver.queues, &driver.memory).unwrap();
+        let handled = rng.handle(0, &mut driver.queues()).unwrap();
         assert!(handled.interrupt);
-        assert_eq!(driver.used(), [(0, 0)]);
+        assert_eq!(driver.take(0)[0].written, 0);
     }
 
     #[test]
@@ -164,21 +140,21 @@ mod tests {
             driver.offer(&[], &[1]);
         }
         let turn = |rng: &mut Rng, driver: &mut Driver| {
-            let handled = rng.handle(0, &mut driver.queues, &driver.memory);
+            let handled = rng.handle(0, &mut driver.queues());
             handled.unwrap().more
         };
         assert!(turn(&mut rng, &mut driver));
         assert!(!turn(&mut rng, &mut driver));
-        assert_eq!(driver.used().len(), usize::from(QUEUE_SIZE));
+        assert_eq!(driver.take(0).len(), usize::from(QUEUE_SIZE));
     }
 
     #[test]
     fn a_queue_that_is_not_there_is_not_handled() {
         let mut rng = Rng::new(sevens);
         let mut driver = Driver::new();
-        driver.queues = vec![None];
+        driver.live = vec![None];
         for index in [0, 1, u16::MAX] {
-            let handled = rng.handle(index, &mut driver.queues, &driver.memory);
+            let handled = rng.handle(index, &mut driver.queues());
             assert!(!handled.unwrap().interrupt);
         }
     }

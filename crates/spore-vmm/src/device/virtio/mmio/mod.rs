@@ -20,8 +20,8 @@ mod tests;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::queue::{Queue, QueueState};
-use super::{F_VERSION_1, VirtioDevice};
+use super::queue::{Broken, Queue, QueueState, Queues};
+use super::{Driven, F_VERSION_1, Handled, VirtioDevice, Wants};
 use crate::device::{Device, Effect, Interrupt};
 use crate::fault::GuestFault;
 use crate::memory::GuestMemory;
@@ -199,8 +199,8 @@ impl<D: VirtioDevice> Mmio<D> {
 
     /// A device as its driver left it, in the memory that it left it in.
     ///
-    /// What the driver did just before is not known: whoever goes on calls [`handle`](Self::handle)
-    /// for each queue and [`signal`](Self::signal) once, which a driver bears at any time.
+    /// What the driver did just before is not known: whoever goes on calls
+    /// [`resume`](Driven::resume) once.
     pub fn restore(
         state: &State,
         device: D,
@@ -240,8 +240,8 @@ impl<D: VirtioDevice> Mmio<D> {
         Ok(restored)
     }
 
-    /// What is saved. A device that has taken requests and not given them back gives them back or
-    /// puts them back before.
+    /// What is saved, of the transport: the device is saved beside it, with the guest stopped. No
+    /// request is in flight between two calls.
     #[must_use]
     pub fn save(&self) -> State {
         let inner = self.lock();
@@ -262,15 +262,23 @@ impl<D: VirtioDevice> Mmio<D> {
         }
     }
 
-    /// Handles a queue, and interrupts the driver if it wants that. `true` when another turn is
-    /// due.
-    pub fn handle(&self, index: u16) -> Result<bool, GuestFault> {
+    /// Lends the device, to save it or to tell it what only its own kind is told.
+    pub fn with<R>(&self, work: impl FnOnce(&mut D) -> R) -> R {
+        work(&mut self.lock().device)
+    }
+
+    /// One turn of the device's, and the interrupt that it asks for. `true` when another is due.
+    fn turn(
+        &self,
+        work: impl FnOnce(&mut D, &mut Queues<'_>) -> Result<Handled, Broken>,
+    ) -> Result<bool, GuestFault> {
         let inner = &mut *self.lock();
         let device = inner.device.name();
-        let handled = inner.device.handle(index, &mut inner.live, &self.memory);
-        let handled = handled.map_err(|what| GuestFault {
+        let mut queues = Queues::new(&mut inner.live, &self.memory);
+        let handled = work(&mut inner.device, &mut queues);
+        let handled = handled.map_err(|Broken { queue, what }| GuestFault {
             device,
-            queue: index,
+            queue,
             what,
         })?;
         if handled.interrupt {
@@ -559,5 +567,37 @@ impl<D: VirtioDevice> Device for Mmio<D> {
             (true, Ok(data)) => self.write_register(offset, u32::from_le_bytes(data)),
             _ => Effect::Nothing,
         }
+    }
+}
+
+impl<D: VirtioDevice> Driven for Mmio<D> {
+    fn queues(&self) -> u16 {
+        u16::try_from(self.lock().device.queues().len()).unwrap_or(u16::MAX)
+    }
+
+    fn handle(&self, index: u16) -> Result<bool, GuestFault> {
+        self.turn(|device, queues| device.handle(index, queues))
+    }
+
+    fn ready(&self) -> Result<bool, GuestFault> {
+        self.turn(VirtioDevice::ready)
+    }
+
+    fn wants(&self) -> Wants {
+        self.lock().device.wants()
+    }
+
+    fn resume(&self) -> Result<Vec<u16>, GuestFault> {
+        let mut due = Vec::new();
+        for index in 0..self.queues() {
+            if self.handle(index)? {
+                due.push(index);
+            }
+        }
+        // What is not live has no driver that could be waiting.
+        if self.lock().live.iter().any(Option::is_some) {
+            self.signal();
+        }
+        Ok(due)
     }
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use proptest::prelude::*;
 
 use super::{BadState, CONFIG, F_VERSION_1, Mmio, State, register, status};
-use crate::device::virtio::queue::{Queue, QueueFault, QueueState};
-use crate::device::virtio::{Handled, VirtioDevice, driver};
+use crate::device::virtio::queue::{Broken, Chain, QueueFault, QueueState, Queues};
+use crate::device::virtio::{Driven as _, Handled, VirtioDevice, driver};
 use crate::device::{Device as _, Effect, Interrupt};
 use crate::memory::GuestMemory;
 
@@ -52,19 +52,12 @@ impl VirtioDevice for Memo {
         self.resets += 1;
     }
 
-    fn handle(
-        &mut self,
-        index: u16,
-        queues: &mut [Option<Queue>],
-        memory: &GuestMemory,
-    ) -> Result<Handled, QueueFault> {
-        let mut chain = super::super::queue::Chain::default();
+    fn handle(&mut self, index: u16, queues: &mut Queues<'_>) -> Result<Handled, Broken> {
+        let mut chain = Chain::default();
         let mut handled = Handled::default();
-        if let Some(Some(queue)) = queues.get_mut(usize::from(index)) {
-            while queue.pop(memory, &mut chain)? {
-                queue.push(memory, chain.head(), 0)?;
-                handled.interrupt = true;
-            }
+        while queues.pop(index, &mut chain)? {
+            queues.push(index, chain.head(), 0)?;
+            handled.interrupt = true;
         }
         Ok(handled)
     }
@@ -299,13 +292,18 @@ fn a_saved_device_goes_on_where_it_was() {
     assert_eq!(again.save(), state);
     assert_eq!(read(&again, register::INTERRUPT_STATUS), 1);
     assert_eq!(again.lock().device.active, Some(F_VERSION_1 | 1));
-    assert_eq!(again.handle(0), Ok(false));
-    assert_eq!(
-        line.0.load(Ordering::SeqCst),
-        2,
-        "the one that was not kicked"
-    );
+    assert_eq!(again.resume(), Ok(vec![]));
+    let raised = line.0.load(Ordering::SeqCst);
+    assert_eq!(raised, 3, "the one that was not kicked, and once anyway");
     assert_eq!(again.save().queues[0].next_used, 4);
+}
+
+#[test]
+fn a_saved_device_without_a_driver_interrupts_nobody() {
+    let (mmio, line, memory) = mmio();
+    let again = Mmio::restore(&mmio.save(), Memo::default(), memory, line.clone()).unwrap();
+    assert_eq!(again.resume(), Ok(vec![]));
+    assert_eq!(line.0.load(Ordering::SeqCst), 0);
 }
 
 #[test]

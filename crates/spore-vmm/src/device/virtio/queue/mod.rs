@@ -14,8 +14,11 @@
 //! Not offered, so not read: indirect descriptors, and event indices (a stale one in a snapshot
 //! silences every later notification).
 
+mod live;
 #[cfg(test)]
 mod tests;
+
+pub use live::{Broken, Queues, total};
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -114,6 +117,14 @@ pub enum QueueFault {
     /// What a chain points to is not in memory.
     #[error("a buffer is outside: {0}")]
     Buffer(OutOfMemory),
+    /// A request that is none of the device's, whatever is in it.
+    #[error("a request of {readable} bytes to be read and {writable} to be written")]
+    Request {
+        /// What the driver gave the device to read.
+        readable: usize,
+        /// What it gave it to write.
+        writable: usize,
+    },
     /// Saved indices that no queue comes to have.
     #[error("{available} chains were taken and {used} used: a queue of {size}")]
     Indices {
@@ -197,6 +208,16 @@ impl Default for Chain {
 }
 
 impl Chain {
+    /// The fault of a chain that makes no sense to its device.
+    #[must_use]
+    pub fn fault(&self, queue: u16) -> Broken {
+        let what = QueueFault::Request {
+            readable: total(self.readable()),
+            writable: total(self.writable()),
+        };
+        Broken { queue, what }
+    }
+
     /// What names it when it is given back.
     #[must_use]
     pub const fn head(&self) -> u16 {
