@@ -1,16 +1,15 @@
 //! Stories of answers that no app should give, and of some that few give.
 
-use spore_gateway::Limits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use crate::client::{Answer, Client, request};
-use crate::daemon::{Daemon, Rig, serving, vm};
+use crate::daemon::{Daemon, Rig, patient, serving, vm};
 
 /// A gateway whose app says exactly this to every request, and hangs up.
 async fn saying(words: impl Into<Vec<u8>>) -> (Rig, Daemon, JoinHandle<()>) {
-    let (rig, daemon, _app) = serving(Limits::default()).await;
+    let (rig, daemon, _app) = serving(patient()).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     daemon.on_wake("app", vm(1), listener.local_addr().unwrap());
     let words = words.into();

@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use spore_gateway::packet::PacketSocket;
 use spore_gateway::{Config, Limits};
 use spore_wire::gateway::{
-    Activity, Admission, AppKey, FromGateway, Phase, Route, RoutePolicy, ToGateway,
+    Activity, Admission, AppKey, Counts, FromGateway, Phase, Route, RoutePolicy, ToGateway,
 };
 use spore_wire::generation::GENERATION;
 use spore_wire::id::VmId;
@@ -19,6 +20,9 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 
 use crate::app::App;
+
+/// Whatever takes longer never ends. Shorter than what the gateway waits for a stalled end.
+pub(crate) const HANG: Duration = Duration::from_secs(40);
 
 /// One gateway.
 pub(crate) struct Rig {
@@ -67,6 +71,19 @@ pub(crate) fn route(name: &str) -> Route {
     }
 }
 
+/// The gateway's limits, where none ends what a slow machine has not done yet.
+pub(crate) fn patient() -> Limits {
+    let long = Duration::from_secs(120);
+    Limits {
+        head_timeout: long,
+        fresh_grace: long,
+        idle_connection_age_max: long,
+        refused_patience: long,
+        first_table_timeout: long,
+        ..Limits::default()
+    }
+}
+
 /// A gateway with these limits, its daemon, and an app that VM 1 of a first wake leads to.
 pub(crate) async fn serving(limits: Limits) -> (Rig, Daemon, App) {
     let rig = Rig::with_limits(limits);
@@ -78,7 +95,7 @@ pub(crate) async fn serving(limits: Limits) -> (Rig, Daemon, App) {
 
 impl Rig {
     pub(crate) fn start() -> Self {
-        Self::with_limits(Limits::default())
+        Self::with_limits(patient())
     }
 
     pub(crate) fn with_limits(limits: Limits) -> Self {
@@ -197,6 +214,36 @@ impl Daemon {
             }
             news.await;
         }
+    }
+
+    /// Ends when the gateway counted so many of something, which it reports every second.
+    pub(crate) async fn counted(&self, times: u64, what: impl Fn(&Counts) -> u64) {
+        loop {
+            let news = self.world.news.notified();
+            let sum: u64 = {
+                let heard = self.world.heard.lock().unwrap();
+                let counts = heard.iter().filter_map(|message| match message {
+                    FromGateway::Counts(counts) => Some(what(counts)),
+                    _ => None,
+                });
+                counts.sum()
+            };
+            if sum >= times {
+                return;
+            }
+            news.await;
+        }
+    }
+
+    /// Ends when the app may sleep, in which case nothing is in flight.
+    pub(crate) async fn reaped(&self, name: &str, vm: VmId) {
+        let asked = async {
+            while self.reap(name, vm, false).await == Reap::Busy {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let reaped = tokio::time::timeout(HANG, asked).await;
+        assert!(reaped.is_ok(), "something is in flight for ever");
     }
 
     /// Asks to reap and gives the answer.

@@ -1,9 +1,7 @@
 //! Stories of heads: hosts, hop-by-hop headers, versions, shapes that smuggle.
 
-use spore_gateway::Limits;
-
 use crate::client::{Answer, Client};
-use crate::daemon::{Rig, serving};
+use crate::daemon::{Rig, patient, serving};
 
 async fn exchange(rig: &Rig, bytes: &str) -> Answer {
     let mut client = Client::connect(rig.address).await;
@@ -13,7 +11,7 @@ async fn exchange(rig: &Rig, bytes: &str) -> Answer {
 
 #[tokio::test]
 async fn a_host_is_found_in_every_shape_it_may_have() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     for head in [
         "GET /tag HTTP/1.1\r\nHost: app.localhost\r\n\r\n",
         "GET /tag HTTP/1.1\r\nHost: APP.localhost:8080\r\n\r\n",
@@ -32,7 +30,7 @@ async fn a_host_is_found_in_every_shape_it_may_have() {
 
 #[tokio::test]
 async fn a_host_that_is_missing_repeated_or_invalid_is_a_400() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     for (lines, code) in [
         ("", "host_missing"),
         (
@@ -72,7 +70,7 @@ async fn a_host_that_is_missing_repeated_or_invalid_is_a_400() {
 
 #[tokio::test]
 async fn shapes_that_smuggle_are_refused_or_cannot_be_misread() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     for lines in [
         "Content-Length: 5\r\nContent-Length: 6\r\n",
         "Content-Length: 5, 6\r\n",
@@ -122,7 +120,7 @@ async fn shapes_that_smuggle_are_refused_or_cannot_be_misread() {
 
 #[tokio::test]
 async fn hop_by_hop_headers_stay_and_claims_about_the_client_are_replaced() {
-    let (rig, _daemon, _app) = serving(Limits::default()).await;
+    let (rig, _daemon, _app) = serving(patient()).await;
     let answer = exchange(
         &rig,
         "GET /head HTTP/1.1\r\nHost: app.localhost:8080\r\nConnection: keep-alive, X-Mine, Host\r\n\
@@ -169,7 +167,7 @@ async fn hop_by_hop_headers_stay_and_claims_about_the_client_are_replaced() {
 
 #[tokio::test]
 async fn a_cookie_reaches_no_further_than_its_app() {
-    let (rig, _daemon, _app) = serving(Limits::default()).await;
+    let (rig, _daemon, _app) = serving(patient()).await;
     let answer = exchange(&rig, "GET /cookie HTTP/1.1\r\nHost: app.localhost\r\n\r\n").await;
     let cookies = answer.header("set-cookie").unwrap();
     assert_eq!(cookies, "a=1; Path=/\nb=2; Domain=app.localhost");
@@ -178,7 +176,7 @@ async fn a_cookie_reaches_no_further_than_its_app() {
 
 #[tokio::test]
 async fn http_1_0_clients_get_answers_they_can_read() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     let mut client = Client::connect(rig.address).await;
     let kept = "GET /tag HTTP/1.0\r\nHost: app.localhost\r\nConnection: keep-alive\r\n\r\n";
     for _ in 0..2 {
@@ -213,7 +211,7 @@ async fn http_1_0_clients_get_answers_they_can_read() {
 
 #[tokio::test]
 async fn answers_without_a_body_leave_the_connection_in_step() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     let mut client = Client::connect(rig.address).await;
     for (method, path, status) in [
         ("HEAD", "/tag", 200),
@@ -237,7 +235,7 @@ async fn answers_without_a_body_leave_the_connection_in_step() {
 
 #[tokio::test]
 async fn heads_beyond_the_limits_are_refused() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     let many = "X: 1\r\n".repeat(200);
     let large = format!("X: {}\r\n", "x".repeat(100_000));
     for lines in [many, large] {
@@ -254,7 +252,7 @@ async fn heads_beyond_the_limits_are_refused() {
 
 #[tokio::test]
 async fn chunks_that_could_be_read_in_two_ways_end_the_connection() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     for chunks in [
         "5\nhello\n0\n\n",
         "5\r\nhello0\r\n\r\n",
@@ -280,7 +278,7 @@ async fn chunks_that_could_be_read_in_two_ways_end_the_connection() {
 
 #[tokio::test]
 async fn a_client_cannot_say_behind_its_body_what_it_may_not_say_before() {
-    let (rig, _daemon, _app) = serving(Limits::default()).await;
+    let (rig, _daemon, _app) = serving(patient()).await;
     let answer = exchange(
         &rig,
         "POST /trailers HTTP/1.1\r\nHost: app.localhost\r\nTransfer-Encoding: chunked\r\n\
@@ -295,7 +293,7 @@ async fn a_client_cannot_say_behind_its_body_what_it_may_not_say_before() {
 
 #[tokio::test]
 async fn the_whole_server_may_be_asked_for() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     let asterisk = "OPTIONS * HTTP/1.1\r\nHost: app.localhost\r\n\r\n";
     assert_eq!(exchange(&rig, asterisk).await.status, 404);
     assert_eq!(app.requests("*"), 1);

@@ -7,13 +7,13 @@ use spore_wire::gateway::FromGateway;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::client::{Client, request};
-use crate::daemon::{Reap, key, serving, vm};
+use crate::daemon::{patient, serving, vm};
 
 const LARGE: usize = 100 * 1024 * 1024;
 
 #[tokio::test]
 async fn events_arrive_when_they_are_sent() {
-    let (rig, _daemon, app) = serving(Limits::default()).await;
+    let (rig, _daemon, app) = serving(patient()).await;
     let mut client = Client::connect(rig.address).await;
     client.send(request("GET", "app", "/sse")).await;
     assert!(client.head().await.contains("text/event-stream"));
@@ -34,7 +34,7 @@ fn resident_kib() -> usize {
 
 #[tokio::test]
 async fn a_hundred_megabytes_go_both_ways_past_a_slow_reader_in_little_memory() {
-    let (rig, _daemon, _app) = serving(Limits::default()).await;
+    let (rig, _daemon, _app) = serving(patient()).await;
     let client = Client::connect(rig.address).await;
     let before = resident_kib();
     let (mut read, mut write) = client.stream.into_split();
@@ -71,7 +71,7 @@ async fn a_hundred_megabytes_go_both_ways_past_a_slow_reader_in_little_memory() 
 
 #[tokio::test]
 async fn an_answer_before_the_end_of_the_request_does_not_stop_the_request() {
-    let (rig, _daemon, _app) = serving(Limits::default()).await;
+    let (rig, _daemon, _app) = serving(patient()).await;
     let mut client = Client::connect(rig.address).await;
     client
         .send("POST /echo HTTP/1.1\r\nHost: app.localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -88,7 +88,7 @@ async fn an_answer_before_the_end_of_the_request_does_not_stop_the_request() {
 
 #[tokio::test]
 async fn a_chunked_get_keeps_its_body_and_trailers_pass_both_ways() {
-    let (rig, _daemon, _app) = serving(Limits::default()).await;
+    let (rig, _daemon, _app) = serving(patient()).await;
     let mut client = Client::connect(rig.address).await;
     client
         .send(
@@ -111,7 +111,7 @@ async fn a_chunked_get_keeps_its_body_and_trailers_pass_both_ways() {
 
 #[tokio::test]
 async fn a_client_that_leaves_frees_its_app() {
-    let (rig, daemon, app) = serving(Limits::default()).await;
+    let (rig, daemon, app) = serving(patient()).await;
     let mut hanging = Client::connect(rig.address).await;
     hanging.send(request("GET", "app", "/hang")).await;
     let mut flooded = Client::connect(rig.address).await;
@@ -120,15 +120,7 @@ async fn a_client_that_leaves_frees_its_app() {
     app.asked("/flood").await;
     drop(hanging);
     drop(flooded);
-    loop {
-        let app = key("app");
-        let (vm, force) = (vm(1), false);
-        drop(app);
-        if daemon.reap("app", vm, force).await == Reap::Reaped {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    daemon.reaped("app", vm(1)).await;
     daemon
         .heard(
             1,
@@ -140,8 +132,8 @@ async fn a_client_that_leaves_frees_its_app() {
 #[tokio::test]
 async fn a_client_that_is_refused_while_it_sends_can_still_read_why() {
     let limits = Limits {
-        linger_timeout: Duration::from_secs(10),
-        ..Limits::default()
+        linger_timeout: Duration::from_secs(60),
+        ..patient()
     };
     let (rig, daemon, app) = serving(limits).await;
     // Nobody knows the first host, the second head is none, the app of the third dies.

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::client::Client;
-use crate::daemon::{Daemon, Reap, serving, vm};
+use crate::daemon::{HANG, Reap, patient, serving, vm};
 
 /// A client whose connection has switched.
 async fn upgraded(gateway: SocketAddr) -> Client {
@@ -23,17 +23,6 @@ async fn upgraded(gateway: SocketAddr) -> Client {
         .await;
     assert_eq!(client.answer().await.status, 101);
     client
-}
-
-/// Ends when the app may sleep, in which case nothing is in flight.
-async fn reaped(daemon: &Daemon) {
-    let asked = async {
-        while daemon.reap("app", vm(1), false).await == Reap::Busy {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    let reaped = tokio::time::timeout(Duration::from_secs(20), asked).await;
-    assert!(reaped.is_ok(), "something is in flight for ever");
 }
 
 /// An app that switches and then does what the story wants.
@@ -64,7 +53,7 @@ async fn flood(stream: &mut TcpStream) {
 
 #[tokio::test]
 async fn a_websocket_echoes_through_a_wake_and_keeps_its_app_awake() {
-    let (rig, daemon, _app) = serving(Limits::default()).await;
+    let (rig, daemon, _app) = serving(patient()).await;
     let mut client = Client::connect(rig.address).await;
     client
         .send(
@@ -97,7 +86,7 @@ async fn a_websocket_echoes_through_a_wake_and_keeps_its_app_awake() {
 
 #[tokio::test]
 async fn an_upgraded_connection_ends_with_its_vm() {
-    let (rig, daemon, _app) = serving(Limits::default()).await;
+    let (rig, daemon, _app) = serving(patient()).await;
     let mut client = upgraded(rig.address).await;
     assert_eq!(client.bytes(5).await, b"early");
     daemon.gone("app", vm(1));
@@ -108,7 +97,7 @@ async fn an_upgraded_connection_ends_with_its_vm() {
 async fn an_upgraded_connection_keeps_its_place_until_it_ends() {
     let (rig, daemon, _app) = serving(Limits {
         connections_per_client_max: 2,
-        ..Limits::default()
+        ..patient()
     })
     .await;
     let first = upgraded(rig.address).await;
@@ -132,8 +121,8 @@ async fn an_upgraded_connection_keeps_its_place_until_it_ends() {
 #[tokio::test]
 async fn quit_leaves_upgraded_connections_a_moment_and_ends_them() {
     let (rig, daemon, _app) = serving(Limits {
-        relay_grace: Duration::from_millis(500),
-        ..Limits::default()
+        relay_grace: Duration::from_secs(5),
+        ..patient()
     })
     .await;
     let mut client = upgraded(rig.address).await;
@@ -141,7 +130,7 @@ async fn quit_leaves_upgraded_connections_a_moment_and_ends_them() {
     daemon.say(ToGateway::Quit { drain_ms: 60_000 });
     client.send("what is on its way").await;
     assert_eq!(client.rest().await, b"what is on its way");
-    let ended = tokio::time::timeout(Duration::from_secs(20), rig.ended()).await;
+    let ended = tokio::time::timeout(HANG, rig.ended()).await;
     assert!(ended.is_ok(), "the drain waits for what never ends");
 }
 
@@ -149,19 +138,19 @@ async fn quit_leaves_upgraded_connections_a_moment_and_ends_them() {
 async fn an_end_that_takes_nothing_is_cut() {
     let limits = Limits {
         relay_stall_timeout: Duration::from_millis(400),
-        ..Limits::default()
+        ..patient()
     };
     // The app echoes, and nobody reads the echo.
     let (rig, daemon, _app) = serving(limits.clone()).await;
     let mut client = upgraded(rig.address).await;
     flood(&mut client.stream).await;
-    reaped(&daemon).await;
+    daemon.reaped("app", vm(1)).await;
     // The app does not read.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     daemon.on_wake("app", vm(1), listener.local_addr().unwrap());
     let (mut client, _deaf) = tokio::join!(upgraded(rig.address), switching(&listener));
     flood(&mut client.stream).await;
-    reaped(&daemon).await;
+    daemon.reaped("app", vm(1)).await;
 }
 
 #[tokio::test]
@@ -171,7 +160,7 @@ async fn silence_ends_no_upgraded_connection() {
         keep_alive_timeout: Duration::from_millis(50),
         answer_stall_timeout: Duration::from_millis(50),
         dead_peer_timeout: Duration::from_secs(1),
-        ..Limits::default()
+        ..patient()
     })
     .await;
     let mut client = upgraded(rig.address).await;
@@ -186,24 +175,24 @@ async fn silence_ends_no_upgraded_connection() {
 async fn a_peer_that_died_without_a_word_keeps_no_app_awake() {
     let limits = Limits {
         dead_peer_timeout: Duration::from_secs(2),
-        ..Limits::default()
+        ..patient()
     };
     let (rig, daemon, _app) = serving(limits).await;
     let mut client = upgraded(rig.address).await;
     assert_eq!(client.bytes(5).await, b"early");
     die(&client.stream);
-    reaped(&daemon).await;
+    daemon.reaped("app", vm(1)).await;
 
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     daemon.on_wake("app", vm(1), listener.local_addr().unwrap());
     let (mut client, app) = tokio::join!(upgraded(rig.address), switching(&listener));
     die(&app);
     assert_eq!(client.rest().await, b"");
-    reaped(&daemon).await;
+    daemon.reaped("app", vm(1)).await;
     // Bytes that wait for it do not hide that it is dead.
     let (mut client, app) = tokio::join!(upgraded(rig.address), switching(&listener));
     die(&app);
     client.send("is anybody there?").await;
     assert_eq!(client.rest().await, b"");
-    reaped(&daemon).await;
+    daemon.reaped("app", vm(1)).await;
 }

@@ -18,10 +18,7 @@ async fn fifty_waiters_one_wake_all_200() {
         let address = rig.address;
         waiting.spawn(async move { Client::connect(address).await.get("app", "/tag").await });
     }
-    daemon
-        .heard(1, |heard| matches!(heard, FromGateway::Wake { .. }))
-        .await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    daemon.counted(50, |counts| counts.waited).await;
     assert_eq!(app.requests("/tag"), 0);
     daemon.awake("app", vm(1), app.address);
     for answer in waiting.join_all().await {
@@ -103,30 +100,21 @@ async fn a_full_queue_refuses_at_once() {
         client.send(request("GET", "app", "/tag")).await;
         held.push(client);
     }
-    // Which of the three comes last is not known: two are held, one is refused.
+    daemon.counted(2, |counts| counts.waited).await;
     let mut third = Client::connect(rig.address).await;
-    daemon
-        .heard(1, |heard| matches!(heard, FromGateway::Wake { .. }))
-        .await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
     let refused = third.get("app", "/tag").await;
     assert_eq!(refused.status, 503);
     assert!(refused.text().contains("wake_queue_full"));
     assert!(refused.header("retry-after").is_some());
     // One that leaves makes room.
     held.pop();
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    daemon.counted(1, |counts| counts.by_class[0]).await;
     third.send(request("GET", "app", "/tag")).await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    daemon.counted(3, |counts| counts.waited).await;
     daemon.awake("app", vm(1), app.address);
     assert_eq!(third.answer().await.status, 200);
     assert_eq!(held[0].answer().await.status, 200);
-    daemon
-        .heard(
-            1,
-            |heard| matches!(heard, FromGateway::Counts(counts) if counts.refused_full == 1),
-        )
-        .await;
+    daemon.counted(1, |counts| counts.refused_full).await;
 }
 
 #[tokio::test]
@@ -140,15 +128,10 @@ async fn a_client_that_leaves_during_the_wake_is_never_sent() {
     with_body
         .send("POST /gone HTTP/1.1\r\nHost: app.localhost\r\nContent-Length: 9\r\n\r\nhalf")
         .await;
-    daemon
-        .heard(1, |heard| matches!(heard, FromGateway::Wake { .. }))
-        .await;
+    daemon.counted(2, |counts| counts.waited).await;
     drop(without_body);
     drop(with_body);
-    daemon
-        .heard(1, |heard| matches!(heard, FromGateway::Counts(_)))
-        .await;
-    tokio::time::sleep(Duration::from_millis(700)).await;
+    daemon.counted(2, |counts| counts.by_class[0]).await;
     daemon.awake("app", vm(1), app.address);
     let mut client = Client::connect(rig.address).await;
     assert_eq!(client.get("app", "/tag").await.status, 200);
