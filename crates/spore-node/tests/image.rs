@@ -322,7 +322,7 @@ mod image {
         let second = second.unwrap_err();
         assert!(matches!(second, WorkError::Busy { .. }), "{second}");
         drop(first);
-        for _try in 0..500 {
+        for _try in 0..6000 {
             if rig.cgroups.list().unwrap().is_empty() {
                 break;
             }
@@ -334,7 +334,7 @@ mod image {
     /// What `/proc` says of the worker: status, its root, its descriptors and its network.
     fn look(uid: u32) -> String {
         let own = std::process::id().to_string();
-        for _try in 0..500 {
+        for _try in 0..6000 {
             for entry in fs::read_dir("/proc").unwrap().flatten() {
                 let path = entry.path();
                 let Ok(status) = fs::read_to_string(path.join("status")) else {

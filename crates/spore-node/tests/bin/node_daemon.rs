@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal, getpid, kill_process};
-use spore_node::config::{Config, Images, KillPoint, KillPoints};
+use spore_node::config::{Config, Images, KillPoint, KillPoints, VmLimits};
 use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
@@ -50,7 +50,18 @@ async fn main() -> Outcome<()> {
     let snapshots = orders.room.data_dir.join("snapshots");
     let mut config = Config::new(runtime, logs, snapshots, 8192);
     // How slow the machine is says nothing of what is tested.
-    config.limits.answer = HANG;
+    config.limits = VmLimits {
+        prepare: HANG / 2,
+        boot: HANG / 2,
+        agent: HANG / 2,
+        agent_of_fork: HANG / 2,
+        freeze: HANG / 2,
+        capture: HANG / 2,
+        answer: HANG,
+        ready_slack: HANG / 2,
+        secrets: HANG / 2,
+        ..VmLimits::default()
+    };
     config.kill_points = Arc::clone(&death) as Arc<dyn KillPoints>;
     let images = Arc::new(OneImage(orders.image.clone()));
     let (node, adoption) = Node::open(config, Arc::new(qemu.clone()), images).await?;

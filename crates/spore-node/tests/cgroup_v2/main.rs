@@ -26,7 +26,7 @@ use crate::archive::Archive;
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 
 /// Far longer than the boot and all checks take on a busy machine; only a hang reaches it.
-const HANG: Duration = Duration::from_secs(150);
+const HANG: Duration = Duration::from_secs(600);
 
 /// What the checks put into cgroups, besides their own program.
 const TOOLS: [&str; 2] = ["/bin/sh", "/bin/sleep"];

@@ -91,7 +91,11 @@ fn only_granted_names_are_answered_and_asked_upstream() {
         (ResponseCode::NoError, 0)
     );
     assert!(world.is_refused(SECOND, 443));
-    assert_eq!(world.zone.lock().unwrap().asked, [format!("{NAME}.")]);
+    let mut asked = world.zone.lock().unwrap().asked.clone();
+    // One lookup: it asks again, twice at most, where the answer is late.
+    assert!(asked.len() <= 3, "{asked:?}");
+    asked.dedup();
+    assert_eq!(asked, [format!("{NAME}.")]);
 }
 
 #[test]
@@ -213,7 +217,7 @@ fn a_flood_of_connections_is_cut_at_the_limit_and_passes() {
         stream.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, "8.8.4.4:443 hello ");
     }
-    let again = (0..100).find_map(|_| {
+    let again = (0..1200).find_map(|_| {
         std::thread::sleep(Duration::from_millis(50));
         world.say(FIRST, 443, "again").ok()
     });

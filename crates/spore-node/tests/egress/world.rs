@@ -297,8 +297,8 @@ impl World {
         let to = SocketAddr::V4(SocketAddrV4::new(to, port));
         let stream = self
             .guest
-            .enter(|| TcpStream::connect_timeout(&to, Duration::from_secs(10)))?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+            .enter(|| TcpStream::connect_timeout(&to, Duration::from_secs(30)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
         Ok(stream)
     }
 
@@ -338,7 +338,7 @@ impl World {
     /// Asks as a guest's resolver does: again, when a packet got lost.
     fn ask_raw(&self, packet: &[u8]) -> io::Result<Vec<u8>> {
         let socket = self.guest.enter(|| UdpSocket::bind("0.0.0.0:0"))?;
-        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        socket.set_read_timeout(Some(Duration::from_secs(10)))?;
         self.guest.enter(|| socket.connect("8.8.8.8:53"))?;
         let mut answer = vec![0; 2048];
         for _try in 0..10 {

@@ -187,7 +187,7 @@ async fn a_booted_vm_is_forked_twice_and_all_three_are_individuals() {
         assert_eq!(
             fork.agent
                 .sh(
-                    "for _ in $(seq 100); do left=$(grep -l 'read wor[d]' /proc/[0-9]*/cmdline); \
+                    "for _ in $(seq 1000); do left=$(grep -l 'read wor[d]' /proc/[0-9]*/cmdline); \
                      [ -z \"$left\" ] && break; sleep 0.1; done; echo left: $left"
                 )
                 .await,

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use spore_node::cgroup::Cgroups;
+use spore_node::config::VmLimits;
 use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
@@ -184,7 +185,7 @@ impl Drop for TestHost {
         }
         cgroups.remove_parent().unwrap();
         // The thread of a driver that was dropped may be making one more, which keeps the folder.
-        for _round in 0..100 {
+        for _round in 0..1500 {
             for name in self.namespaces() {
                 let path = self.runtime("netns").join(name);
                 // A file that is no mount point says so.
@@ -244,6 +245,23 @@ pub(crate) fn new_id() -> VmId {
 
 /// Longer than anything here takes on a busy machine; only a hang reaches it.
 pub(crate) const HANG: Duration = Duration::from_secs(300);
+
+/// Limits that only a hang reaches: how slow the machine is says nothing of what is tested.
+pub(crate) fn patient() -> VmLimits {
+    let long = HANG / 2;
+    VmLimits {
+        prepare: long,
+        boot: long,
+        agent: long,
+        agent_of_fork: long,
+        freeze: long,
+        capture: long,
+        answer: HANG,
+        ready_slack: long,
+        secrets: long,
+        ..VmLimits::default()
+    }
+}
 
 /// Waits until the guest's console holds `word`.
 pub(crate) async fn said(vm: &dyn Vm, word: &str) {

@@ -303,7 +303,7 @@ pub(crate) fn counter(vm: VmId) -> StartVm {
             user: None,
             port: 8000,
             ready: Readiness::Port,
-            ready_timeout_ms: 60_000,
+            ready_timeout_ms: 300_000,
             stop_grace_ms: 2000,
             has_hooks: false,
         }),

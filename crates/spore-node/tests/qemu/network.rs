@@ -20,6 +20,12 @@ use crate::host::{HANG, TestHost, new_id};
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 2);
 
+/// How long what must come may take.
+const PATIENCE_S: i64 = 60;
+
+/// How long nothing comes where nothing may.
+const SILENCE_S: i64 = 1;
+
 /// Every frame on the tap has this header in front (`IFF_VNET_HDR`).
 const VNET_HEADER: usize = 10;
 
@@ -50,12 +56,17 @@ impl Tap {
         Self(File::from(fd))
     }
 
-    /// The next TCP segment, or `None` when none comes for a while.
-    fn receive(&mut self) -> Option<Segment> {
+    /// The next TCP segment, which comes.
+    fn receive(&mut self) -> Segment {
+        self.receive_within(PATIENCE_S).unwrap()
+    }
+
+    /// The next TCP segment, or `None` when none comes for so long.
+    fn receive_within(&mut self, seconds: i64) -> Option<Segment> {
         loop {
             let mut waited = [PollFd::new(&self.0, PollFlags::IN)];
             let wait = Timespec {
-                tv_sec: 1,
+                tv_sec: seconds,
                 tv_nsec: 0,
             };
             if poll(&mut waited, Some(&wait)).unwrap() == 0 {
@@ -151,14 +162,14 @@ async fn no_packet_passes_before_the_network_is_opened() {
     let namespaces = driver.rooms().namespaces();
     let refused = timeout(HANG, namespaces.connect(name, 80)).await.unwrap();
     assert!(refused.is_err());
-    assert_eq!(tap.receive(), None);
+    assert_eq!(tap.receive_within(SILENCE_S), None);
 
     namespaces.open_policy(name, Policy::Open).await.unwrap();
     let connecting = {
         let namespaces = namespaces.clone();
         tokio::spawn(async move { namespaces.connect(name, 80).await })
     };
-    let syn = tokio::task::block_in_place(|| tap.receive()).unwrap();
+    let syn = tokio::task::block_in_place(|| tap.receive());
     assert_eq!(
         (syn.from.0, syn.to, syn.flags),
         (HOST, (GUEST, 80), SYN | 0xc0 & syn.flags)
@@ -186,7 +197,7 @@ async fn a_guest_reaches_nothing_and_with_a_grant_only_the_proxy() {
     ] {
         tap.send(&syn_to(to)).unwrap();
         assert_eq!(
-            tokio::task::block_in_place(|| tap.receive()),
+            tokio::task::block_in_place(|| tap.receive_within(SILENCE_S)),
             None,
             "{to:?}"
         );
@@ -201,7 +212,7 @@ async fn a_guest_reaches_nothing_and_with_a_grant_only_the_proxy() {
         .await
         .unwrap();
     tap.send(&syn_to(elsewhere)).unwrap();
-    let answer = tokio::task::block_in_place(|| tap.receive()).unwrap();
+    let answer = tokio::task::block_in_place(|| tap.receive());
     assert_eq!(
         (answer.from, answer.to.0, answer.flags),
         (elsewhere, GUEST, SYN | ACK)
@@ -211,7 +222,7 @@ async fn a_guest_reaches_nothing_and_with_a_grant_only_the_proxy() {
         ..syn_to(elsewhere)
     };
     tap.send(&another).unwrap();
-    let answers = tokio::task::block_in_place(|| tap.receive());
+    let answers = tokio::task::block_in_place(|| tap.receive_within(SILENCE_S));
     // The first answer may come again; nothing is said to the address that is not the guest's.
     assert!(answers.is_none_or(|segment| segment.to == (GUEST, 40_000)));
     drop(sockets);

@@ -30,7 +30,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
 
 use crate::fork::{boot_only, capture, fork_only};
-use crate::host::{HANG, TestHost, image_named, new_id};
+use crate::host::{HANG, TestHost, image_named, new_id, patient};
 
 /// A server with two connections: what comes over the one from outside is sent back, what goes over
 /// the one inside is counted. It says what becomes of each in files, and prints how often it was
@@ -446,7 +446,7 @@ fn start(machine: &Machine, command: &[&str]) -> StartVm {
             user: None,
             port: 8000,
             ready: Readiness::Port,
-            ready_timeout_ms: 120_000,
+            ready_timeout_ms: 300_000,
             stop_grace_ms: 2000,
             has_hooks: false,
         }),
@@ -462,6 +462,7 @@ fn config(host: &TestHost, watch: &Arc<Watch>) -> Config {
     let [node, logs, snapshots] =
         ["node", "logs", "snapshots"].map(|name| host.runtime("..").join(name));
     let mut config = Config::new(node, logs, snapshots, 8192);
+    config.limits = patient();
     config.kill_points = Arc::clone(watch) as Arc<dyn KillPoints>;
     config
 }
