@@ -359,7 +359,9 @@ mod tests {
         let mut process = UnixStream::connect(face).unwrap();
         process.write_all(b"{\"ask\":\"after_fork\"}\n").unwrap();
         assert_eq!(host.call(&thaw("fork", true)).1["reply"]["of"], "thawed");
-        let stream = host.open(&unfreeze("fork"));
+        let mut patient = unfreeze("fork");
+        patient["hooks_ms"] = json!(60_000);
+        let stream = host.open(&patient);
         process
             .set_read_timeout(Some(std::time::Duration::from_secs(60)))
             .unwrap();
