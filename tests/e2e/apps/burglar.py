@@ -41,7 +41,7 @@ def made():
 
 def agent(line):
     with socket.socket(socket.AF_UNIX) as stream:
-        stream.settimeout(10)
+        stream.settimeout(60)
         stream.connect(AGENT)
         stream.sendall(line.encode() + b"\n")
         return stream.makefile().readline().strip()

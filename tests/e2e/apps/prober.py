@@ -1,4 +1,7 @@
-"""Tries what it is asked to reach and tells what came of it: `/?to=ADDRESS:PORT&name=NAME`."""
+"""Tries what it is asked to reach and tells what came of it: `/?to=ADDRESS:PORT&name=NAME`.
+
+`&patience=SECONDS` says how long each may take.
+"""
 
 import json
 import os
@@ -7,13 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-PATIENCE_S = 5
 
-
-def connect(target):
+def connect(target, patience):
     host, _, port = target.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as stream:
+        with socket.create_connection((host, int(port)), timeout=patience) as stream:
             # Whoever is there speaks first, or says something to this.
             stream.sendall(b"hello?\r\n\r\n")
             said = stream.recv(100).decode("latin-1")
@@ -34,7 +35,8 @@ class Prober(BaseHTTPRequestHandler):
 
     def do_GET(self):
         wanted = parse_qs(urlsplit(self.path).query)
-        jobs = [(connect, to) for to in wanted.get("to", [])]
+        patience = int(wanted.get("patience", ["5"])[0])
+        jobs = [(lambda to: connect(to, patience), to) for to in wanted.get("to", [])]
         jobs += [(resolve, name) for name in wanted.get("name", [])]
         with ThreadPoolExecutor(len(jobs) or 1) as pool:
             found = list(pool.map(lambda job: job[0](job[1]), jobs))

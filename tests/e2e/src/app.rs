@@ -46,7 +46,7 @@ impl AppFolder {
         let health = if manifest.contains("[health]") {
             ""
         } else {
-            "\n[health]\ntimeout = \"4m\"\n"
+            "\n[health]\ntimeout = \"10m\"\n"
         };
         let text = format!(
             "name = \"{name}\"\nimage = \"{image}\"\n\
@@ -80,4 +80,4 @@ pub const WORDY: &str = include_str!("../apps/wordy.py");
 pub const RECKLESS: &str = include_str!("../apps/reckless.py");
 
 /// Tables of a manifest whose app outlasts its story awake.
-pub const STAYS_AWAKE: &str = "[idle]\nafter = \"10m\"\n";
+pub const STAYS_AWAKE: &str = "[idle]\nafter = \"2h\"\n";

@@ -78,6 +78,6 @@ pub fn beside(parts: Vec<(&str, Part<'_>)>) -> Result<()> {
 /// When it has another number after minutes.
 pub async fn templates(platform: &Platform, count: u64) -> Result<()> {
     let there = || Ok(platform.json(&["status"])?["templates"]["ready"] == count);
-    let waited = until(300, there).await;
+    let waited = until(900, there).await;
     waited.with_context(|| platform.log_tail())
 }

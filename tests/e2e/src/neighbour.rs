@@ -18,7 +18,7 @@ const HOST: &str = "neighbour.localhost";
 const PACE: Duration = Duration::from_millis(250);
 
 /// How long one visit may take beside VMs that use every processor there is.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The app `neighbour`, and who visits it.
 #[derive(Debug)]

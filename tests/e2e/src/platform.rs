@@ -36,7 +36,7 @@ const FIRST_UID: u32 = 300_000;
 const FIRST_PORT: u16 = 21_100;
 
 /// How long a daemon may take to answer: re-adoption and a cold page cache included.
-const START_PATIENCE: Duration = Duration::from_secs(60);
+const START_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Names the run of stories that a process belongs to, where its parent does not.
 pub const RUN: &str = "SPORE_E2E_RUN";
@@ -629,7 +629,7 @@ impl Platform {
              gateway_uid = {gateway_uid}\n\
              cgroup_parent = \"{cgroup}\"\n\
              log = \"info,spore_gateway=debug,spore_control=debug,spore_node=debug\"\n\
-             templates = {templates}\n{more}",
+             boot_timeout = \"10m\"\ntemplates = {templates}\n{more}",
             home = home.display(),
             deps = deps().display(),
             gateway = self.slot.gateway(),

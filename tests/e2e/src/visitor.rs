@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 /// Longer than any wake in software emulation may take.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// In an answer to a request that waited as long as one may, while its app goes on waking.
 const WAKE_DEADLINE: &str = "\"code\":\"wake_deadline\"";
@@ -47,6 +47,11 @@ impl Answer {
         let found = self.headers.iter().find(|(header, _value)| header == name);
         found.map(|(_name, value)| value.as_str())
     }
+
+    /// Whether it is to be asked again: the app goes on waking.
+    fn says_it_wakes(&self) -> bool {
+        self.status == 503 && self.body.contains(WAKE_DEADLINE)
+    }
 }
 
 impl Visitor {
@@ -71,8 +76,7 @@ impl Visitor {
         let begun = Instant::now();
         loop {
             let answer = self.send(Method::GET, host, path, Bytes::new()).await?;
-            let wakes = answer.status == 503 && answer.body.contains(WAKE_DEADLINE);
-            if !wakes || begun.elapsed() > PATIENCE {
+            if !answer.says_it_wakes() || begun.elapsed() > PATIENCE {
                 return Ok(answer);
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -160,17 +164,26 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// `GET` of a path on a host; whole answers leave the connection open for the next one.
+    /// `GET` of a path on a host, as [`Visitor::get`]; whole answers leave the connection open for
+    /// the next one.
     ///
     /// # Errors
     /// When no whole answer came.
     pub async fn get(&mut self, host: &str, path: &str) -> Result<Answer> {
-        let request = Request::builder()
-            .uri(path)
-            .header(HOST, host)
-            .body(Full::default())?;
-        let answered = tokio::time::timeout(PATIENCE, self.exchange(request)).await;
-        answered.with_context(|| format!("no answer from {host}{path} within {PATIENCE:?}"))?
+        let begun = Instant::now();
+        loop {
+            let request = Request::builder()
+                .uri(path)
+                .header(HOST, host)
+                .body(Full::default())?;
+            let answered = tokio::time::timeout(PATIENCE, self.exchange(request)).await;
+            let answer = answered
+                .with_context(|| format!("no answer from {host}{path} within {PATIENCE:?}"))??;
+            if !answer.says_it_wakes() || begun.elapsed() > PATIENCE {
+                return Ok(answer);
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
     }
 
     /// Sends a request and gives the answer as soon as its head is there.

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use spore_e2e::app::{RECKLESS, SELF_PORTRAIT, STAYS_AWAKE};
 use spore_e2e::{Answer, AppFolder, Neighbour, Platform, available, beside, memory};
@@ -22,7 +22,7 @@ const FLOOD_MIB: u64 = 1024;
 const ORPHANS: u32 = 1500;
 
 /// What takes longer hangs. Much more than anything takes on a machine that others keep busy.
-const HANGS: Duration = Duration::from_secs(180);
+const HANGS: Duration = Duration::from_secs(600);
 
 /// An app that ends at once, with a word and a code.
 const QUITTER: &str = "echo quitter: no key\nexit 7\n";
@@ -184,32 +184,44 @@ async fn starts_are_paused_longer_and_longer(platform: &Platform) -> Result<()> 
         Ok(logs.matches("looper: bad key").count())
     };
     let visit = || async {
-        let begun = Instant::now();
         let answer = platform.visitor().get("looper.localhost", "/").await?;
-        let retry_s = told_to_wait(&answer)?;
-        Ok::<_, anyhow::Error>((begun.elapsed(), retry_s))
+        told_to_wait(&answer)
     };
     // Each of these meets a start that fails: pauses of a second are waited out for the visitor.
     visit().await?;
-    let (_took, second) = visit().await?;
+    let second = visit().await?;
     tokio::time::sleep(Duration::from_secs(second)).await;
-    let (_took, third) = visit().await?;
+    let third = visit().await?;
+    let mut begun = Instant::now();
     ensure!(third > second, "pauses of {second} s, then {third} s");
     let status = platform.json(&["status", "looper"])?;
     ensure!(status["state"] == "failing", "{status}");
     let why = status["last_failure"].as_str().unwrap_or_default();
     ensure!(why.contains("exit code 1"), "{status}");
 
-    // Within the pause visitors are answered at once, and nothing is started.
-    let before = starts()?;
-    ensure!(before >= 9, "each start tries three times: {before}");
-    for _visit in 0..5 {
-        let (took, retry_s) = visit().await?;
-        ensure!(took < Duration::from_secs(15), "{took:?}");
-        ensure!((1..=third).contains(&retry_s), "{retry_s} s of {third} s");
+    // Within the pause visitors are answered at once, and nothing is started. Where it is over
+    // before that is seen, the next one is longer.
+    let mut pause = third;
+    for _pause in 0..6 {
+        let before = starts()?;
+        ensure!(before >= 9, "each start tries three times: {before}");
+        let mut told = Vec::new();
+        for _visit in 0..5 {
+            told.push(visit().await?);
+        }
+        let after = starts()?;
+        // The header's seconds are rounded up.
+        if begun.elapsed() < Duration::from_secs(pause - 1) {
+            let is_of_it = |retry_s: &u64| (1..=pause).contains(retry_s);
+            ensure!(told.iter().all(is_of_it), "{told:?} s of {pause} s");
+            ensure!(after == before, "an app was started in its pause");
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_secs(told[4])).await;
+        pause = visit().await?;
+        begun = Instant::now();
     }
-    ensure!(starts()? == before, "an app was started in its pause");
-    Ok(())
+    bail!("no pause was long enough for five visits")
 }
 
 /// The seconds of `Retry-After` in a 503 with a reason.
@@ -275,7 +287,7 @@ async fn processes_without_end_stay_in_their_vm() -> Result<()> {
 fn deploy_reckless(platform: &Platform, name: &str, memory: &str) -> Result<()> {
     let manifest = format!(
         "{STAYS_AWAKE}[resources]\nmemory = \"{memory}\"\ndisk = \"64MiB\"\n\
-         [health]\ntimeout = \"4m\"\n"
+         [health]\ntimeout = \"10m\"\n"
     );
     platform.deploy(name, RECKLESS, &manifest)?;
     Ok(())
@@ -318,7 +330,7 @@ async fn a_flood_of_output_is_cut_and_counted() -> Result<()> {
         if size.anon_kib > loud.anon_kib {
             loud = size;
         }
-        ensure!(begun.elapsed() < Duration::from_secs(1500), "it goes on");
+        ensure!(begun.elapsed() < Duration::from_secs(6000), "it goes on");
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     ensure!(

@@ -259,7 +259,7 @@ async fn a_full_disk_is_said_and_what_serves_serves_on() -> Result<()> {
     platform.deploy(
         "small",
         SELF_PORTRAIT,
-        "[resources]\ndisk = \"32MiB\"\n[idle]\nafter = \"10m\"\n",
+        "[resources]\ndisk = \"32MiB\"\n[idle]\nafter = \"2h\"\n",
     )?;
     let large = AppFolder::python("large", SELF_PORTRAIT, "")?;
     let mut noise = vec![0; 300 * 1024 * 1024];

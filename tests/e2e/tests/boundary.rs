@@ -40,7 +40,7 @@ fn accepting(namespace: &Path, ports: Vec<u16>) -> Result<Vec<u16>> {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
         let open = |port: &u16| {
             let address = SocketAddr::from((GUEST, *port));
-            TcpStream::connect_timeout(&address, Duration::from_secs(5)).is_ok()
+            TcpStream::connect_timeout(&address, Duration::from_secs(60)).is_ok()
         };
         Ok(ports.into_iter().filter(open).collect())
     };
@@ -132,7 +132,7 @@ async fn a_lease_keeps_an_idle_app_awake_until_it_is_taken_back() -> Result<()> 
     tokio::time::sleep(Duration::from_secs(12)).await;
     ensure!(platform.vm_processes()? == awake, "the same VM is awake");
     lease("0")?;
-    until(60, || Ok(platform.vm_processes()?.is_empty()))
+    until(240, || Ok(platform.vm_processes()?.is_empty()))
         .await
         .context("reaped once the lease is taken back")?;
     platform.end()

@@ -101,7 +101,7 @@ async fn holds_it(platform: &Platform, app: &str) -> Result<()> {
 
 async fn until_suspended(platform: &Platform) -> Result<()> {
     let there = || Ok(platform.json(&["status", "dozer"])?["state"] == "suspended");
-    let waited = until(300, there).await;
+    let waited = until(900, there).await;
     waited.with_context(|| {
         format!(
             "{:?}\n{}",
@@ -155,7 +155,7 @@ async fn everything_crashes(platform: &mut Platform, cores: &Cores) -> Result<()
         let command = std::fs::read(format!("/proc/{pid}/cmdline"));
         command.map_or(true, |command| command.is_empty())
     };
-    until(60, || Ok(pids.iter().all(gone))).await?;
+    until(240, || Ok(pids.iter().all(gone))).await?;
     cores.fence()?;
     let left = cores.of(&pids)?;
     ensure!(left.is_empty(), "core files of {left:?}");

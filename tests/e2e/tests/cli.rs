@@ -182,7 +182,7 @@ async fn logs_are_followed_until_the_reader_goes(platform: &Platform) -> Result<
     let seen = |path: &str| Ok(std::fs::read_to_string(&file)?.contains(path));
     for path in ["/one", "/two"] {
         platform.visitor().get("portrait.localhost", path).await?;
-        until(10, || seen(path))
+        until(120, || seen(path))
             .await
             .with_context(|| format!("{path} is followed"))?;
     }

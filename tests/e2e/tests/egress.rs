@@ -109,16 +109,20 @@ fn own_addresses() -> Result<Vec<IpAddr>> {
     Ok(all.filter(IpAddr::is_ipv4).collect())
 }
 
-/// What the app says of each place that it was sent to.
+/// Seconds that a server which must answer has, and those after which silence is a no.
+const PATIENT: &str = "60";
+const HASTY: &str = "5";
+
+/// What the app says of each place that it was sent to, and of some names.
 async fn probe(
     platform: &Platform,
     app: &str,
     to: &[String],
-    names: &[&str],
+    patience: &str,
 ) -> Result<BTreeMap<String, String>> {
-    let mut query = Vec::new();
+    let mut query = vec![format!("patience={patience}")];
     query.extend(to.iter().map(|to| format!("to={to}")));
-    query.extend(names.iter().map(|name| format!("name={name}")));
+    query.extend(NAMES.iter().map(|name| format!("name={name}")));
     let host = format!("{app}.localhost");
     let path = format!("/?{}", query.join("&"));
     let answer = platform.visitor().get(&host, &path).await?;
@@ -138,7 +142,7 @@ async fn ensure_only_the_grant_works(platform: &Platform, town: &Town) -> Result
     let granted = town.granted.address.to_string();
     let mut to = town.forbidden()?;
     to.push(granted.clone());
-    let mut found = probe(platform, "granted", &to, &NAMES).await?;
+    let mut found = probe(platform, "granted", &to, PATIENT).await?;
     ensure!(found.len() == to.len() + NAMES.len(), "{found:?}");
     let welcome = found.remove(&granted);
     ensure!(
@@ -175,7 +179,7 @@ async fn an_app_with_a_grant_reaches_that_address_and_nothing_else() -> Result<(
     let mut platform = Platform::start().await?;
     let town = Town::open()?;
     let grant = format!(
-        "[idle]\nafter = \"10m\"\n[egress]\nallow = [\"{}\"]\n",
+        "[idle]\nafter = \"2h\"\n[egress]\nallow = [\"{}\"]\n",
         town.granted.address
     );
     platform.deploy("granted", PROBER, &grant)?;
@@ -202,7 +206,7 @@ async fn an_app_with_a_grant_reaches_that_address_and_nothing_else() -> Result<(
     let met = town.granted.met();
     let mut to = town.forbidden()?;
     to.push(town.granted.address.to_string());
-    let found = probe(&platform, "alone", &to, &NAMES).await?;
+    let found = probe(&platform, "alone", &to, HASTY).await?;
     ensure!(found.len() == to.len() + NAMES.len(), "{found:?}");
     ensure_nothing_answered(&found)?;
     ensure!(
@@ -220,7 +224,7 @@ async fn a_vm_ends_with_its_egress_proxy_and_the_next_one_has_its_own() -> Resul
         return Ok(());
     }
     let platform = Platform::start().await?;
-    let grant = format!("[idle]\nafter = \"10m\"\n[egress]\nallow = [\"{NEIGHBOUR}:9\"]\n");
+    let grant = format!("[idle]\nafter = \"2h\"\n[egress]\nallow = [\"{NEIGHBOUR}:9\"]\n");
     platform.deploy("granted", PROBER, &grant)?;
     platform.visitor().get("granted.localhost", "/").await?;
     let first = proxies(&platform)?;
@@ -233,7 +237,7 @@ async fn a_vm_ends_with_its_egress_proxy_and_the_next_one_has_its_own() -> Resul
         .and_then(rustix::process::Pid::from_raw)
         .context("its pid")?;
     rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
-    until(30, || Ok(platform.vm_processes()?.is_empty()))
+    until(240, || Ok(platform.vm_processes()?.is_empty()))
         .await
         .context("the VM ends with it")?;
 

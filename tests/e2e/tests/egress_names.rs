@@ -86,7 +86,7 @@ impl World {
     /// What the app says of each place that it was sent to.
     fn probe(&self, platform: &Platform, to: &[String]) -> Result<BTreeMap<String, String>> {
         let query: Vec<_> = to.iter().map(|to| format!("to={to}")).collect();
-        let path = format!("/?{}", query.join("&"));
+        let path = format!("/?patience=60&{}", query.join("&"));
         let visitor = platform.visitor();
         let handle = Handle::current();
         let asked = || handle.block_on(visitor.get("prober.localhost", &path));

@@ -11,7 +11,7 @@ async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
         return Ok(());
     }
     let platform = Platform::start().await?;
-    platform.deploy("portrait", SELF_PORTRAIT, "[idle]\nafter = \"3s\"\n")?;
+    platform.deploy("portrait", SELF_PORTRAIT, "[idle]\nafter = \"20s\"\n")?;
 
     let host = "portrait.localhost";
     let visitor = platform.visitor();
@@ -43,11 +43,11 @@ async fn a_sleeping_app_wakes_serves_sleeps_and_wakes_again() -> Result<()> {
         "{timing}"
     );
 
-    until(20, || Ok(platform.vm_processes()?.is_empty()))
+    until(240, || Ok(platform.vm_processes()?.is_empty()))
         .await
         .context("reaped when idle")?;
     let trace = woken.header("x-request-id").context("a request's id")?;
-    until(20, || followed(&platform, trace))
+    until(120, || followed(&platform, trace))
         .await
         .context("the request's trace is in every hop's log")?;
     ensure!(visitor.get(host, "/").await?.status == 200);

@@ -13,7 +13,7 @@ use spore_e2e::{HostAddresses, Platform, Site, available, templates, until};
 use tokio::time::Instant;
 
 /// Beyond this an idle app is not being suspended any more.
-const HANGS: Duration = Duration::from_secs(300);
+const HANGS: Duration = Duration::from_secs(900);
 
 /// How far an app's clock may be off, the way of the answer on a busy machine included. Between two
 /// of its answers it is suspended for longer.
@@ -71,8 +71,9 @@ async fn lose_nothing(site: Site, rounds: u64) -> Result<()> {
         let told = ask(&platform, &format!("/who?session={cookie}"), &mut count).await?;
         ensure!(told["user"] == "ada", "round {round}: {told}");
         ensure!(told["process"] == process, "round {round}: {told}");
-        let off = told["now"].as_f64().context("a time")? - now();
-        ensure!(off.abs() < OFF_MAX_S, "round {round}: {off} s off");
+        clock_is_right(&platform, told, &mut count)
+            .await
+            .with_context(|| format!("round {round}"))?;
         for _request in 0..3 {
             ask(&platform, "/", &mut count).await?;
         }
@@ -92,6 +93,20 @@ async fn lose_nothing(site: Site, rounds: u64) -> Result<()> {
     let told = ask(&platform, &format!("/who?session={cookie}"), &mut fresh).await?;
     ensure!(told["user"] == Value::Null, "{told}");
     platform.end()
+}
+
+/// What an app told is of now. An answer may be late on a machine that stands still, so it is asked
+/// again: a clock that is wrong stays wrong.
+async fn clock_is_right(platform: &Platform, mut told: Value, count: &mut u64) -> Result<()> {
+    for tries_left in (0..3).rev() {
+        let off = told["now"].as_f64().context("a time")? - now();
+        if off.abs() < OFF_MAX_S {
+            break;
+        }
+        ensure!(tries_left > 0, "{off} s off");
+        told = ask(platform, "/", count).await?;
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -126,7 +141,7 @@ async fn tcp_is_new(site: Site) -> Result<()> {
             stands_on_template(&platform)?;
         }
         // Nobody keeps a connection to what sleeps.
-        let ended = until(300, || Ok(exchange.open_calls().is_empty())).await;
+        let ended = until(900, || Ok(exchange.open_calls().is_empty())).await;
         ended.with_context(|| format!("{:?} are open", exchange.open_calls()))?;
         let told = tell(&platform, &format!("/tell?name={name}")).await?;
         ensure!(told["fared"] == "ConnectionAbortedError", "{name}: {told}");

@@ -69,7 +69,7 @@ async fn the_first_wake_boots_and_the_next_ones_fork() -> Result<()> {
 const READY: &str = include_str!("../apps/ready.py");
 
 /// Its releases are woken where they were ready, and sleep only when they are told to.
-const WARM: &str = "warm = \"ready\"\n[idle]\nafter = \"10m\"\n";
+const WARM: &str = "warm = \"ready\"\n[idle]\nafter = \"2h\"\n";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_ready_app_wakes_where_it_was_ready_and_draws_its_own() -> Result<()> {
