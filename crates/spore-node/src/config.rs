@@ -115,6 +115,26 @@ pub struct VmLimits {
     pub app_start_failures_max: u32,
 }
 
+impl VmLimits {
+    /// The limits of a host where a guest may take so long to boot: whatever else waits for a guest
+    /// may take as many times longer. Never shorter than what is right elsewhere.
+    #[must_use]
+    pub fn of_boot(agent: Duration) -> Self {
+        let default = Self::default();
+        let times = (agent.as_secs_f64() / default.agent.as_secs_f64()).max(1.0);
+        Self {
+            boot: default.boot.mul_f64(times),
+            agent,
+            agent_of_fork: default.agent_of_fork.mul_f64(times),
+            hooks: default.hooks.mul_f64(times),
+            freeze: default.freeze.mul_f64(times),
+            capture: default.capture.mul_f64(times),
+            answer: default.answer.mul_f64(times),
+            ..default
+        }
+    }
+}
+
 impl Default for VmLimits {
     fn default() -> Self {
         Self {
@@ -165,4 +185,26 @@ pub struct NoKillPoints;
 #[async_trait]
 impl KillPoints for NoKillPoints {
     async fn reached(&self, _vm: VmId, _effect: VmEffect, _point: KillPoint) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::VmLimits;
+
+    #[test]
+    fn on_a_slow_host_every_wait_for_a_guest_grows_and_none_ever_shrinks() {
+        let (usual, slow) = (
+            VmLimits::default(),
+            VmLimits::of_boot(VmLimits::default().agent * 4),
+        );
+        assert_eq!(slow.agent, usual.agent * 4);
+        assert_eq!(slow.agent_of_fork, usual.agent_of_fork * 4);
+        assert_eq!(slow.answer, usual.answer * 4);
+        assert_eq!(slow.secrets, usual.secrets, "control is no guest");
+        let fast = VmLimits::of_boot(Duration::from_secs(10));
+        assert_eq!(fast.agent, Duration::from_secs(10));
+        assert_eq!(fast.freeze, usual.freeze);
+    }
 }

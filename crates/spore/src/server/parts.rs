@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use spore_node::config::{Config as NodeConfig, Images};
+use spore_node::config::{Config as NodeConfig, Images, VmLimits};
 use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
@@ -131,7 +131,7 @@ async fn open_node(config: &ServerConfig, qemu: Qemu, files: Arc<dyn Images>) ->
         config.data_dir.join("snapshots"),
         host_memory_mib()?,
     );
-    node_config.limits.agent = config.boot_timeout;
+    node_config.limits = VmLimits::of_boot(config.boot_timeout);
     node_config.templates = config.templates;
     if let Some(mib) = config.snapshot_memory_mib {
         node_config.snapshots.memory_mib = mib.into();
