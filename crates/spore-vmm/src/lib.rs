@@ -5,6 +5,7 @@
 //!   kvm/       [unsafe] the few things that are asked of KVM, each checked; the guest's processor
 //!   memory/    [unsafe] the guest's memory: one mapping, volatile access, checked ranges
 //!   device/    registers on buses, and the virtio devices behind them
+//!   disk/      what is behind a block device
 //!   snapshot/  the form of a saved machine
 //!   probe      the guest that tells a KVM that can run others from one that cannot
 //! ```
@@ -21,6 +22,7 @@
 
 pub mod clock;
 pub mod device;
+pub mod disk;
 pub mod fault;
 pub mod kvm;
 pub mod machine;

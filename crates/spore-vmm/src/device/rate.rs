@@ -71,13 +71,40 @@ impl Bucket {
     }
 }
 
+/// What a device may do in a time, in operations and in bytes. `None` where it may do what it can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limit {
+    /// Of operations, however large.
+    pub operations: Option<Bucket>,
+    /// Of bytes in them.
+    pub bytes: Option<Bucket>,
+}
+
+impl Limit {
+    /// Takes one operation of so many bytes, or nothing of either; then says how long to wait.
+    pub fn take(&mut self, bytes: u64, now: Duration) -> Result<(), Duration> {
+        let mut after = *self;
+        let buckets = [(&mut after.operations, 1), (&mut after.bytes, bytes)];
+        let mut wait = None;
+        for (bucket, amount) in buckets {
+            let taken = bucket.as_mut().map_or(Ok(()), |b| b.take(amount, now));
+            wait = wait.max(taken.err());
+        }
+        if let Some(wait) = wait {
+            return Err(wait);
+        }
+        *self = after;
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use proptest::prelude::*;
 
-    use super::Bucket;
+    use super::{Bucket, Limit};
 
     const fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
@@ -119,6 +146,21 @@ mod tests {
         assert_eq!(bucket.take(10, ms(10)), Ok(()));
         assert!(bucket.take(1, ms(5)).is_err());
         assert_eq!(bucket.take(1, ms(11)), Ok(()));
+    }
+
+    #[test]
+    fn an_operation_passes_by_both_limits_or_takes_nothing_of_either() {
+        let mut limit = Limit {
+            operations: Some(Bucket::new(1000, 2, ms(0))),
+            bytes: Some(Bucket::new(1000, 100, ms(0))),
+        };
+        assert_eq!(limit.take(90, ms(0)), Ok(()));
+        let before = limit;
+        assert_eq!(limit.take(90, ms(0)), Err(ms(80)));
+        assert_eq!(limit, before);
+        assert_eq!(limit.take(10, ms(0)), Ok(()));
+        assert_eq!(limit.take(0, ms(0)), Err(ms(1)));
+        assert_eq!(Limit::default().take(u64::MAX, ms(0)), Ok(()));
     }
 
     proptest! {

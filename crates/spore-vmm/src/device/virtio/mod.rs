@@ -9,6 +9,7 @@
 //! A device never waits. What it cannot do now it leaves in its queue, and says what it waits for:
 //! no request is in flight between two calls, so that a device can be saved between any two.
 
+pub mod blk;
 pub mod console;
 #[cfg(test)]
 mod driver;

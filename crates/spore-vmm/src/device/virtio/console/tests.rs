@@ -624,7 +624,7 @@ impl World {
 
     /// Everything that can move does.
     fn settle(&mut self) {
-        for _ in 0..2_000 {
+        for _ in 0..120 {
             for step in [
                 Step::Room(4096),
                 Step::News,
