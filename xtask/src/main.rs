@@ -6,6 +6,7 @@
 
 mod command;
 mod deps;
+mod fuzz;
 mod guest;
 mod host;
 #[cfg(feature = "image")]
@@ -22,6 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::fuzz::FuzzOptions;
 use crate::place::DEPS_DEFAULT;
 use crate::rig::RigOptions;
 
@@ -60,6 +62,8 @@ enum Task {
     },
     /// Runs the whole test suite
     Test,
+    /// Gives arbitrary bytes to whatever reads a guest's; needs cargo-fuzz and a nightly toolchain
+    Fuzz(FuzzOptions),
     /// Runs a command on a Linux with real KVM, which QEMU emulates; needs no KVM here
     Rig(RigOptions),
     /// Runs the tests that need KVM in the rig
@@ -132,6 +136,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::ImagePack => run_image_pack(),
         Task::Tidy { deps } => tidy::run(deps),
         Task::Test => suite::run(),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Rig(options) => return rig::run(&options),
         Task::RigTest(folder) => return rig::test(&folder),
         Task::SystemdTest(folder) => systemd::run(&folder.dir),

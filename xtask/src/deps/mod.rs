@@ -20,7 +20,7 @@ use rustix::fs::FlockOperation;
 
 use crate::DepsOptions;
 use crate::progress::{say, step};
-use crate::{command, place};
+use crate::{command, fuzz, place};
 
 /// Fetches what is missing.
 pub(crate) fn run(options: &DepsOptions) -> Result<()> {
@@ -44,6 +44,9 @@ pub(crate) fn run(options: &DepsOptions) -> Result<()> {
         }
         command::run(place::cargo().args(["fetch", "--locked"]))
     })?;
+    if fuzz::missing().is_none() {
+        step("fetch crates of the fuzz targets", fuzz::fetch)?;
+    }
     if !options.no_images {
         images::build_missing(dir)?;
     }

@@ -15,12 +15,12 @@ use anyhow::{Context, Result, bail, ensure};
 
 use self::tally::Tally;
 use crate::progress::{say, step};
-use crate::{command, deps, guest, place, tidy};
+use crate::{command, deps, fuzz, guest, place, tidy};
 
 /// Runs the suite.
 pub(crate) fn run() -> Result<()> {
     let mut tally = Tally::default();
-    say("runs: fmt, tidy, clippy, deny, guest, tests of all crates and of tests/, leftovers");
+    say("runs: fmt, tidy, clippy, deny, guest, tests of all crates and of tests/, fuzz, leftovers");
     check(&mut tally, "fmt", || {
         command::run(place::cargo().args(["fmt", "--all", "--check"]))
     });
@@ -57,6 +57,10 @@ pub(crate) fn run() -> Result<()> {
             tally.failed = 1;
             tally.broken.push("tests".to_owned());
         }
+    }
+    match fuzz::missing() {
+        Some(missing) => skip(&mut tally, &format!("fuzz: {missing}")),
+        None => check(&mut tally, "fuzz", || fuzz::all(fuzz::SUITE_SECONDS)),
     }
     check(&mut tally, "leftovers", nothing_is_left);
     finish(&tally)
