@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!   0                 RAM, up to 3 GiB
-//!   0x6000            PVH start info        0x7000  its memory map       0x2_0000  command line
+//!   0x6000            PVH start info, its modules behind it
+//!   0x7000            PVH memory map
+//!   0x2_0000          command line
 //!   0xe_0000          ACPI: RSDP, then the tables, up to 1 MiB; reserved in the memory map
 //!   0x10_0000         the kernel
 //!   (top of low RAM)  the initramfs, page-aligned
@@ -46,6 +48,9 @@ pub const HOLE_END: Gpa = Gpa(0x1_0000_0000);
 
 /// What the PVH entry finds in `ebx`.
 pub const START_INFO: Gpa = Gpa(0x6000);
+
+/// The modules that the start info points to, behind it in its page.
+pub const MODULES: Gpa = Gpa(START_INFO.0 + 0x40);
 
 /// The memory map that the start info points to.
 pub const MEMORY_MAP: Gpa = Gpa(0x7000);
@@ -276,7 +281,7 @@ mod tests {
     use super::{
         ACPI, COMMAND_LINE, COMMAND_LINE_BYTES_MAX, EVENT_GSI, HOLE_END, HOLE_START, IDENTITY_MAP,
         IO_APIC, KERNEL_START, KVM_TSS, Kind, LOCAL_APIC, Layout, LayoutError, MEMORY_MAP,
-        MEMORY_MIB_MAX, MEMORY_MIB_MIN, SERIAL_GSI, SLOTS, START_INFO, VIRTIO_BYTES,
+        MEMORY_MIB_MAX, MEMORY_MIB_MIN, MODULES, SERIAL_GSI, SLOTS, START_INFO, VIRTIO_BYTES,
     };
     use crate::memory::{Gpa, PAGE_BYTES};
 
@@ -321,7 +326,8 @@ mod tests {
     #[test]
     fn what_is_put_into_low_memory_is_apart() {
         let places = [
-            START_INFO.0..MEMORY_MAP.0,
+            START_INFO.0..MODULES.0,
+            MODULES.0..MEMORY_MAP.0,
             MEMORY_MAP.0..MEMORY_MAP.0 + PAGE_BYTES,
             COMMAND_LINE.0..COMMAND_LINE.0 + COMMAND_LINE_BYTES_MAX,
             ACPI,

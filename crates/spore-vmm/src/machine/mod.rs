@@ -1,5 +1,6 @@
-//! The machine that a guest sees, before anything of it runs: its physical map and the tables that
-//! tell the guest of it.
+//! The machine that a guest sees: its physical map, the tables that tell the guest of it, and what
+//! is in its memory when it starts.
 
 pub mod acpi;
+pub mod boot;
 pub mod layout;

@@ -336,6 +336,11 @@ impl GuestMemory {
         &self.space
     }
 
+    /// The memory for those who copy into it through vm-memory, which checks each range.
+    pub(crate) const fn backend(&self) -> &GuestMemoryMmap {
+        &self.inner
+    }
+
     /// Whether a range is wholly in the memory, and in one piece of it.
     pub fn check(&self, at: Gpa, bytes: u64) -> Result<(), OutOfMemory> {
         self.slice(at, bytes).map(drop)
