@@ -6,6 +6,9 @@
 //!   memory/    [unsafe] the guest's memory: one mapping, volatile access, checked ranges
 //!   device/    registers on buses, and the virtio devices behind them
 //!   disk/      what is behind a block device
+//!   vcpu/      a processor's thread, and what it does when KVM comes back
+//!   worker/    threads that run, pause and end together
+//!   end        how a machine ends
 //!   snapshot/  the form of a saved machine
 //!   probe      the guest that tells a KVM that can run others from one that cannot
 //! ```
@@ -23,9 +26,12 @@
 pub mod clock;
 pub mod device;
 pub mod disk;
+pub mod end;
 pub mod fault;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod probe;
 pub mod snapshot;
+pub mod vcpu;
+pub mod worker;

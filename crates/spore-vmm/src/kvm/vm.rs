@@ -7,6 +7,7 @@
     reason = "KVM is given addresses of this process, and a processor's extended state"
 )]
 
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -14,11 +15,13 @@ use kvm_bindings::{
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::kick::Recall;
 use super::{KvmError, set_tsc_offset, tsc_offset};
 use crate::machine::layout::{IDENTITY_MAP, KVM_TSS};
-use crate::memory::{Region, Space};
+use crate::memory::{Gpa, Region, Space};
 
 /// Which of the three chips of the interrupt controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +101,21 @@ impl Vm {
             fd: fd.map_err(KvmError::of("KVM_CREATE_VCPU"))?,
             space: Arc::clone(&self.space),
         })
+    }
+
+    /// Lets whoever writes to `event` raise the interrupt of a number, once for all writes that KVM
+    /// has not seen yet. The interrupt controller is there before.
+    pub fn raise_by(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
+        let set = self.fd.register_irqfd(event, gsi);
+        set.map_err(KvmError::of("KVM_IRQFD"))
+    }
+
+    /// Lets a write of `value`, as four bytes, to this place of the guest's map be told by `event`
+    /// and not end the processor's run.
+    pub fn tell_write_by(&self, event: &EventFd, at: Gpa, value: u32) -> Result<(), KvmError> {
+        let place = IoEventAddress::Mmio(at.0);
+        let set = self.fd.register_ioevent(event, &place, value);
+        set.map_err(KvmError::of("KVM_IOEVENTFD"))
     }
 
     /// The guest's clock, as its processors read it.
@@ -293,6 +311,21 @@ impl Vcpu {
             Err(error) if error.errno() == EINVAL => Ok(()),
             told => told.map_err(KvmError::of("KVM_KVMCLOCK_CTRL")),
         }
+    }
+
+    /// What calls it back from its guest, from any thread.
+    pub fn recall(&self) -> Result<Recall, KvmError> {
+        // SAFETY: the processor's descriptor is open while `self` is borrowed.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
+        Recall::new(fd)
+    }
+
+    /// What KVM says of the error inside of it that it came back with last; 1 is an instruction
+    /// that it cannot emulate. Asked after [`VcpuExit::InternalError`], and nothing else then.
+    pub fn internal_error(&mut self) -> u32 {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: every part of this union is plain numbers, whichever of them KVM has set.
+        unsafe { run.__bindgen_anon_1.internal.suberror }
     }
 
     /// Lets the next [`run`](Self::run) come back without entering the guest, once it has finished

@@ -3,10 +3,13 @@
 //! wait for it to start them, as KVM makes them.
 
 use kvm_bindings::{
-    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment,
     kvm_sregs,
 };
 
+use super::cpuid::{self, Place};
+use crate::kvm::KvmError;
+use crate::kvm::vm::Vcpu;
 use crate::memory::Gpa;
 
 /// Protected mode, and nothing else of the first control register.
@@ -40,6 +43,28 @@ const ECX_XSAVE: u32 = 1 << 26;
 
 /// The x87's part of the extended state, which is always enabled.
 const X87: u64 = 1;
+
+/// Makes a new processor one of a machine's, of what KVM can give.
+pub fn set_up(vcpu: &Vcpu, supported: &[kvm_cpuid_entry2], place: Place) -> Result<(), KvmError> {
+    let leaves = cpuid::guest(supported, place);
+    let cpuid = CpuId::from_entries(&leaves).map_err(|_error| KvmError::Ioctl {
+        ioctl: "KVM_SET_CPUID2",
+        source: rustix::io::Errno::TOOBIG.into(),
+    })?;
+    vcpu.set_cpuid(&cpuid)?;
+    if let Some(enabled) = extended_state(&leaves) {
+        let mut xcrs = vcpu.xcrs()?;
+        xcrs.xcrs[0].value = enabled;
+        vcpu.set_xcrs(&xcrs)?;
+    }
+    vcpu.set_msrs(&msrs())
+}
+
+/// Lets the boot processor begin at a kernel's entry.
+pub fn begin(vcpu: &Vcpu, entry: Gpa, start_info: Gpa) -> Result<(), KvmError> {
+    vcpu.set_sregs(&sregs(vcpu.sregs()?))?;
+    vcpu.set_regs(&regs(entry, start_info))
+}
 
 /// The general registers: where it begins, and where it finds the start info.
 #[must_use]

@@ -1,7 +1,7 @@
 //! What is x86-64's own of a guest's processor: what it says that it can do, what it is before its
-//! first instruction, and which of its registers are saved. Pure: what KVM offers comes in, what
-//! the guest gets goes out.
+//! first instruction, and what is saved of it in which order.
 
 pub mod cpuid;
 pub mod entry;
 pub mod msr;
+pub mod state;

@@ -2,6 +2,8 @@
 //! so and is skipped; `cargo xtask rig` has one.
 #![cfg(test)]
 
+mod running;
+
 use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -65,13 +67,20 @@ struct Machine {
 
 impl Machine {
     fn new(kvm: &Kvm) -> Self {
+        let machine = Self::bare(kvm);
+        let cpuid = kvm.supported_cpuid().unwrap();
+        machine.vcpu.set_cpuid(&cpuid).unwrap();
+        machine
+    }
+
+    /// One whose processor was not told what it is.
+    fn bare(kvm: &Kvm) -> Self {
         let space = Space::reserve(BYTES).unwrap();
         let vm = kvm.create_vm(Arc::clone(&space)).unwrap();
         vm.create_irqchip().unwrap();
         // Before there is a file behind it.
         vm.set_memory(&[REGION]).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
-        vcpu.set_cpuid(&kvm.supported_cpuid().unwrap()).unwrap();
         Self { vm, vcpu, space }
     }
 
