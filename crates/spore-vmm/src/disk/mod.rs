@@ -3,6 +3,8 @@
 //! Called by `device/virtio/blk`, which has checked every range against [`Disk::bytes`]. All of it
 //! waits for the host's disk, so whoever calls is no thread that a guest's processor waits for.
 
+pub mod overlay;
+
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
