@@ -14,6 +14,7 @@ pub mod console;
 #[cfg(test)]
 mod driver;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 
