@@ -24,3 +24,22 @@ impl Clock for Monotonic {
         )
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    use super::Clock;
+
+    /// A clock of milliseconds that the test moves.
+    #[derive(Clone, Debug, Default)]
+    pub(crate) struct Hand(pub(crate) Arc<AtomicU64>);
+
+    impl Clock for Hand {
+        fn now(&self) -> Duration {
+            Duration::from_millis(self.0.load(Ordering::SeqCst))
+        }
+    }
+}

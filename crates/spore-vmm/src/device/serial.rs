@@ -256,10 +256,9 @@ impl io::Write for Sink {
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
-    use std::time::Duration;
 
     use super::{Device as _, OUTPUT_BURST_BYTES, OUTPUT_BYTES_MAX, OUTPUT_BYTES_PER_S, Serial};
-    use crate::clock::Clock;
+    use crate::clock::tests::Hand;
     use crate::device::Interrupt;
 
     #[derive(Debug, Default)]
@@ -268,16 +267,6 @@ mod tests {
     impl Interrupt for Count {
         fn raise(&self) {
             self.0.fetch_add(1, Ordering::SeqCst);
-        }
-    }
-
-    /// A clock of milliseconds that the test moves.
-    #[derive(Clone, Debug, Default)]
-    struct Hand(Arc<AtomicU64>);
-
-    impl Clock for Hand {
-        fn now(&self) -> Duration {
-            Duration::from_millis(self.0.load(Ordering::SeqCst))
         }
     }
 

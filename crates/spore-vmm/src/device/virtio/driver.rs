@@ -5,6 +5,7 @@ use std::os::fd::AsFd as _;
 use rustix::fs::MemfdFlags;
 
 use super::queue::{QUEUE_SIZE_MAX, Queue, QueueState, Queues};
+use super::{F_VERSION_1, mmio};
 use crate::memory::{Gpa, GuestMemory, Region, Sharing, Space};
 
 /// Entries of each of its queues.
@@ -129,6 +130,20 @@ impl Driver {
     /// What a device is given of them.
     pub(crate) fn queues(&mut self) -> Queues<'_> {
         Queues::new(&mut self.live, &self.memory)
+    }
+
+    /// The transport as a driver leaves it that has taken some features and is ready.
+    pub(crate) fn transport(&self, features: u64) -> mmio::State {
+        use mmio::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
+        let queues = self.live.iter();
+        mmio::State {
+            status: ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK,
+            features: features | F_VERSION_1,
+            queues: queues
+                .map(|live| live.as_ref().map(Queue::state).unwrap_or_default())
+                .collect(),
+            ..mmio::State::default()
+        }
     }
 
     /// How many descriptors of a queue are free.

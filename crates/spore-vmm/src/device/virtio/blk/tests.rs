@@ -13,7 +13,7 @@ use super::{
     Blk, DATA_BYTES_MAX, F_FLUSH, F_RO, HEADER_BYTES, ID_BYTES, SECTOR_BYTES, State, request,
     status,
 };
-use crate::clock::Clock;
+use crate::clock::tests::Hand;
 use crate::device::rate::{Bucket, Limit};
 use crate::device::virtio::VirtioDevice as _;
 use crate::device::virtio::driver::{Done, Driver};
@@ -22,16 +22,6 @@ use crate::disk::tests::file;
 use crate::disk::{Access, Disk, Raw};
 
 const SECTORS: u64 = 64;
-
-/// A clock of milliseconds that the test moves.
-#[derive(Clone, Debug, Default)]
-struct Hand(Arc<AtomicU64>);
-
-impl Clock for Hand {
-    fn now(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::SeqCst))
-    }
-}
 
 struct Bench {
     blk: Blk,

@@ -6,9 +6,8 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use proptest::prelude::*;
 
@@ -16,7 +15,7 @@ use super::{
     ACCEPT_AGAIN, CONTROL_RECEIVE, CONTROL_TRANSMIT, Console, Door, F_MULTIPORT, Listener, Peer,
     RECEIVE, Setup, State, Stream, TRANSMIT, event,
 };
-use crate::clock::Clock;
+use crate::clock::tests::Hand;
 use crate::device::virtio::driver::Driver;
 use crate::device::virtio::queue::QueueFault;
 use crate::device::virtio::{Interest, VirtioDevice as _};
@@ -37,16 +36,6 @@ impl Door for Waiting {
         let host = self.hosts.lock().unwrap().pop_front();
         host.map(|host| Ok(Box::new(Stream::new(host.into())?) as Box<dyn Peer>))
             .transpose()
-    }
-}
-
-/// A clock of milliseconds that the test moves.
-#[derive(Clone, Debug, Default)]
-struct Hand(Arc<AtomicU64>);
-
-impl Clock for Hand {
-    fn now(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::SeqCst))
     }
 }
 

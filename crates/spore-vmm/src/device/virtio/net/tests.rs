@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::{
     Counts, FAILED_AGAIN, FRAME_BYTES_MAX, FRAME_BYTES_MIN, FRAMES_MAX, HEADER, HEADER_BYTES, Net,
     RECEIVE, Received, TRANSMIT, Tap, Wire,
 };
-use crate::clock::Clock;
+use crate::clock::tests::Hand;
 use crate::device::rate::{Bucket, Limit};
 use crate::device::virtio::driver::Driver;
 use crate::device::virtio::queue::QueueFault;
@@ -22,16 +22,6 @@ use crate::device::virtio::{Interest, VirtioDevice as _};
 
 const MAC: [u8; 6] = [2, 0x53, 0x50, 0, 0, 2];
 const ROOM: u32 = 1600;
-
-/// A clock of milliseconds that the test moves.
-#[derive(Clone, Debug, Default)]
-struct Hand(Arc<AtomicU64>);
-
-impl Clock for Hand {
-    fn now(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::SeqCst))
-    }
-}
 
 fn pair() -> (OwnedFd, OwnedFd) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
