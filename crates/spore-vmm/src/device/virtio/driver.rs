@@ -132,6 +132,42 @@ impl Driver {
         Queues::new(&mut self.live, &self.memory)
     }
 
+    /// Writes a descriptor as it is given, whatever it says; its buffer is at `offset` of the
+    /// queue's buffers.
+    pub(crate) fn describe(&self, queue: u64, index: u16, offset: u64, rest: (u32, u16, u16)) {
+        let place = queue * QUEUE_BYTES;
+        let (length, flags, next) = rest;
+        let mut raw = (place + BUFFERS)
+            .wrapping_add(offset)
+            .to_le_bytes()
+            .to_vec();
+        raw.extend(length.to_le_bytes());
+        raw.extend(flags.to_le_bytes());
+        raw.extend(next.to_le_bytes());
+        let at = place + DESCRIPTORS + u64::from(index) * 16;
+        self.memory.write(Gpa(at), &raw).unwrap();
+    }
+
+    /// Writes to the queue's buffers.
+    pub(crate) fn fill(&self, queue: u64, offset: u64, bytes: &[u8]) {
+        let at = Gpa(queue * QUEUE_BYTES + BUFFERS + offset);
+        self.memory.write(at, bytes).unwrap();
+    }
+
+    /// Makes heads available as they are given, whatever they say.
+    pub(crate) fn announce(&mut self, queue: u16, heads: &[u16]) {
+        let ring = u64::from(queue) * QUEUE_BYTES + AVAILABLE;
+        let side = &mut self.sides[usize::from(queue)];
+        for head in heads {
+            let entry = u64::from(side.available % QUEUE_SIZE);
+            let at = Gpa(ring + 4 + entry * 2);
+            self.memory.store_u16(at, *head).unwrap();
+            side.available = side.available.wrapping_add(1);
+        }
+        let index = Gpa(ring + 2);
+        self.memory.store_u16(index, side.available).unwrap();
+    }
+
     /// The transport as a driver leaves it that has taken some features and is ready.
     pub(crate) fn transport(&self, features: u64) -> mmio::State {
         use mmio::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use proptest::prelude::*;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::blk::Blk;
@@ -209,4 +210,96 @@ fn entropy_needs_nothing_but_its_queue() {
     line.take();
     assert_eq!(again.resume(), Ok(vec![]));
     assert_eq!(line.take(), 1);
+}
+
+/// A descriptor that may be anything, and is possible often enough to be gone on with.
+fn descriptor() -> impl Strategy<Value = (u64, (u32, u16, u16))> {
+    let offset = prop_oneof![
+        8 => (0..64_u64).prop_map(|number| number * 16),
+        1 => any::<u64>(),
+    ];
+    let length = prop_oneof![
+        4 => 0..64_u32,
+        4 => Just(512_u32),
+        4 => Just(1600_u32),
+        1 => any::<u32>(),
+    ];
+    let flags = prop_oneof![8 => 0..4_u16, 1 => any::<u16>()];
+    let next = prop_oneof![16 => 0..16_u16, 1 => any::<u16>()];
+    (offset, (length, flags, next))
+}
+
+/// What a driver does: descriptors, what they point to, and then heads in a queue, which it kicks.
+#[derive(Clone, Debug)]
+struct Attack {
+    queue: u16,
+    descriptors: Vec<(u64, (u32, u16, u16))>,
+    bytes: Vec<u8>,
+    heads: Vec<u16>,
+}
+
+fn attack() -> impl Strategy<Value = Attack> {
+    let small = prop_oneof![4 => 0..9_u8, 1 => any::<u8>()];
+    let head = prop_oneof![16 => 0..16_u16, 1 => any::<u16>()];
+    (
+        0..4_u16,
+        prop::collection::vec(descriptor(), 16),
+        prop::collection::vec(small, 0..600),
+        prop::collection::vec(head, 0..6),
+    )
+        .prop_map(|(queue, descriptors, bytes, heads)| Attack {
+            queue,
+            descriptors,
+            bytes,
+            heads,
+        })
+}
+
+/// Drives a device through attacks until it calls one a fault.
+fn withstands<D: VirtioDevice>(device: D, queues: u16, attacks: &[Attack]) {
+    let (line, mut driver) = (
+        Arc::new(Line::default()),
+        Driver::with_queues(queues.into()),
+    );
+    let mmio = live(device, &driver, &line);
+    for attack in attacks {
+        let queue = attack.queue % queues;
+        for (index, (offset, rest)) in (0..).zip(&attack.descriptors) {
+            driver.describe(queue.into(), index, *offset, *rest);
+        }
+        driver.fill(queue.into(), 0, &attack.bytes);
+        driver.announce(queue, &attack.heads);
+        let handled = mmio.handle(queue).and_then(|_| mmio.ready());
+        for queue in mmio.save().queues {
+            // Only a guest that ends has something in flight.
+            let drained = queue.next_available == queue.next_used;
+            assert!(drained || handled.is_err());
+        }
+        if handled.is_err() {
+            return;
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_driver_does_more_than_end_its_guest(
+        attacks in prop::collection::vec(attack(), 1..12),
+    ) {
+        let limit = Limit::default();
+        withstands(Rng::new(rng::host), 1, &attacks);
+        let disk = Box::new(Raw::new(file(4096).0, Access::ReadWrite).unwrap());
+        withstands(Blk::new(disk, "x", limit, hand()), 1, &attacks);
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let pair = rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None);
+        let (ours, host) = pair.unwrap();
+        for _ in 0..4 {
+            rustix::io::write(&host, &[1; 100]).unwrap();
+        }
+        let tap = Box::new(Tap::new(ours, 0).unwrap());
+        withstands(Net::new(tap, MAC, limit, limit, hand()), 2, &attacks);
+        let door = Box::new(Listener::new(UnixStream::pair().unwrap().0.into()).unwrap());
+        withstands(Console::new("x", door, hand()), 4, &attacks);
+    }
 }
