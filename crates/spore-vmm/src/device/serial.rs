@@ -16,6 +16,8 @@ use vm_superio::serial::{NoEvents, Serial as Uart, SerialState};
 use super::rate::Bucket;
 use super::{Device, Effect, Interrupt};
 use crate::clock::Clock;
+use crate::snapshot::Saved;
+use crate::snapshot::format::{Fields, FormatError};
 
 /// How many ports it has.
 pub const PORTS: u64 = 8;
@@ -64,6 +66,28 @@ pub struct State {
     pub registers: [u8; 9],
     /// Bytes that the guest has sent to itself.
     pub input: Vec<u8>,
+}
+
+impl Saved for State {
+    const VERSION: u16 = 1;
+
+    fn put(&self, into: &mut Vec<u8>) {
+        into.extend(self.registers);
+        let count = u32::try_from(self.input.len()).unwrap_or(u32::MAX);
+        into.extend(count.to_le_bytes());
+        into.extend(&self.input);
+    }
+
+    fn get(from: &mut Fields<'_>) -> Result<Self, FormatError> {
+        let registers = from.array()?;
+        let most = u32::try_from(FIFO_BYTES).unwrap_or(0);
+        let count = from.count("bytes in a receive buffer", most)?;
+        let input = from.take(usize::try_from(count).unwrap_or(usize::MAX))?;
+        Ok(Self {
+            registers,
+            input: input.to_vec(),
+        })
+    }
 }
 
 /// A saved port that none can have been.
@@ -260,6 +284,7 @@ mod tests {
     use super::{Device as _, OUTPUT_BURST_BYTES, OUTPUT_BYTES_MAX, OUTPUT_BYTES_PER_S, Serial};
     use crate::clock::tests::Hand;
     use crate::device::Interrupt;
+    use crate::snapshot::tests::is_pinned;
 
     #[derive(Debug, Default)]
     struct Count(AtomicU64);
@@ -337,6 +362,9 @@ mod tests {
         assert_eq!(register(&again, 7), 0x5a);
         assert_eq!(register(&again, 0), b's');
         assert!(again.output().bytes.is_empty());
+        let mut bytes = state.registers.to_vec();
+        bytes.extend(b"\x04\0\0\0self");
+        is_pinned(&state, 1, &bytes);
         let mut wrong = state;
         wrong.input = vec![0; 65];
         assert!(Serial::restore(&wrong, line, Box::new(hand)).is_err());

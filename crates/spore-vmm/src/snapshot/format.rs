@@ -116,6 +116,14 @@ pub enum FormatError {
         /// What can be.
         most: u64,
     },
+    /// A number that names one of a few things names none.
+    #[error("{value} names no {what} in a saved machine")]
+    Name {
+        /// What is named.
+        what: &'static str,
+        /// What it says.
+        value: u8,
+    },
 }
 
 /// Writes a saved machine.
@@ -294,6 +302,15 @@ impl<'a> Fields<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
+    /// A byte that is 0 or 1.
+    pub fn flag(&mut self, what: &'static str) -> Result<bool, FormatError> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            value => Err(FormatError::Name { what, value }),
+        }
+    }
+
     /// A number of things that follow, which must not be more than there can be.
     pub fn count(&mut self, what: &'static str, most: u32) -> Result<u32, FormatError> {
         let value = self.u32()?;
@@ -443,6 +460,14 @@ mod tests {
         let mut many = writer.finish();
         many.extend([9, 9, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(error(&many), FormatError::Sections);
+    }
+
+    #[test]
+    fn a_flag_is_one_of_two() {
+        let flag = |byte| super::Fields::new(&[byte]).flag("light");
+        assert_eq!((flag(0), flag(1)), (Ok(false), Ok(true)));
+        let what = "light";
+        assert_eq!(flag(2), Err(FormatError::Name { what, value: 2 }));
     }
 
     #[test]

@@ -29,6 +29,8 @@ use super::{Handled, VirtioDevice, Wants, config_bytes};
 use crate::clock::Clock;
 use crate::device::rate::Limit;
 use crate::disk::{Access, Disk, SECTOR_BYTES};
+use crate::snapshot::Saved;
+use crate::snapshot::format::{Fields, FormatError};
 
 /// Features: the most of segments, and of bytes in each; no writing; flushing.
 const F_SIZE_MAX: u64 = 1 << 1;
@@ -83,6 +85,28 @@ pub struct State {
     pub sectors: u64,
     /// Whether it can be written.
     pub access: Access,
+}
+
+impl Saved for State {
+    const VERSION: u16 = 1;
+
+    fn put(&self, into: &mut Vec<u8>) {
+        into.extend(self.sectors.to_le_bytes());
+        into.push(match self.access {
+            Access::ReadOnly => 0,
+            Access::ReadWrite => 1,
+        });
+    }
+
+    fn get(from: &mut Fields<'_>) -> Result<Self, FormatError> {
+        Ok(Self {
+            sectors: from.u64()?,
+            access: match from.flag("access to a disk")? {
+                false => Access::ReadOnly,
+                true => Access::ReadWrite,
+            },
+        })
+    }
 }
 
 /// Another disk than the one that a guest was saved with.

@@ -20,6 +20,7 @@ use crate::device::virtio::driver::{Done, Driver};
 use crate::device::virtio::queue::QueueFault;
 use crate::disk::tests::file;
 use crate::disk::{Access, Disk, Raw};
+use crate::snapshot::tests::is_pinned;
 
 const SECTORS: u64 = 64;
 
@@ -330,6 +331,15 @@ fn a_guest_is_restored_with_the_disk_that_it_knows() {
     assert!(restore(SECTORS * 512 - 1, Access::ReadWrite).is_err());
     let error = restore(SECTORS * 512, Access::ReadOnly).unwrap_err();
     assert_eq!(error.found.access, Access::ReadOnly);
+}
+
+#[test]
+fn a_saved_disk_is_read_as_every_release_wrote_it() {
+    for (access, number) in [(Access::ReadOnly, 0), (Access::ReadWrite, 1)] {
+        let sectors = 0x203;
+        let bytes = [3, 2, 0, 0, 0, 0, 0, 0, number];
+        is_pinned(&State { sectors, access }, 1, &bytes);
+    }
 }
 
 /// A request with its data cut into segments.

@@ -34,6 +34,8 @@ pub use host::{Door, Listener, Peer, Stream};
 use super::queue::{self, Broken, Chain, Queues};
 use super::{Handled, Interest, VirtioDevice, Wants, config_bytes};
 use crate::clock::Clock;
+use crate::snapshot::Saved;
+use crate::snapshot::format::{Fields, FormatError};
 
 /// The driver hears of ports, and of their opening and closing.
 const F_MULTIPORT: u64 = 1 << 1;
@@ -101,6 +103,37 @@ pub struct State {
     pub guest_open: bool,
     /// What the driver has heard last of the host: it is connected.
     pub told_open: bool,
+}
+
+impl Saved for State {
+    const VERSION: u16 = 1;
+
+    fn put(&self, into: &mut Vec<u8>) {
+        into.push(match self.setup {
+            Setup::Unknown => 0,
+            Setup::Asked => 1,
+            Setup::Added => 2,
+            Setup::Unnamed => 3,
+            Setup::Ready => 4,
+        });
+        into.extend([u8::from(self.guest_open), u8::from(self.told_open)]);
+    }
+
+    fn get(from: &mut Fields<'_>) -> Result<Self, FormatError> {
+        let what = "setup of a port";
+        Ok(Self {
+            setup: match from.u8()? {
+                0 => Setup::Unknown,
+                1 => Setup::Asked,
+                2 => Setup::Added,
+                3 => Setup::Unnamed,
+                4 => Setup::Ready,
+                value => return Err(FormatError::Name { what, value }),
+            },
+            guest_open: from.flag("openness of a port")?,
+            told_open: from.flag("openness of a port")?,
+        })
+    }
 }
 
 /// The device.

@@ -19,6 +19,9 @@ use crate::clock::tests::Hand;
 use crate::device::virtio::driver::Driver;
 use crate::device::virtio::queue::QueueFault;
 use crate::device::virtio::{Interest, VirtioDevice as _};
+use crate::snapshot::Saved as _;
+use crate::snapshot::format::{Fields, FormatError};
+use crate::snapshot::tests::is_pinned;
 
 /// Hosts that stand before a door.
 #[derive(Clone, Debug)]
@@ -361,6 +364,26 @@ fn a_restored_guest_hears_that_the_last_host_is_gone() {
     assert!(bench.console.save().told_open);
     bench.send(b"fresh");
     assert_eq!(read(&mut next, 9).unwrap(), b"fresh");
+}
+
+#[test]
+fn a_saved_port_is_read_as_every_release_wrote_it() {
+    for (setup, number) in [
+        (Setup::Unknown, 0),
+        (Setup::Asked, 1),
+        (Setup::Added, 2),
+        (Setup::Unnamed, 3),
+        (Setup::Ready, 4),
+    ] {
+        let state = State {
+            setup,
+            guest_open: true,
+            told_open: false,
+        };
+        is_pinned(&state, 1, &[number, 1, 0]);
+    }
+    let name = State::get(&mut Fields::new(&[5, 1, 0]));
+    assert!(matches!(name, Err(FormatError::Name { value: 5, .. })));
 }
 
 #[test]

@@ -25,6 +25,8 @@ use super::{Driven, F_VERSION_1, Handled, VirtioDevice, Wants};
 use crate::device::{Device, Effect, Interrupt};
 use crate::fault::GuestFault;
 use crate::memory::GuestMemory;
+use crate::snapshot::Saved;
+use crate::snapshot::format::{Fields, FormatError};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -95,6 +97,43 @@ pub struct State {
     pub queue_select: u32,
     /// What it said of each queue.
     pub queues: Vec<QueueState>,
+}
+
+/// The most queues of any device of ours.
+const QUEUES_MAX: u32 = 8;
+
+impl Saved for State {
+    const VERSION: u16 = 1;
+
+    fn put(&self, into: &mut Vec<u8>) {
+        let [device_select, driver_select] = self.selects;
+        for number in [self.status, self.interrupt, device_select, driver_select] {
+            into.extend(number.to_le_bytes());
+        }
+        into.extend(self.features.to_le_bytes());
+        into.extend(self.queue_select.to_le_bytes());
+        let count = u32::try_from(self.queues.len()).unwrap_or(u32::MAX);
+        into.extend(count.to_le_bytes());
+        for queue in &self.queues {
+            queue.put(into);
+        }
+    }
+
+    fn get(from: &mut Fields<'_>) -> Result<Self, FormatError> {
+        let (status, interrupt) = (from.u32()?, from.u32()?);
+        let selects = [from.u32()?, from.u32()?];
+        let (features, queue_select) = (from.u64()?, from.u32()?);
+        let count = from.count("queues", QUEUES_MAX)?;
+        let queues = (0..count).map(|_| QueueState::get(from));
+        Ok(Self {
+            status,
+            interrupt,
+            selects,
+            features,
+            queue_select,
+            queues: queues.collect::<Result<_, _>>()?,
+        })
+    }
 }
 
 /// A saved transport that this device cannot have come to.

@@ -10,6 +10,9 @@ use crate::device::virtio::queue::{Broken, Chain, QueueFault, QueueState, Queues
 use crate::device::virtio::{Driven as _, Handled, VirtioDevice, driver};
 use crate::device::{Device as _, Effect, Interrupt};
 use crate::memory::GuestMemory;
+use crate::snapshot::Saved as _;
+use crate::snapshot::format::{Fields, FormatError};
+use crate::snapshot::tests::is_pinned;
 
 const QUEUES: [u16; 2] = [driver::QUEUE_SIZE, 4];
 const FEATURES: u64 = 0b101;
@@ -327,6 +330,39 @@ fn a_saved_device_that_cannot_be_is_refused() {
     assert!(matches!(error, BadState::Queue(_)));
     let error = refused(|state| state.queues[0].next_used = 9);
     assert!(matches!(error, BadState::Queue(_)));
+}
+
+#[test]
+fn a_saved_transport_is_read_as_every_release_wrote_it() {
+    let queue = QueueState {
+        size: 0x10,
+        ready: true,
+        descriptors: 1,
+        available: 2,
+        used: 3,
+        next_available: 4,
+        next_used: 0x105,
+    };
+    let state = State {
+        status: 15,
+        interrupt: 1,
+        selects: [2, 3],
+        features: 1 << 32,
+        queue_select: 4,
+        queues: vec![queue],
+    };
+    let mut bytes = vec![15, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0];
+    bytes.extend([0, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0]);
+    bytes.extend([0x10, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+    bytes.extend([3, 0, 0, 0, 0, 0, 0, 0, 4, 0, 5, 1]);
+    is_pinned(&state, 1, &bytes);
+    let read = |at: usize, value| {
+        let mut bytes = bytes.clone();
+        bytes[at] = value;
+        State::get(&mut Fields::new(&bytes))
+    };
+    assert!(matches!(read(28, 9), Err(FormatError::Count { .. })));
+    assert!(matches!(read(34, 2), Err(FormatError::Name { .. })));
 }
 
 #[test]

@@ -30,6 +30,8 @@ use super::queue::{self, Broken, Chain, Queues};
 use super::{Handled, Interest, VirtioDevice, Wants, config_bytes};
 use crate::clock::Clock;
 use crate::device::rate::Limit;
+use crate::snapshot::Saved;
+use crate::snapshot::format::{Fields, FormatError};
 
 /// Features: the MTU and the address are in the configuration.
 const F_MTU: u64 = 1 << 3;
@@ -62,6 +64,19 @@ const FAILED_AGAIN: Duration = Duration::from_millis(100);
 pub struct State {
     /// The guest's address.
     pub mac: [u8; 6],
+}
+
+impl Saved for State {
+    const VERSION: u16 = 1;
+
+    fn put(&self, into: &mut Vec<u8>) {
+        into.extend(self.mac);
+    }
+
+    fn get(from: &mut Fields<'_>) -> Result<Self, FormatError> {
+        let mac = from.array()?;
+        Ok(Self { mac })
+    }
 }
 
 /// Another device than the one that a guest was saved with.

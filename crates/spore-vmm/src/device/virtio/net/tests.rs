@@ -19,6 +19,7 @@ use crate::device::rate::{Bucket, Limit};
 use crate::device::virtio::driver::Driver;
 use crate::device::virtio::queue::QueueFault;
 use crate::device::virtio::{Interest, VirtioDevice as _};
+use crate::snapshot::tests::is_pinned;
 
 const MAC: [u8; 6] = [2, 0x53, 0x50, 0, 0, 2];
 const ROOM: u32 = 1600;
@@ -410,6 +411,7 @@ fn a_guest_is_restored_with_the_address_that_it_knows() {
         Net::restore(bench.net.save(), wire, mac, limit, limit, hand)
     };
     assert_eq!(restore(MAC).unwrap().save(), bench.net.save());
+    is_pinned(&bench.net.save(), 1, &MAC);
     let error = restore([0; 6]).unwrap_err();
     assert_eq!((error.saved, error.found), (MAC, [0; 6]));
 }

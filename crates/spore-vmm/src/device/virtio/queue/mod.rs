@@ -23,6 +23,8 @@ pub use live::{Broken, Queues, total};
 use std::sync::atomic::{Ordering, fence};
 
 use crate::memory::{Gpa, GuestMemory, OutOfMemory};
+use crate::snapshot::Saved;
+use crate::snapshot::format::{Fields, FormatError};
 
 /// The most entries that any queue of ours has.
 pub const QUEUE_SIZE_MAX: u16 = 256;
@@ -175,6 +177,32 @@ pub struct QueueState {
     pub next_available: u16,
     /// How many were given back, ever; it wraps.
     pub next_used: u16,
+}
+
+impl Saved for QueueState {
+    const VERSION: u16 = 1;
+
+    fn put(&self, into: &mut Vec<u8>) {
+        into.extend(self.size.to_le_bytes());
+        into.push(u8::from(self.ready));
+        for place in [self.descriptors, self.available, self.used] {
+            into.extend(place.to_le_bytes());
+        }
+        into.extend(self.next_available.to_le_bytes());
+        into.extend(self.next_used.to_le_bytes());
+    }
+
+    fn get(from: &mut Fields<'_>) -> Result<Self, FormatError> {
+        Ok(Self {
+            size: from.u16()?,
+            ready: from.flag("readiness of a queue")?,
+            descriptors: from.u64()?,
+            available: from.u64()?,
+            used: from.u64()?,
+            next_available: from.u16()?,
+            next_used: from.u16()?,
+        })
+    }
 }
 
 /// A piece of memory that a chain points to. It was inside of the guest's memory when it was read,
