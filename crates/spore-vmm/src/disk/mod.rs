@@ -9,7 +9,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{FileType, SeekFrom};
+use rustix::fs::{FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 /// The least piece of a disk that is read or written, as in virtio (1.2, section 5.2.6).
@@ -55,6 +55,10 @@ pub struct Raw {
 impl Raw {
     /// All of a file's whole sectors.
     pub fn new(file: OwnedFd, access: Access) -> io::Result<Self> {
+        if rustix::fs::fcntl_getfl(&file)?.contains(OFlags::APPEND) {
+            // Every write would go to the end, wherever it is for.
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
         // A block device's status has no length; its end can be looked for.
         let end = rustix::fs::seek(&file, SeekFrom::End(0))?;
@@ -136,7 +140,7 @@ pub(crate) mod tests {
     use std::io;
     use std::os::fd::OwnedFd;
 
-    use rustix::fs::MemfdFlags;
+    use rustix::fs::{MemfdFlags, OFlags};
 
     use super::{Access, Disk as _, Raw};
 
@@ -164,6 +168,14 @@ pub(crate) mod tests {
             )
             .is_err()
         );
+    }
+
+    #[test]
+    fn a_file_that_is_only_appended_to_is_no_disk() {
+        let (file, _other) = file(512);
+        rustix::fs::fcntl_setfl(&file, OFlags::RDWR | OFlags::APPEND).unwrap();
+        let error = Raw::new(file, Access::ReadWrite).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]

@@ -38,13 +38,13 @@ const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_FLUSH: u64 = 1 << 9;
 
-const QUEUE_SIZES: [u16; 1] = [128];
+const QUEUE_SIZES: [u16; 1] = [256];
 const REQUESTS: u16 = 0;
 
-/// The most segments of data in a request: the queue's entries but header and status.
+/// The most segments of data in a request, which is asked of drivers: two such fill the queue.
 const SEGMENTS_MAX: u32 = 126;
 
-/// The most bytes in each, which is asked of drivers.
+/// The most bytes in each, likewise.
 const SEGMENT_BYTES_MAX: u32 = 64 * 1024;
 
 /// The most bytes of data in a request, however they are cut: more is refused.
