@@ -263,12 +263,21 @@ impl ReadVolatile for Source<'_> {
         &mut self,
         into: &mut VolatileSlice<'_, B>,
     ) -> Result<usize, VolatileMemoryError> {
-        let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(CHUNK_BYTES.min(into.len()), 0);
-        let read = self.read(&mut buffer);
-        let count = read.map_err(VolatileMemoryError::IOError)?;
-        into.copy_from(buffer.get(..count).unwrap_or_default());
-        self.buffer = buffer;
-        Ok(count)
+        // All that there is: vm-memory takes a short answer for the end of the file.
+        let mut done = 0;
+        while done < into.len() {
+            let rest = into.offset(done)?;
+            self.buffer.resize(CHUNK_BYTES.min(rest.len()), 0);
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let read = self.read(&mut buffer);
+            let count = read.map_err(VolatileMemoryError::IOError)?;
+            rest.copy_from(buffer.get(..count).unwrap_or_default());
+            self.buffer = buffer;
+            if count == 0 {
+                break;
+            }
+            done += count;
+        }
+        Ok(done)
     }
 }

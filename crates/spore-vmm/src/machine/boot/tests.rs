@@ -184,6 +184,18 @@ fn a_kernel_finds_everything_from_its_start_info() {
 }
 
 #[test]
+fn a_kernel_of_many_pieces_is_copied_whole() {
+    let guest = Guest::new(64);
+    let mut large = code(LOADED, 0x10_0000);
+    large.content = (0..0x4_5678_u32)
+        .map(|n| u8::try_from(n % 251).unwrap())
+        .collect();
+    let content = large.content.clone();
+    guest.load(&elf(&[large, note(ENTRY)]), None, b"").unwrap();
+    assert_eq!(guest.bytes(LOADED, content.len()), content);
+}
+
+#[test]
 fn without_an_initramfs_there_is_no_module() {
     let guest = Guest::new(64);
     guest.load(&kernel(), None, b"").unwrap();
