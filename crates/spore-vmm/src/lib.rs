@@ -1,7 +1,7 @@
 //! One guest, one process: the parts of Spore's microVM monitor on KVM.
 //!
 //! ```text
-//!   machine/   the guest's physical map (layout) and its ACPI tables
+//!   machine/   the whole of it: physical map, tables, cold start, devices in their places
 //!   kvm/       [unsafe] the few things that are asked of KVM, each checked; the guest's processor
 //!   memory/    [unsafe] the guest's memory: one mapping, volatile access, checked ranges
 //!   device/    registers on buses, and the virtio devices behind them

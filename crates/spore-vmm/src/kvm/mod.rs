@@ -8,8 +8,8 @@
     reason = "a descriptor becomes a Kvm, and one ioctl has no wrapper on x86-64"
 )]
 
+pub mod bell;
 pub mod kick;
-pub mod line;
 pub mod vm;
 pub mod x86_64;
 

@@ -7,7 +7,7 @@
     reason = "KVM is given addresses of this process, and a processor's extended state"
 )]
 
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -18,6 +18,7 @@ use kvm_bindings::{
 use kvm_ioctls::{IoEventAddress, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::bell::Bell;
 use super::kick::Recall;
 use super::{KvmError, set_tsc_offset, tsc_offset};
 use crate::machine::layout::{IDENTITY_MAP, KVM_TSS};
@@ -103,18 +104,18 @@ impl Vm {
         })
     }
 
-    /// Lets whoever writes to `event` raise the interrupt of a number, once for all writes that KVM
-    /// has not seen yet. The interrupt controller is there before.
-    pub fn raise_by(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
-        let set = self.fd.register_irqfd(event, gsi);
+    /// Lets a bell that rings raise the interrupt of a number, once for all rings that KVM has not
+    /// seen yet. The interrupt controller is there before.
+    pub fn raise_by(&self, bell: &Bell, gsi: u32) -> Result<(), KvmError> {
+        let set = self.fd.register_irqfd(&event(bell)?, gsi);
         set.map_err(KvmError::of("KVM_IRQFD"))
     }
 
-    /// Lets a write of `value`, as four bytes, to this place of the guest's map be told by `event`
-    /// and not end the processor's run.
-    pub fn tell_write_by(&self, event: &EventFd, at: Gpa, value: u32) -> Result<(), KvmError> {
+    /// Lets a write of `value`, as four bytes, to this place of the guest's map ring a bell and not
+    /// end the processor's run.
+    pub fn tell_write_by(&self, bell: &Bell, at: Gpa, value: u32) -> Result<(), KvmError> {
         let place = IoEventAddress::Mmio(at.0);
-        let set = self.fd.register_ioevent(event, &place, value);
+        let set = self.fd.register_ioevent(&event(bell)?, &place, value);
         set.map_err(KvmError::of("KVM_IOEVENTFD"))
     }
 
@@ -341,6 +342,17 @@ impl Vcpu {
 }
 
 const EINVAL: i32 = rustix::io::Errno::INVAL.raw_os_error();
+
+/// A bell as kvm-ioctls wants it. KVM keeps what is behind the descriptor, and not its number.
+fn event(bell: &Bell) -> Result<EventFd, KvmError> {
+    let copied = bell.as_fd().try_clone_to_owned();
+    let copy = copied.map_err(|source| KvmError::Ioctl {
+        ioctl: "dup of a bell",
+        source,
+    })?;
+    // SAFETY: the descriptor is an eventfd, and from here on the value's own alone.
+    Ok(unsafe { EventFd::from_raw_fd(copy.into_raw_fd()) })
+}
 
 fn msr_list(ioctl: &'static str, entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {
     Msrs::from_entries(entries).map_err(|_error| KvmError::Ioctl {
