@@ -1,7 +1,8 @@
 //! The ACPI tables of a machine: pure bytes, the same for every machine of a shape.
 //!
 //! ```text
-//!   RSDP ──▶ XSDT ──▶ FADT ──▶ DSDT: virtio-mmio devices, the generation id, the event device
+//!   RSDP ──▶ XSDT ──▶ FADT ──▶ DSDT: the serial port, virtio-mmio devices, the generation id,
+//!                 │                  the event device
 //!                 └─▶ MADT: a local APIC for each processor, the IO-APIC
 //! ```
 //!
@@ -10,8 +11,9 @@
 //! keyboard controller, whose driver would probe for keyboards; its reset line works all the same.
 
 use acpi_tables::aml::{
-    self, Device, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, Interrupt,
-    Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate,
+    self, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO,
+    Interrupt, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path,
+    ResourceTemplate,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -24,9 +26,11 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
 use super::layout::{
-    ACPI, EVENT_GSI, IO_APIC, LOCAL_APIC, Layout, POWER_PORT, SLOTS, Slot, VIRTIO_BYTES,
+    ACPI, EVENT_GSI, IO_APIC, LOCAL_APIC, Layout, POWER_PORT, SERIAL_GSI, SERIAL_PORT, SLOTS, Slot,
+    VIRTIO_BYTES,
 };
 use crate::device::power::{self, Event};
+use crate::device::serial;
 use crate::memory::Gpa;
 
 const OEM: [u8; 6] = *b"SPORE ";
@@ -128,6 +132,7 @@ struct Dsdt;
 impl Aml for Dsdt {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
         let mut body = Vec::new();
+        port(&mut Sink(&mut body));
         for slot in SLOTS {
             virtio(slot, &mut Sink(&mut body));
         }
@@ -140,6 +145,24 @@ impl Aml for Dsdt {
         table.append_slice(&body);
         sink.vec(table.as_slice());
     }
+}
+
+/// The serial port. Kernels find it without, and then have no interrupt of it: without old
+/// interrupt controllers there are no lines but those that are announced.
+fn port(sink: &mut dyn AmlSink) {
+    let count = u8::try_from(serial::PORTS).expect("a port has eight registers");
+    let registers = IO::new(SERIAL_PORT, SERIAL_PORT, 1, count);
+    let interrupt = Interrupt::new(true, true, false, false, SERIAL_GSI);
+    let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+    Device::new(
+        "\\_SB_.COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &aml::ZERO),
+            &Name::new("_CRS".into(), &resources),
+        ],
+    )
+    .to_aml_bytes(sink);
 }
 
 /// A virtio device, by the name that Linux's driver for them has.
@@ -290,7 +313,7 @@ mod tests {
         let bytes = tables(&Layout::new(128, 2).unwrap());
         assert_eq!(
             (bytes.len(), crc32fast::hash(&bytes)),
-            (1168, 0xd63e_e9df),
+            (1232, 0xfc4d_b7cc),
             "the tables changed: raise LAYOUT and set these anew"
         );
     }

@@ -27,7 +27,7 @@ use std::ops::Range;
 use crate::memory::{Gpa, PAGE_BYTES, Region};
 
 /// The number of this map. Snapshots name it.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 const MIB: u64 = 1024 * 1024;
 

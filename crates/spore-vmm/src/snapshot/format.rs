@@ -385,7 +385,7 @@ mod tests {
         let mut writer = Writer::default();
         writer.section(TWO, 0x203, b"xy").unwrap();
         let crc = crc32fast::hash(b"xy").to_le_bytes();
-        let mut expected = b"SPVM\x01\0\0\0\x01\0\0\0\x01\x01\x03\x02\x02\0\0\0".to_vec();
+        let mut expected = b"SPVM\x01\0\0\0\x02\0\0\0\x01\x01\x03\x02\x02\0\0\0".to_vec();
         expected.extend(crc);
         expected.extend(b"xy");
         assert_eq!(writer.finish(), expected);
