@@ -2,6 +2,7 @@
 //! so and is skipped; `cargo xtask rig` has one.
 #![cfg(test)]
 
+mod boot;
 mod running;
 
 use std::fs::File;

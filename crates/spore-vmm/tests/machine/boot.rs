@@ -1,0 +1,200 @@
+//! Debian's kernel, as `cargo xtask deps` unpacks it, from its first output to the agent's init.
+//! Skipped without these files, and without a KVM that runs guests.
+
+use std::fs::File;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use spore_vmm::clock::{Clock as _, Monotonic};
+use spore_vmm::device::rate::Limit;
+use spore_vmm::device::virtio::blk::Blk;
+use spore_vmm::device::virtio::console::{Console, Listener};
+use spore_vmm::device::virtio::mmio::Mmio;
+use spore_vmm::device::virtio::rng::{self, Rng};
+use spore_vmm::disk::{Access, Raw};
+use spore_vmm::end::End;
+use spore_vmm::kvm::Kvm;
+use spore_vmm::machine::Machine;
+use spore_vmm::machine::board::{Board, BoardError};
+use spore_vmm::machine::boot::Boot;
+use spore_vmm::machine::layout::{Layout, Slot};
+use spore_vmm::memory::GuestMemory;
+
+use crate::{file, usable};
+
+/// Where `cargo xtask deps` puts them, unless it is told otherwise.
+const KERNEL: &str = "/var/lib/spore-deps/guest/vmlinux";
+const INITRAMFS: &str = "/var/lib/spore-deps/guest/initramfs.cpio";
+
+/// The rig emulates the processor that this runs on: a kernel takes a minute there.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// What the guest's first process says when it finds no port of the agent's, and ends the guest.
+const NO_PORT: &str = "the guest did not come up: no agent's port appeared";
+
+/// What it says when it has found its port and a disk, and no network interface.
+const NO_NETWORK: &str = "the guest did not come up: no network interface appeared";
+
+fn open(path: &str) -> Option<File> {
+    match File::open(path) {
+        Ok(file) => Some(file),
+        Err(error) => {
+            println!("SKIPPED: {path}: {error}; `make deps` fetches it");
+            None
+        }
+    }
+}
+
+/// A machine with entropy and no other device.
+fn machine(kvm: &Kvm, vcpus: u8) -> Option<Machine> {
+    with(kvm, vcpus, |_board, _memory| Ok(()))
+}
+
+/// A machine with entropy and other devices, whose kernel is to say all it can.
+fn with(
+    kvm: &Kvm,
+    vcpus: u8,
+    plug: impl FnOnce(&mut Board<'_>, &GuestMemory) -> Result<(), BoardError>,
+) -> Option<Machine> {
+    let (kernel, initramfs) = (open(KERNEL)?, open(INITRAMFS)?);
+    let layout = Layout::new(192, vcpus).unwrap();
+    let boot = Boot {
+        kernel: kernel.as_fd(),
+        initramfs: Some(initramfs.as_fd()),
+        command_line: b"console=ttyS0 panic=-1",
+    };
+    let memory = file(layout.memory_bytes());
+    let machine = Machine::boot(kvm, &layout, memory.as_fd(), &boot, |board, memory| {
+        board.plug(Slot::Rng, |line| {
+            let device = Rng::new(rng::host);
+            Arc::new(Mmio::new(device, memory.clone(), line))
+        })?;
+        plug(board, memory)
+    });
+    Some(machine.unwrap())
+}
+
+fn text(machine: &Machine) -> String {
+    String::from_utf8_lossy(&machine.output().bytes).into_owned()
+}
+
+/// Waits until the guest has said something.
+fn says(machine: &Machine, what: &str) {
+    let start = Monotonic.now();
+    while !text(machine).contains(what) {
+        let (said, waited) = (text(machine), Monotonic.now() - start);
+        assert!(
+            waited < LIMIT,
+            "{what:?} was not said in {waited:?}:\n{said}"
+        );
+        if let Some(end) = machine.ended() {
+            let said = text(machine);
+            assert!(said.contains(what), "ended without {what:?}: {end}\n{said}");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Boots, is paused and goes on in the midst of it, and comes to its end by the agent's init.
+fn boots(vcpus: u8) {
+    let Some(kvm) = usable() else { return };
+    let Some(machine) = machine(&kvm, vcpus) else {
+        return;
+    };
+    let start = Monotonic.now();
+    machine.resume();
+    says(&machine, "Linux version");
+    println!("first output after {:?}", Monotonic.now() - start);
+    for _ in 0..10 {
+        machine.pause(LIMIT).unwrap();
+        let still = machine.output();
+        std::thread::sleep(Duration::from_millis(10));
+        assert_eq!(machine.output(), still);
+        machine.resume();
+    }
+    says(&machine, NO_PORT);
+    println!(
+        "its first process spoke after {:?}",
+        Monotonic.now() - start
+    );
+    let end = machine.wait();
+    let said = text(&machine);
+    println!("{said}");
+    assert!(matches!(*end, End::PowerOff), "{end}");
+    for wanted in [
+        "Hypervisor detected: KVM",
+        "kvm-clock",
+        "printk: console [ttyS0] enabled",
+        &format!("Brought up 1 node, {vcpus} CPU"),
+    ] {
+        assert!(said.contains(wanted), "{wanted:?} is missing");
+    }
+    for unwanted in [
+        "rtc_cmos",
+        "i8042",
+        "ACPI Error",
+        "ACPI BIOS Error",
+        "Call Trace",
+    ] {
+        assert!(!said.contains(unwanted), "{unwanted:?} is there");
+    }
+}
+
+#[test]
+fn debians_kernel_starts_the_agents_init_on_one_processor() {
+    boots(1);
+}
+
+#[test]
+fn debians_kernel_starts_the_agents_init_on_two_processors() {
+    boots(2);
+}
+
+#[test]
+fn the_agents_init_finds_its_port_and_its_disk() {
+    let Some(kvm) = usable() else { return };
+    let name = format!("spore-vmm-test-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(name).unwrap();
+    let socket = UnixListener::bind_addr(&address).unwrap();
+    let disk = file(1 << 20);
+    let plug = |board: &mut Board<'_>, memory: &GuestMemory| {
+        let door = Listener::new(OwnedFd::from(socket)).unwrap();
+        let port = Console::new("spore.agent", Box::new(door), Box::new(Monotonic));
+        board.plug(Slot::Console, |line| {
+            Arc::new(Mmio::new(port, memory.clone(), line))
+        })?;
+        let disk = Raw::new(disk, Access::ReadOnly).unwrap();
+        let disk = Blk::new(
+            Box::new(disk),
+            "image",
+            Limit::default(),
+            Box::new(Monotonic),
+        );
+        board.plug(Slot::Image, |line| {
+            Arc::new(Mmio::new(disk, memory.clone(), line))
+        })
+    };
+    let Some(machine) = with(&kvm, 2, plug) else {
+        return;
+    };
+    machine.resume();
+    says(&machine, "[vda]");
+    says(&machine, NO_NETWORK);
+    let end = machine.wait();
+    assert!(matches!(*end, End::PowerOff), "{end}");
+}
+
+#[test]
+fn a_kernel_is_ended_while_it_boots() {
+    let Some(kvm) = usable() else { return };
+    let Some(machine) = machine(&kvm, 2) else {
+        return;
+    };
+    machine.resume();
+    says(&machine, "Linux version");
+    machine.end(End::Stopped);
+    assert!(matches!(*machine.wait(), End::Stopped));
+}
