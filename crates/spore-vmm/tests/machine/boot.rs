@@ -35,6 +35,11 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// What the guest's first process says when it finds no port of the agent's, and ends the guest.
 const NO_PORT: &str = "the guest did not come up: no agent's port appeared";
 
+/// So it ends the guest: by a triple fault, the one way that works in every machine.
+fn is_its_end(end: &End) -> bool {
+    matches!(end, End::TripleFault { .. })
+}
+
 /// What it says when it has found its port and a disk, and no network interface.
 const NO_NETWORK: &str = "the guest did not come up: no network interface appeared";
 
@@ -123,7 +128,7 @@ fn boots(vcpus: u8) {
     let end = machine.wait();
     let said = text(&machine);
     println!("{said}");
-    assert!(matches!(*end, End::PowerOff), "{end}");
+    assert!(is_its_end(&end), "{end}");
     for wanted in [
         "Hypervisor detected: KVM",
         "kvm-clock",
@@ -134,7 +139,7 @@ fn boots(vcpus: u8) {
     }
     for unwanted in [
         "rtc_cmos",
-        "i8042",
+        "Probing ports directly",
         "ACPI Error",
         "ACPI BIOS Error",
         "Call Trace",
@@ -184,7 +189,7 @@ fn the_agents_init_finds_its_port_and_its_disk() {
     says(&machine, "[vda]");
     says(&machine, NO_NETWORK);
     let end = machine.wait();
-    assert!(matches!(*end, End::PowerOff), "{end}");
+    assert!(is_its_end(&end), "{end}");
 }
 
 #[test]
