@@ -6,6 +6,7 @@
 //!   control ──node──▶ node ──guest──▶ agent in the VM
 //!   daemon  ◀─gateway─▶ gateway process (unix seqpacket, connected sockets by SCM_RIGHTS)
 //!   node    ──egress──▶ per-VM egress proxy (one blob at start)
+//!   node    ──vmm──▶ VMM (unix seqpacket; one launch blob and what it names by SCM_RIGHTS)
 //! ```
 //!
 //! | module | contract | may an old peer be on the other side? |
@@ -14,6 +15,7 @@
 //! | [`guest`] | host and agent | yes |
 //! | [`gateway`] | daemon and gateway | yes: a gateway outlives its daemon |
 //! | [`egress`] | node and egress proxy | yes: a proxy outlives its daemon |
+//! | [`vmm`], [`launch`] | node and VMM | yes: a VMM outlives its daemon |
 //! | [`node`] | control and node | not yet: one process, one version |
 //!
 //! [`snapshot`] is what control sees of a node's snapshots; [`cause`] is how errors are told
@@ -29,7 +31,9 @@ pub mod gateway;
 pub mod generation;
 pub mod guest;
 pub mod id;
+pub mod launch;
 pub mod node;
 pub mod secret;
 pub mod snapshot;
 mod tripwires;
+pub mod vmm;

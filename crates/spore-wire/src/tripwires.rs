@@ -3,7 +3,7 @@
 //! A failing line here means: an agent, gateway or proxy that is already running would be
 //! misunderstood. Change `generation.rs` first, then say here which generations have which number.
 
-use crate::{egress, frame, gateway, generation, guest};
+use crate::{egress, frame, gateway, generation, guest, launch, vmm};
 
 const _: () = assert!(frame::HEADER_BYTES == 16);
 const _: () = assert!(frame::FRAME_BYTES_MAX == 64 * 1024);
@@ -21,3 +21,7 @@ const _: () = assert!(egress::PROXY_PORT == 3128);
 const _: () = assert!(egress::TCP_FD == 3);
 const _: () = assert!(egress::DNS_FD == 4);
 const _: () = assert!(generation::GENERATION_FORKS == 2);
+const _: () = assert!(vmm::PACKET_BYTES_MAX == 64 * 1024);
+const _: () = assert!(launch::FDS_MAX == 64);
+const _: () = assert!(launch::LAYERS_MAX == 32);
+const _: () = assert!(launch::LAYER_KEY_BYTES == 64);

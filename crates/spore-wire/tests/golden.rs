@@ -12,6 +12,7 @@ mod tests {
     use spore_wire::gateway::{FromGateway, ToGateway};
     use spore_wire::generation::{GENERATION, GENERATION_OLDEST_SERVED};
     use spore_wire::guest::{AgentErrorCode, AgentMessage, HostMessage, Request, ThawStep};
+    use spore_wire::vmm::{FromVmm, ToVmm};
 
     /// Each example must read as its type and be written as it was read.
     fn checked<T: Serialize + DeserializeOwned>(examples: Vec<(&str, Value)>) -> Value {
@@ -328,8 +329,58 @@ mod tests {
         ])
     }
 
+    fn launch(begin: Value, scratch: Value) -> Value {
+        json!({"type": "launch", "vm": "abcdefghijklmnopqrstuvwxya", "vcpus": 2,
+            "memory_mib": 256, "memory": 0, "begin": begin,
+            "incarnation": "00112233445566778899aabbccddeeff", "image": 1, "folder": 2,
+            "scratch": scratch, "tap": 3, "mac": [2, 0, 0, 0, 0, 1], "agent": 4})
+    }
+
+    fn to_vmm() -> Value {
+        let locked = json!({"file": 8, "key": "AAEC"});
+        let boot = json!({"by": "boot", "kernel": 5, "initramfs": 6, "command_line": "quiet"});
+        let shared = json!({"by": "restore", "state": 5, "memory": "shared"});
+        let own = json!({"by": "restore", "state": 5, "memory": "own"});
+        let new = json!({"bytes": 4096, "base": 7, "layers": [], "own": locked});
+        let forked = json!({"bytes": 4096, "base": null, "own": locked,
+            "layers": [{"file": 6, "key": null}, {"file": 7, "key": "AAEC"}]});
+        checked::<ToVmm>(vec![
+            ("launch a boot", launch(boot, new)),
+            ("launch a fork", launch(shared, forked)),
+            ("launch one that goes on", launch(own, Value::Null)),
+            ("resume", json!({"type": "resume"})),
+            ("pause", json!({"type": "pause", "limit_ms": 5000})),
+            ("save", json!({"type": "save"})),
+            (
+                "switch",
+                json!({"type": "switch", "own": {"file": 0, "key": "AAEC"}}),
+            ),
+            ("console", json!({"type": "console"})),
+            ("tell", json!({"type": "tell", "event": "power_button"})),
+            ("quit", json!({"type": "quit"})),
+        ])
+    }
+
+    fn from_vmm() -> Value {
+        let hello = |state: &str| json!({"type": "hello", "generation": 2, "state": state});
+        let ended = |by: &str| json!({"type": "ended", "why": "why", "by": by});
+        checked::<FromVmm>(vec![
+            ("hello parked", hello("parked")),
+            ("hello paused", hello("paused")),
+            ("hello running", hello("running")),
+            ("hello ended", hello("ended")),
+            ("done", json!({"type": "done", "bytes": 7})),
+            ("failed", json!({"type": "failed", "why": "why"})),
+            ("ended by the guest", ended("guest")),
+            ("ended by a fault", ended("fault")),
+            ("ended by the host", ended("host")),
+            ("ended as asked", ended("asked")),
+        ])
+    }
+
     fn read_all<T: DeserializeOwned>(schema: &Value, part: &str) {
-        for (name, example) in schema[part].as_object().unwrap() {
+        // A part that came later is not there in what was before.
+        for (name, example) in schema[part].as_object().into_iter().flatten() {
             serde_json::from_value::<T>(example.clone())
                 .unwrap_or_else(|error| panic!("`{name}` of `{part}` is not read: {error}"));
         }
@@ -346,6 +397,8 @@ mod tests {
             read_all::<AgentMessage>(&schema, "agent_reply");
             read_all::<ToGateway>(&schema, "to_gateway");
             read_all::<FromGateway>(&schema, "from_gateway");
+            read_all::<ToVmm>(&schema, "to_vmm");
+            read_all::<FromVmm>(&schema, "from_vmm");
         }
     }
 
@@ -372,6 +425,8 @@ mod tests {
             "agent_error_code": error_codes(),
             "to_gateway": to_gateway(),
             "from_gateway": from_gateway(),
+            "to_vmm": to_vmm(),
+            "from_vmm": from_vmm(),
         });
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/schema");
         let path = format!("{folder}/gen-{GENERATION}.json");

@@ -1,0 +1,187 @@
+//! Node and VMM: what a VMM is made one guest's with, once, and what its disks are later.
+//!
+//! Travels as [`crate::vmm::ToVmm::Launch`], with the descriptors beside it: the VMM opens no path,
+//! so everything that is not a number here came in open. A descriptor is named by its place among
+//! those of the same packet. The VMM believes none of it before it has checked it: a wrong blob is
+//! an answer, not half a guest.
+
+use data_encoding::HEXLOWER;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::id::VmId;
+use crate::secret::SecretBytes;
+
+/// The most descriptors of one packet: Linux passes 253 at once (unix(7), `SCM_MAX_FD`).
+pub const FDS_MAX: usize = 64;
+
+/// The most layers below a scratch disk's own.
+pub const LAYERS_MAX: usize = 32;
+
+/// The bytes of a layer's key: two keys of AES-256 for XTS (IEEE 1619).
+pub const LAYER_KEY_BYTES: usize = 64;
+
+/// A descriptor's place among those of its packet, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FdIndex(pub u8);
+
+/// A guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    /// Whose guest it is, for what the VMM says to people.
+    pub vm: VmId,
+    /// Processors, 1 to 4.
+    pub vcpus: u8,
+    /// Memory, 64 MiB to 32 GiB.
+    pub memory_mib: u32,
+    /// A file of exactly that size: its memory.
+    pub memory: FdIndex,
+    /// Where it begins.
+    pub begin: Begin,
+    /// The bytes of the VM Generation ID, never given to another start: what tells a guest that it
+    /// is a copy.
+    pub incarnation: Incarnation,
+    /// The root image, read-only.
+    pub image: FdIndex,
+    /// The app's folder, read-only; a disk with nothing on it where there is none.
+    pub folder: FdIndex,
+    /// What it writes to, if it has a disk for that.
+    pub scratch: Option<Scratch>,
+    /// Its tap, one queue, without offloads, with a header of 12 bytes (`TUNSETVNETHDRSZ`).
+    pub tap: FdIndex,
+    /// The address of its network device.
+    pub mac: [u8; 6],
+    /// A unix stream socket that listens: the host's end of the agent's port.
+    pub agent: FdIndex,
+}
+
+/// Where a guest begins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "by", rename_all = "snake_case")]
+pub enum Begin {
+    /// With a kernel. Its memory is all zeros, and its own.
+    Boot {
+        /// An ELF file with a PVH entry.
+        kernel: FdIndex,
+        /// The first file system.
+        initramfs: FdIndex,
+        /// The kernel's command line, ASCII.
+        command_line: String,
+    },
+    /// Where another stood.
+    Restore {
+        /// What [`crate::vmm::ToVmm::Save`] wrote.
+        state: FdIndex,
+        /// Whose the memory is.
+        memory: MemoryOwner,
+    },
+}
+
+/// Whether what a restored guest writes reaches the file of its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryOwner {
+    /// It does not: any number of guests begin from the file.
+    Shared,
+    /// It does: the file is this guest's alone.
+    Own,
+}
+
+/// A disk that a guest writes to: its own layer over others, over a base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scratch {
+    /// Its size as the guest sees it.
+    pub bytes: u64,
+    /// A file of that size below all layers; without one there are zeros.
+    pub base: Option<FdIndex>,
+    /// Layers that stay as they are, lowest first; at most [`LAYERS_MAX`].
+    pub layers: Vec<Layer>,
+    /// What it writes to, new.
+    pub own: Layer,
+}
+
+/// One layer of a scratch disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Its file.
+    pub file: FdIndex,
+    /// What is in it is encrypted with this, [`LAYER_KEY_BYTES`] bytes; `None` is in clear.
+    pub key: Option<SecretBytes>,
+}
+
+/// The 16 bytes of a VM Generation ID (Microsoft, "Virtual Machine Generation ID"), shown as 32
+/// hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Incarnation([u8; 16]);
+
+impl Incarnation {
+    /// A new one from the kernel's random numbers (`getrandom(2)`).
+    ///
+    /// # Errors
+    /// When the kernel gives no random bytes.
+    pub fn random() -> Result<Self, getrandom::Error> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes)?;
+        Ok(Self(bytes))
+    }
+
+    /// The one with exactly these bytes.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// Its bytes, as the guest finds them in its memory.
+    #[must_use]
+    pub const fn bytes(self) -> [u8; 16] {
+        self.0
+    }
+}
+
+impl core::fmt::Debug for Incarnation {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        // A guest seeds its random numbers with it.
+        f.write_str("Incarnation(***)")
+    }
+}
+
+impl Serialize for Incarnation {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&HEXLOWER.encode(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Incarnation {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let bytes = HEXLOWER.decode(text.as_bytes()).ok();
+        let bytes = bytes.and_then(|bytes| bytes.try_into().ok());
+        bytes
+            .map(Self)
+            .ok_or_else(|| serde::de::Error::custom("an incarnation is 32 digits 0-9 and a-f"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Incarnation;
+
+    #[test]
+    fn an_incarnation_survives_its_encoding_and_is_not_printed() {
+        let one = Incarnation::random().unwrap();
+        let text = serde_json::to_string(&one).unwrap();
+        assert_eq!(serde_json::from_str::<Incarnation>(&text).unwrap(), one);
+        assert_eq!(format!("{one:?}"), "Incarnation(***)");
+        for wrong in [
+            "\"\"",
+            "\"00\"",
+            "\"ZZ112233445566778899aabbccddeeff\"",
+            "7",
+        ] {
+            assert!(
+                serde_json::from_str::<Incarnation>(wrong).is_err(),
+                "{wrong}"
+            );
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Node and VMM: what a VMM is asked for, and what it tells.
+//!
+//! Spoken over a unix `SOCK_SEQPACKET` socket that the *VMM* listens on, in a folder that only root
+//! can enter, so that a new daemon connects to the VMMs its predecessor left. One packet is one
+//! JSON message of at most [`PACKET_BYTES_MAX`] bytes; some carry descriptors (SCM_RIGHTS), as said
+//! beside them. A newer connection replaces the older one.
+//!
+//! ```text
+//!   node                                     VMM
+//!    │                                        │  waits, with nothing of any guest
+//!    │ ◀──────────── Hello{generation, state} │  whoever connects is told first
+//!    │ Launch + fds ───────────────────────▶  │
+//!    │ ◀──────────── Done | Failed            │  the guest is there, paused
+//!    │ Resume ─────────────────────────────▶  │
+//!    │ ◀──────────── Done                     │
+//!    │ Pause, Save + fd, Switch + fd, Resume  │  a checkpoint
+//!    │ ◀──────────── Ended                    │  at any time, once: the guest's end
+//!    │ Quit ───────────────────────────────▶  │  gone
+//! ```
+//!
+//! Each request has one answer, in the order in which they were asked; [`FromVmm::Ended`] may come
+//! between. A VMM whose guest has ended waits for [`ToVmm::Quit`], so that its console can be read.
+//!
+//! A guest may have taken its VMM over. So what a VMM says is text for people and numbers that are
+//! checked; nothing that it says gives it anything.
+
+use serde::{Deserialize, Serialize};
+
+use crate::launch::{Launch, Layer};
+
+/// The most bytes of one packet.
+pub const PACKET_BYTES_MAX: usize = 64 * 1024;
+
+/// What the node asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToVmm {
+    /// Makes the guest, paused. Legal once. Carries all that the blob names.
+    Launch(Box<Launch>),
+    /// Lets the guest run. Idempotent.
+    Resume,
+    /// Lets the guest stand still, with nothing under way on its disks. Idempotent.
+    Pause {
+        /// After this it goes on, and the answer says what did not stand still.
+        limit_ms: u64,
+    },
+    /// Writes what the machine is but for its memory into the file that comes with it, from its
+    /// beginning. Legal while paused.
+    Save,
+    /// Freezes the scratch disk's own layer and goes on with a new one over it, whose file comes
+    /// with the packet. Legal while paused.
+    Switch {
+        /// The new one.
+        own: Layer,
+    },
+    /// Copies the console's last output into the file that comes with it.
+    Console,
+    /// Tells the guest of something.
+    Tell {
+        /// What.
+        event: GuestEvent,
+    },
+    /// Ends the guest if it has not ended, and the process.
+    Quit,
+}
+
+/// What a guest is told by its firmware's means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestEvent {
+    /// The power button was pressed.
+    PowerButton,
+}
+
+/// What the VMM says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromVmm {
+    /// To whoever connects, before anything else.
+    Hello {
+        /// [`crate::generation::GENERATION`] of the VMM.
+        generation: u32,
+        /// How far it is.
+        state: VmmState,
+    },
+    /// What was asked for is done.
+    Done {
+        /// How many bytes were written to the file that came with the request, if one did.
+        #[serde(default)]
+        bytes: u64,
+    },
+    /// It is not done, and everything is as it was before, unless the text says otherwise.
+    Failed {
+        /// Each cause, outermost first.
+        why: String,
+    },
+    /// The guest has ended.
+    Ended {
+        /// For people.
+        why: String,
+        /// Whose doing it was.
+        by: EndedBy,
+    },
+}
+
+/// How far a VMM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmmState {
+    /// It has no guest yet.
+    Parked,
+    /// Its guest stands still.
+    Paused,
+    /// Its guest runs.
+    Running,
+    /// Its guest has ended.
+    Ended,
+}
+
+/// Whose doing a guest's end was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndedBy {
+    /// The guest powered off or reset, as an orderly one does.
+    Guest,
+    /// The guest did what none should: a triple fault, a malformed ring, an instruction that KVM
+    /// cannot emulate.
+    Fault,
+    /// The host: KVM or the kernel refused.
+    Host,
+    /// It was asked for.
+    Asked,
+}
