@@ -9,6 +9,7 @@
 //!   vcpu/      a processor's thread, and what it does when KVM comes back
 //!   worker/    threads that run, pause and end together
 //!   end        how a machine ends
+//!   control/   what the node asks for, and who is told
 //!   snapshot/  the form of a saved machine
 //!   probe      the guest that tells a KVM that can run others from one that cannot
 //! ```
@@ -24,6 +25,7 @@
 //! - No time is read and no chance is taken but through what was given ([`clock::Clock`]).
 
 pub mod clock;
+pub mod control;
 pub mod device;
 pub mod disk;
 pub mod end;

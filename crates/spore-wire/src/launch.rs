@@ -20,6 +20,10 @@ pub const LAYERS_MAX: usize = 32;
 /// The bytes of a layer's key: two keys of AES-256 for XTS (IEEE 1619).
 pub const LAYER_KEY_BYTES: usize = 64;
 
+/// What is before each frame of a tap: what the kernel begins with when it was made with
+/// `IFF_VNET_HDR` (tun(4) of Linux, `TUNSETVNETHDRSZ`).
+pub const TAP_HEADER_BYTES: usize = 10;
+
 /// A descriptor's place among those of its packet, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -47,7 +51,7 @@ pub struct Launch {
     pub folder: FdIndex,
     /// What it writes to, if it has a disk for that.
     pub scratch: Option<Scratch>,
-    /// Its tap, one queue, without offloads, with a header of 12 bytes (`TUNSETVNETHDRSZ`).
+    /// Its tap: one queue, without offloads, with headers of [`TAP_HEADER_BYTES`].
     pub tap: FdIndex,
     /// The address of its network device.
     pub mac: [u8; 6],

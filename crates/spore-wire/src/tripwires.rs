@@ -25,3 +25,4 @@ const _: () = assert!(vmm::PACKET_BYTES_MAX == 64 * 1024);
 const _: () = assert!(launch::FDS_MAX == 64);
 const _: () = assert!(launch::LAYERS_MAX == 32);
 const _: () = assert!(launch::LAYER_KEY_BYTES == 64);
+const _: () = assert!(launch::TAP_HEADER_BYTES == 10);

@@ -55,21 +55,8 @@ pub enum ToVmm {
     },
     /// Copies the console's last output into the file that comes with it.
     Console,
-    /// Tells the guest of something.
-    Tell {
-        /// What.
-        event: GuestEvent,
-    },
     /// Ends the guest if it has not ended, and the process.
     Quit,
-}
-
-/// What a guest is told by its firmware's means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum GuestEvent {
-    /// The power button was pressed.
-    PowerButton,
 }
 
 /// What the VMM says.
@@ -121,10 +108,9 @@ pub enum VmmState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EndedBy {
-    /// The guest powered off or reset, as an orderly one does.
+    /// The guest: it powered off or reset, or its processor gave up, by which kernels reset too.
     Guest,
-    /// The guest did what none should: a triple fault, a malformed ring, an instruction that KVM
-    /// cannot emulate.
+    /// The guest did what none should: a malformed ring, an instruction that KVM cannot emulate.
     Fault,
     /// The host: KVM or the kernel refused.
     Host,

@@ -356,7 +356,6 @@ mod tests {
                 json!({"type": "switch", "own": {"file": 0, "key": "AAEC"}}),
             ),
             ("console", json!({"type": "console"})),
-            ("tell", json!({"type": "tell", "event": "power_button"})),
             ("quit", json!({"type": "quit"})),
         ])
     }

@@ -3,7 +3,10 @@
 //! Called by `device/virtio/blk`, which has checked every range against [`Disk::bytes`]. All of it
 //! waits for the host's disk, so whoever calls is no thread that a guest's processor waits for.
 
+pub mod locked;
 pub mod overlay;
+pub mod scratch;
+pub mod zeros;
 
 use std::fmt;
 use std::io;

@@ -23,6 +23,7 @@ use crate::clock::Monotonic;
 use crate::device::power::Event;
 use crate::device::serial::Output;
 use crate::end::End;
+use crate::kvm::bell::Bell;
 use crate::kvm::vm::{Vcpu, Vm};
 use crate::kvm::x86_64::cpuid::Place;
 use crate::kvm::x86_64::entry;
@@ -122,6 +123,11 @@ impl Machine {
     #[must_use]
     pub fn wait(&self) -> Arc<End> {
         self.workers.wait()
+    }
+
+    /// Rings a bell when it ends, or now if it has.
+    pub fn ring_at_end(&self, bell: Arc<Bell>) {
+        self.workers.ring_at_end(bell);
     }
 
     /// Why it has ended, if it has.

@@ -30,6 +30,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::end::End;
+use crate::kvm::bell::Bell;
 
 /// Calls a worker back from where it may be waiting.
 pub trait Kick: Send + fmt::Debug {
@@ -85,6 +86,8 @@ struct State {
     order: Order,
     /// The first reason; set exactly when the order is to end.
     end: Option<Arc<End>>,
+    /// Rung when there is a reason.
+    bell: Option<Arc<Bell>>,
     members: Vec<Member>,
 }
 
@@ -125,6 +128,9 @@ impl Team {
         if state.end.is_none() {
             state.end = Some(Arc::new(end));
             state.give(Order::End);
+            if let Some(bell) = &state.bell {
+                bell.ring();
+            }
         }
         self.changed.notify_all();
     }
@@ -152,6 +158,7 @@ impl Workers {
         let state = State {
             order: Order::Pause,
             end: None,
+            bell: None,
             members: Vec::new(),
         };
         Self {
@@ -187,6 +194,15 @@ impl Workers {
             thread: Some(thread),
         });
         Ok(())
+    }
+
+    /// Rings a bell when the machine ends, or now if it has.
+    pub fn ring_at_end(&self, bell: Arc<Bell>) {
+        let mut state = self.team.lock();
+        if state.end.is_some() {
+            bell.ring();
+        }
+        state.bell = Some(bell);
     }
 
     /// Lets all run. Nothing once the machine has ended.

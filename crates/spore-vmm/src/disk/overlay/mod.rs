@@ -38,6 +38,7 @@ const MAGIC: [u8; 4] = *b"SPLY";
 
 const HEADER_BYTES: u64 = 4096;
 const PAGE_BYTES: u64 = 4096;
+const SECTOR: usize = 512;
 
 /// Magic, form, cluster, disk, base, before their checksum.
 const FIELD_BYTES: usize = 4 + 4 + 8 + 8 + 32;
@@ -122,14 +123,22 @@ impl Overlay {
     /// [`layer_bytes`] bytes.
     pub fn create(
         base: Box<dyn Disk>,
-        mut layer: Box<dyn Disk>,
+        layer: Box<dyn Disk>,
         name: &BaseName,
     ) -> Result<Self, LayerError> {
-        let bytes = check(base.as_ref(), layer.as_ref())?;
-        let map = Map::new(bytes);
-        layer.write(HEADER_BYTES, &map.bits)?;
-        layer.write(0, &header(bytes, name))?;
-        Ok(Self::around(base, layer, map))
+        Self::over(base, layer, name).map_err(|(_base, error)| error)
+    }
+
+    /// As [`create`](Self::create), and gives the base back with an error.
+    pub fn over(
+        base: Box<dyn Disk>,
+        mut layer: Box<dyn Disk>,
+        name: &BaseName,
+    ) -> Result<Self, (Box<dyn Disk>, LayerError)> {
+        match begin(base.as_ref(), layer.as_mut(), name) {
+            Ok(map) => Ok(Self::around(base, layer, map)),
+            Err(error) => Err((base, error)),
+        }
     }
 
     /// A disk as it was flushed last, or later: its layer is not to be trusted, since a guest may
@@ -283,6 +292,15 @@ fn to_end(at: u64, most: usize) -> usize {
     usize::try_from(left).unwrap_or(usize::MAX).min(most)
 }
 
+/// Writes a layer in which nothing is.
+fn begin(base: &dyn Disk, layer: &mut dyn Disk, name: &BaseName) -> Result<Map, LayerError> {
+    let bytes = check(base, layer)?;
+    let map = Map::new(bytes);
+    layer.write(HEADER_BYTES, &map.bits)?;
+    layer.write(0, &header(bytes, name))?;
+    Ok(map)
+}
+
 /// The disk's bytes, if base and layer go together.
 fn check(base: &dyn Disk, layer: &dyn Disk) -> Result<u64, LayerError> {
     let bytes = base.bytes();
@@ -303,6 +321,8 @@ fn header(bytes: u64, name: &BaseName) -> Vec<u8> {
     header.extend(bytes.to_le_bytes());
     header.extend(name);
     header.extend(crc32fast::hash(&header).to_le_bytes());
+    // A whole sector, which is the least that an encrypted layer has.
+    header.resize(SECTOR, 0);
     header
 }
 
@@ -321,7 +341,7 @@ fn check_header(found: &[u8], expected: &[u8]) -> Result<(), LayerError> {
         Ok(found) => return Err(LayerError::Format { found }),
         Err(_) => return Err(LayerError::Header),
     }
-    let checksum = found.get(FIELD_BYTES..).unwrap_or_default();
+    let checksum = found.get(FIELD_BYTES..FIELD_BYTES + 4).unwrap_or_default();
     if crc32fast::hash(head).to_le_bytes() == checksum {
         Err(LayerError::Base)
     } else {

@@ -1,0 +1,223 @@
+//! From a launch blob and its descriptors to a machine. Every number is checked before it is used,
+//! and every descriptor is somebody's before anything is made.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+
+use spore_wire::guest::PORT_NAME;
+use spore_wire::launch::{self, Begin, Launch, TAP_HEADER_BYTES};
+
+use super::files::{Files, FilesError};
+use crate::clock::Monotonic;
+use crate::device::rate::Limit;
+use crate::device::virtio::blk::Blk;
+use crate::device::virtio::console::{Console, Listener};
+use crate::device::virtio::mmio::Mmio;
+use crate::device::virtio::net::{Net, Tap};
+use crate::device::virtio::rng::{self, Rng};
+use crate::disk::locked::{KEY_BYTES, Locked};
+use crate::disk::overlay::LayerError;
+use crate::disk::scratch::Scratch;
+use crate::disk::zeros::Zeros;
+use crate::disk::{Access, Disk, Raw};
+use crate::kvm::Kvm;
+use crate::machine::board::{Board, BoardError};
+use crate::machine::boot::Boot;
+use crate::machine::layout::{Layout, LayoutError, Slot};
+use crate::machine::{Machine, StartError};
+use crate::memory::GuestMemory;
+
+/// Why there is no guest.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// Blob and descriptors do not go together.
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    /// A machine that cannot be.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A descriptor is not what it should be.
+    #[error("the {what} cannot be used")]
+    Use {
+        /// What it should be.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A key of another length.
+    #[error("a layer's key has {found} bytes and not {KEY_BYTES}")]
+    Key {
+        /// Of the key.
+        found: usize,
+    },
+    /// Too many layers.
+    #[error(
+        "a scratch disk of {found} layers: {} are possible",
+        launch::LAYERS_MAX
+    )]
+    Layers {
+        /// Of the disk.
+        found: usize,
+    },
+    /// The base is not as long as the disk.
+    #[error("the scratch disk has {expected} bytes, and its base {found}")]
+    Base {
+        /// The base's.
+        found: u64,
+        /// The disk's.
+        expected: u64,
+    },
+    /// A layer is none, or of another disk.
+    #[error("the scratch disk cannot be put together")]
+    Layer(#[from] LayerError),
+    /// It was saved.
+    #[error("this VMM cannot restore a machine")]
+    NoRestore,
+    /// The machine cannot be put together.
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+/// What a guest's devices are made of.
+#[derive(Debug)]
+struct Devices {
+    image: Raw,
+    folder: Raw,
+    scratch: Option<Scratch>,
+    wire: Tap,
+    mac: [u8; 6],
+    door: Listener,
+}
+
+/// A guest, paused, and its scratch disk.
+#[derive(Debug)]
+pub struct Launched {
+    /// The guest.
+    pub machine: Machine,
+    /// Its scratch disk, if it has one.
+    pub scratch: Option<Scratch>,
+}
+
+/// Makes the guest of a blob.
+pub fn launch(kvm: &Kvm, blob: &Launch, fds: Vec<OwnedFd>) -> Result<Launched, LaunchError> {
+    let layout = Layout::new(blob.memory_mib, blob.vcpus)?;
+    let mut files = Files::new(fds);
+    let memory = files.take(blob.memory)?;
+    let devices = Devices::new(blob, &mut files)?;
+    let scratch = devices.scratch.clone();
+    let machine = match &blob.begin {
+        Begin::Boot {
+            kernel,
+            initramfs,
+            command_line,
+        } => {
+            let (kernel, initramfs) = (files.take(*kernel)?, files.take(*initramfs)?);
+            files.finish()?;
+            let boot = Boot {
+                kernel: kernel.as_fd(),
+                initramfs: Some(initramfs.as_fd()),
+                command_line: command_line.as_bytes(),
+            };
+            let plug = |board: &mut Board<'_>, memory: &GuestMemory| devices.plug(board, memory);
+            Machine::boot(kvm, &layout, memory.as_fd(), &boot, plug)?
+        }
+        Begin::Restore { .. } => return Err(LaunchError::NoRestore),
+    };
+    Ok(Launched { machine, scratch })
+}
+
+fn using<T>(what: &'static str, made: io::Result<T>) -> Result<T, LaunchError> {
+    made.map_err(|source| LaunchError::Use { what, source })
+}
+
+/// The disk that a layer's file holds.
+pub fn layer(
+    layer: &launch::Layer,
+    files: &mut Files,
+    access: Access,
+) -> Result<Box<dyn Disk>, LaunchError> {
+    let raw = Raw::new(files.take(layer.file)?, access);
+    let raw = Box::new(using("scratch disk's layer", raw)?);
+    let Some(key) = &layer.key else {
+        return Ok(raw);
+    };
+    let found = key.expose().len();
+    let key = key.expose().try_into();
+    let key = key.map_err(|_wrong| LaunchError::Key { found })?;
+    Ok(Box::new(Locked::new(raw, key)))
+}
+
+fn scratch(blob: &launch::Scratch, files: &mut Files) -> Result<Scratch, LaunchError> {
+    let found = blob.layers.len();
+    if found > launch::LAYERS_MAX {
+        return Err(LaunchError::Layers { found });
+    }
+    let base: Box<dyn Disk> = match blob.base {
+        None => Box::new(Zeros(blob.bytes)),
+        Some(base) => {
+            let raw = Raw::new(files.take(base)?, Access::ReadOnly);
+            Box::new(using("scratch disk's base", raw)?)
+        }
+    };
+    let (found, expected) = (base.bytes(), blob.bytes);
+    if found != expected {
+        return Err(LaunchError::Base { found, expected });
+    }
+    let below = blob.layers.iter();
+    let below = below.map(|below| layer(below, files, Access::ReadOnly));
+    let below = below.collect::<Result<_, _>>()?;
+    let own = layer(&blob.own, files, Access::ReadWrite)?;
+    Ok(Scratch::new(base, below, own)?)
+}
+
+impl Devices {
+    fn new(blob: &Launch, files: &mut Files) -> Result<Self, LaunchError> {
+        let image = Raw::new(files.take(blob.image)?, Access::ReadOnly);
+        let folder = Raw::new(files.take(blob.folder)?, Access::ReadOnly);
+        let on = blob.scratch.as_ref();
+        let on = on.map(|blob| scratch(blob, files)).transpose()?;
+        let wire = Tap::new(files.take(blob.tap)?, TAP_HEADER_BYTES);
+        let door = Listener::new(files.take(blob.agent)?);
+        Ok(Self {
+            image: using("image", image)?,
+            folder: using("folder", folder)?,
+            scratch: on,
+            wire: using("tap", wire)?,
+            mac: blob.mac,
+            door: using("agent's socket", door)?,
+        })
+    }
+
+    /// Puts them into their places.
+    fn plug(self, board: &mut Board<'_>, memory: &GuestMemory) -> Result<(), BoardError> {
+        let clock = || Box::new(Monotonic);
+        let mut disks: Vec<(Slot, Box<dyn Disk>, &str)> = vec![
+            (Slot::Image, Box::new(self.image), "image"),
+            (Slot::Folder, Box::new(self.folder), "folder"),
+        ];
+        if let Some(scratch) = self.scratch {
+            disks.push((Slot::Scratch, Box::new(scratch), "scratch"));
+        }
+        for (slot, disk, id) in disks {
+            let device = Blk::new(disk, id, Limit::default(), clock());
+            board.plug(slot, |line| {
+                Arc::new(Mmio::new(device, memory.clone(), line))
+            })?;
+        }
+        let none = Limit::default;
+        let net = Net::new(Box::new(self.wire), self.mac, none(), none(), clock());
+        board.plug(Slot::Net, |line| {
+            Arc::new(Mmio::new(net, memory.clone(), line))
+        })?;
+        let port = Console::new(PORT_NAME, Box::new(self.door), clock());
+        board.plug(Slot::Console, |line| {
+            Arc::new(Mmio::new(port, memory.clone(), line))
+        })?;
+        let rng = Rng::new(rng::host);
+        board.plug(Slot::Rng, |line| {
+            Arc::new(Mmio::new(rng, memory.clone(), line))
+        })
+    }
+}

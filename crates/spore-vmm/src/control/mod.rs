@@ -1,0 +1,333 @@
+//! The control socket: what the node asks is done, one request after the other, and the guest's
+//! end is told. Serves [`spore_wire::vmm`]; runs on the process's first thread.
+//!
+//! ```text
+//!   Parked ──Launch──▶ guest paused ◀──Pause, Resume──▶ guest runs ──▶ Ended ──Quit──▶ gone
+//! ```
+//!
+//! A connection that fails or speaks nonsense is closed, and the guest goes on: the next daemon
+//! connects anew. Nothing that comes here is believed to fit the state that the guest is in.
+
+pub mod files;
+pub mod launch;
+pub mod packet;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use spore_wire::cause::chain;
+use spore_wire::generation::GENERATION;
+use spore_wire::launch::{FdIndex, Layer};
+use spore_wire::vmm::{EndedBy, FromVmm, ToVmm, VmmState};
+
+use self::files::{Files, FilesError};
+use self::launch::{LaunchError, Launched, layer};
+use self::packet::{Connection, PacketError};
+use crate::disk::Access;
+use crate::disk::overlay::LayerError;
+use crate::end::End;
+use crate::kvm::bell::Bell;
+use crate::kvm::{Kvm, KvmError};
+use crate::worker::PauseError;
+
+/// Why a VMM cannot serve any more.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Its sockets cannot be waited for.
+    #[error("the control socket cannot be waited for")]
+    Wait(#[source] io::Error),
+    /// There is no bell.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+}
+
+/// Why a request was not done.
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
+    #[error("{asked} is for a VMM that {needs}, and this one {is}")]
+    State {
+        asked: &'static str,
+        needs: &'static str,
+        is: &'static str,
+    },
+    #[error("the guest cannot be launched")]
+    Launch(#[from] LaunchError),
+    #[error("this VMM was started without KVM")]
+    NoKvm,
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    #[error("the guest cannot be paused")]
+    Pause(#[from] PauseError),
+    #[error("this VMM cannot save a machine")]
+    NoSave,
+    #[error("the guest has no scratch disk")]
+    NoScratch,
+    #[error("the scratch disk's layer cannot be switched")]
+    Switch(#[from] LayerError),
+    #[error("the file for the answer cannot be written")]
+    Write(#[source] io::Error),
+}
+
+/// The guest, or that there is none yet.
+#[derive(Debug)]
+enum Guest {
+    Parked(Option<Kvm>),
+    There(Box<Launched>),
+}
+
+/// What comes next.
+enum Next {
+    Answer(FromVmm),
+    Quit,
+}
+
+/// A VMM behind its control socket.
+#[derive(Debug)]
+pub struct Control {
+    listener: OwnedFd,
+    connection: Option<Connection>,
+    guest: Guest,
+    /// Whether the guest was told to run.
+    runs: bool,
+    /// Rung when the guest has ended.
+    ended: Arc<Bell>,
+}
+
+impl Control {
+    /// Behind a unix `SOCK_SEQPACKET` socket that listens. Without KVM there will be no guest.
+    pub fn new(listener: OwnedFd, kvm: Option<Kvm>) -> Result<Self, ServeError> {
+        rustix::io::ioctl_fionbio(&listener, true)
+            .map_err(|error| ServeError::Wait(error.into()))?;
+        Ok(Self {
+            listener,
+            connection: None,
+            guest: Guest::Parked(kvm),
+            runs: false,
+            ended: Arc::new(Bell::new()?),
+        })
+    }
+
+    /// Serves until it is told to quit.
+    pub fn serve(mut self) -> Result<(), ServeError> {
+        loop {
+            let [comes, asks, ends] = self.wait()?;
+            if ends && self.ended.hear() {
+                self.tell_end();
+            }
+            if asks && !self.attend() {
+                return Ok(());
+            }
+            if comes {
+                self.admit();
+            }
+        }
+    }
+
+    /// Waits until somebody comes, asks, or the guest ends.
+    fn wait(&self) -> Result<[bool; 3], ServeError> {
+        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut watched = vec![watch(self.listener.as_fd()), watch(self.ended.as_fd())];
+        watched.extend(self.connection.as_ref().map(|asks| watch(asks.as_fd())));
+        match poll(&mut watched, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok([false; 3]),
+            Err(error) => return Err(ServeError::Wait(error.into())),
+        }
+        let is_ready = |at: usize| {
+            let fd: Option<&PollFd<'_>> = watched.get(at);
+            fd.is_some_and(|fd| !fd.revents().is_empty())
+        };
+        Ok([is_ready(0), is_ready(2), is_ready(1)])
+    }
+
+    /// Lets whoever waits take the place of whoever was there.
+    fn admit(&mut self) {
+        // Whoever is gone by now was nobody; whatever else fails, they see the socket closed.
+        while let Ok(Some(connection)) = Connection::accept(self.listener.as_fd()) {
+            self.connection = Some(connection);
+            self.tell(&FromVmm::Hello {
+                generation: GENERATION,
+                state: self.state(),
+            });
+            if self.state() == VmmState::Ended {
+                self.tell_end();
+            }
+        }
+    }
+
+    /// Reads one request and answers it; `false` when it was the last.
+    fn attend(&mut self) -> bool {
+        let Some(connection) = &self.connection else {
+            return true;
+        };
+        let (request, fds) = match connection.receive() {
+            Ok(request) => request,
+            Err(PacketError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                return true;
+            }
+            Err(_over) => {
+                self.connection = None;
+                return true;
+            }
+        };
+        let answer = match self.obey(request, fds) {
+            Ok(Next::Answer(answer)) => answer,
+            Ok(Next::Quit) => return false,
+            Err(error) => FromVmm::Failed { why: chain(&error) },
+        };
+        self.tell(&answer);
+        true
+    }
+
+    fn obey(&mut self, request: ToVmm, fds: Vec<OwnedFd>) -> Result<Next, RequestError> {
+        let bytes = match request {
+            ToVmm::Launch(blob) => {
+                self.launch(&blob, fds)?;
+                0
+            }
+            ToVmm::Resume => {
+                Files::new(fds).finish()?;
+                self.there("resume")?.machine.resume();
+                self.runs = true;
+                0
+            }
+            ToVmm::Pause { limit_ms } => {
+                Files::new(fds).finish()?;
+                let limit = Duration::from_millis(limit_ms);
+                self.there("pause")?.machine.pause(limit)?;
+                self.runs = false;
+                0
+            }
+            ToVmm::Save => {
+                self.paused("save")?;
+                return Err(RequestError::NoSave);
+            }
+            ToVmm::Switch { own } => {
+                self.switch(&own, fds)?;
+                0
+            }
+            ToVmm::Console => {
+                let output = self.there("console")?.machine.output();
+                answer(fds, &output.bytes)?
+            }
+            ToVmm::Quit => return Ok(Next::Quit),
+        };
+        Ok(Next::Answer(FromVmm::Done { bytes }))
+    }
+
+    fn launch(
+        &mut self,
+        blob: &spore_wire::launch::Launch,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), RequestError> {
+        let Guest::Parked(kvm) = &self.guest else {
+            return Err(self.unfit("launch", "is parked"));
+        };
+        let kvm = kvm.as_ref().ok_or(RequestError::NoKvm)?;
+        let launched = launch::launch(kvm, blob, fds)?;
+        launched.machine.ring_at_end(Arc::clone(&self.ended));
+        self.guest = Guest::There(Box::new(launched));
+        Ok(())
+    }
+
+    fn switch(&self, own: &Layer, fds: Vec<OwnedFd>) -> Result<(), RequestError> {
+        let guest = self.paused("switch")?;
+        let scratch = guest.scratch.as_ref().ok_or(RequestError::NoScratch)?;
+        let mut files = Files::new(fds);
+        let own = layer(own, &mut files, Access::ReadWrite)?;
+        files.finish()?;
+        Ok(scratch.switch(own)?)
+    }
+
+    fn there(&self, asked: &'static str) -> Result<&Launched, RequestError> {
+        match &self.guest {
+            Guest::There(guest) => Ok(guest),
+            Guest::Parked(_) => Err(self.unfit(asked, "has a guest")),
+        }
+    }
+
+    fn paused(&self, asked: &'static str) -> Result<&Launched, RequestError> {
+        let guest = self.there(asked)?;
+        match self.state() {
+            VmmState::Paused => Ok(guest),
+            _ => Err(self.unfit(asked, "has a paused guest")),
+        }
+    }
+
+    fn unfit(&self, asked: &'static str, needs: &'static str) -> RequestError {
+        let is = match self.state() {
+            VmmState::Parked => "has no guest",
+            VmmState::Paused => "has a paused guest",
+            VmmState::Running => "has a guest that runs",
+            VmmState::Ended => "has a guest that has ended",
+        };
+        RequestError::State { asked, needs, is }
+    }
+
+    fn state(&self) -> VmmState {
+        match &self.guest {
+            Guest::Parked(_) => VmmState::Parked,
+            Guest::There(guest) if guest.machine.ended().is_some() => VmmState::Ended,
+            Guest::There(_) if self.runs => VmmState::Running,
+            Guest::There(_) => VmmState::Paused,
+        }
+    }
+
+    fn tell_end(&mut self) {
+        let Guest::There(guest) = &self.guest else {
+            return;
+        };
+        if let Some(end) = guest.machine.ended() {
+            self.tell(&FromVmm::Ended {
+                why: chain(&*end),
+                by: ended_by(&end),
+            });
+        }
+    }
+
+    /// Whoever does not hear it has closed, or reads nothing: it is not served any more.
+    fn tell(&mut self, message: &FromVmm) {
+        let Some(connection) = &self.connection else {
+            return;
+        };
+        if connection.send(message).is_err() {
+            self.connection = None;
+        }
+    }
+}
+
+/// Writes an answer's bytes into the one file that came with the request.
+fn answer(fds: Vec<OwnedFd>, bytes: &[u8]) -> Result<u64, RequestError> {
+    let mut files = Files::new(fds);
+    let file = files.take(FdIndex(0))?;
+    files.finish()?;
+    let mut at = 0;
+    while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
+        match rustix::io::pwrite(&file, rest, at as u64) {
+            Ok(0) => return Err(RequestError::Write(io::ErrorKind::WriteZero.into())),
+            Ok(count) => at += count,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(RequestError::Write(error.into())),
+        }
+    }
+    Ok(bytes.len() as u64)
+}
+
+const fn ended_by(end: &End) -> EndedBy {
+    match end {
+        End::PowerOff | End::Reset | End::TripleFault { .. } => EndedBy::Guest,
+        End::Fault(_) | End::Internal { .. } => EndedBy::Fault,
+        End::Stopped => EndedBy::Asked,
+        End::Refused { .. }
+        | End::Unexpected { .. }
+        | End::Kvm { .. }
+        | End::Wait(_)
+        | End::Panic { .. } => EndedBy::Host,
+    }
+}
