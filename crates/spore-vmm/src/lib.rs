@@ -10,6 +10,7 @@
 //!   worker/    threads that run, pause and end together
 //!   end        how a machine ends
 //!   control/   what the node asks for, and who is told
+//!   inherited  [unsafe] descriptors that the process was started with
 //!   snapshot/  the form of a saved machine
 //!   probe      the guest that tells a KVM that can run others from one that cannot
 //! ```
@@ -30,6 +31,7 @@ pub mod device;
 pub mod disk;
 pub mod end;
 pub mod fault;
+pub mod inherited;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

@@ -23,6 +23,7 @@ const BANNED_NAMES: &[&str] = &[
 const UNSAFE_FILES: &[&str] = &[
     "crates/spore-guest/src/sys.rs",
     "crates/spore-node/src/sys.rs",
+    "crates/spore-vmm/src/inherited.rs",
     "crates/spore-vmm/src/kvm/kick.rs",
     "crates/spore-vmm/src/kvm/mod.rs",
     "crates/spore-vmm/src/kvm/vm.rs",
