@@ -11,6 +11,7 @@
 //!   end        how a machine ends
 //!   control/   what the node asks for, and who is told
 //!   inherited  [unsafe] descriptors that the process was started with
+//!   jail/      [unsafe] namespaces, ids and filters; the zygote, whose copies are VMMs
 //!   snapshot/  the form of a saved machine
 //!   probe      the guest that tells a KVM that can run others from one that cannot
 //! ```
@@ -32,6 +33,7 @@ pub mod disk;
 pub mod end;
 pub mod fault;
 pub mod inherited;
+pub mod jail;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

@@ -2,7 +2,10 @@
 //! what it is then asked.
 //!
 //! ```text
-//!   spore-vmm serve        descriptor 3 is the control socket, which listens, and 4 is /dev/kvm
+//!   spore-vmm zygote --uids FIRST+COUNT    makes VMMs: descriptor 3 is the socket to the node, and
+//!                                          4 is /dev/kvm; root, no environment
+//!   spore-vmm serve                        is one, without a jail, for tests: descriptor 3 is the
+//!                                          control socket, which listens, and 4 is /dev/kvm
 //! ```
 //!
 //! | code | when |
@@ -11,6 +14,8 @@
 //! | 2 | its arguments are none of these |
 //! | 3 | what it was given is not what it needs; standard error says which |
 //! | 4 | it cannot serve any more; standard error says why |
+//! | 5 | it could not be jailed; standard error says which step |
+//! | 6 | the zygote could not be jailed, or cannot go on |
 //! | 101 | a bug: it panicked |
 
 use std::error::Error;
@@ -20,39 +25,65 @@ use std::process::ExitCode;
 
 use spore_vmm::control::Control;
 use spore_vmm::inherited::{CONTROL_FD, KVM_FD, take};
+use spore_vmm::jail::Inherited;
+use spore_vmm::jail::zygote::{self, Ids};
 use spore_vmm::kvm::Kvm;
 use spore_wire::cause::chain;
 
 const USAGE: u8 = 2;
 const GIVEN: u8 = 3;
 const SERVE: u8 = 4;
+const ZYGOTE: u8 = 6;
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args().skip(1);
-    match (arguments.next().as_deref(), arguments.next()) {
-        (Some("serve"), None) => serve(),
-        _ => failed(USAGE, "usage: spore-vmm serve (Spore's node starts it)"),
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let code = match *arguments {
+        ["serve"] => serve(given()),
+        ["zygote", "--uids", ids] => zygote(ids),
+        _ => failed(USAGE, "usage: spore-vmm zygote --uids FIRST+COUNT | serve"),
+    };
+    ExitCode::from(code)
+}
+
+fn zygote(ids: &str) -> u8 {
+    let ids: Ids = match ids.parse() {
+        Ok(ids) => ids,
+        Err(error) => return failed(USAGE, &chain(&error)),
+    };
+    match zygote::main(ids, jailed) {
+        Ok(()) => 0,
+        Err(error) => failed(ZYGOTE, &chain(&error)),
     }
 }
 
-fn serve() -> ExitCode {
-    let control = match given() {
-        Ok(control) => control,
-        Err(error) => return failed(GIVEN, &chain(&*error)),
-    };
-    match control.serve() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failed(SERVE, &chain(&error)),
-    }
+/// What a VMM does in its jail.
+fn jailed(inherited: Inherited) -> u8 {
+    serve(control(inherited.control, inherited.kvm))
 }
 
 fn given() -> Result<Control, Box<dyn Error>> {
     let [listener, kvm]: [OwnedFd; 2] = take([CONTROL_FD, KVM_FD])?;
-    Ok(Control::new(listener, Some(Kvm::new(kvm)?))?)
+    control(listener, Some(kvm))
 }
 
-fn failed(code: u8, why: &str) -> ExitCode {
+fn control(listener: OwnedFd, kvm: Option<OwnedFd>) -> Result<Control, Box<dyn Error>> {
+    Ok(Control::new(listener, kvm.map(Kvm::new).transpose()?)?)
+}
+
+fn serve(control: Result<Control, Box<dyn Error>>) -> u8 {
+    let control = match control {
+        Ok(control) => control,
+        Err(error) => return failed(GIVEN, &chain(&*error)),
+    };
+    match control.serve() {
+        Ok(()) => 0,
+        Err(error) => failed(SERVE, &chain(&error)),
+    }
+}
+
+fn failed(code: u8, why: &str) -> u8 {
     // Whoever closed it does not want to know.
     let _unheard = writeln!(std::io::stderr(), "spore-vmm: {why}");
-    ExitCode::from(code)
+    code
 }

@@ -6,6 +6,7 @@
 //!   control ──node──▶ node ──guest──▶ agent in the VM
 //!   daemon  ◀─gateway─▶ gateway process (unix seqpacket, connected sockets by SCM_RIGHTS)
 //!   node    ──egress──▶ per-VM egress proxy (one blob at start)
+//!   node    ──zygote──▶ zygote, whose copies are VMMs (unix seqpacket)
 //!   node    ──vmm──▶ VMM (unix seqpacket; one launch blob and what it names by SCM_RIGHTS)
 //! ```
 //!
@@ -16,6 +17,7 @@
 //! | [`gateway`] | daemon and gateway | yes: a gateway outlives its daemon |
 //! | [`egress`] | node and egress proxy | yes: a proxy outlives its daemon |
 //! | [`vmm`], [`launch`] | node and VMM | yes: a VMM outlives its daemon |
+//! | [`zygote`] | node and zygote | no: a zygote ends with its daemon |
 //! | [`node`] | control and node | not yet: one process, one version |
 //!
 //! [`snapshot`] is what control sees of a node's snapshots; [`cause`] is how errors are told
@@ -37,3 +39,4 @@ pub mod secret;
 pub mod snapshot;
 mod tripwires;
 pub mod vmm;
+pub mod zygote;

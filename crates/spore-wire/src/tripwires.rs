@@ -3,7 +3,7 @@
 //! A failing line here means: an agent, gateway or proxy that is already running would be
 //! misunderstood. Change `generation.rs` first, then say here which generations have which number.
 
-use crate::{egress, frame, gateway, generation, guest, launch, vmm};
+use crate::{egress, frame, gateway, generation, guest, launch, vmm, zygote};
 
 const _: () = assert!(frame::HEADER_BYTES == 16);
 const _: () = assert!(frame::FRAME_BYTES_MAX == 64 * 1024);
@@ -26,3 +26,7 @@ const _: () = assert!(launch::FDS_MAX == 64);
 const _: () = assert!(launch::LAYERS_MAX == 32);
 const _: () = assert!(launch::LAYER_KEY_BYTES == 64);
 const _: () = assert!(launch::TAP_HEADER_BYTES == 10);
+const _: () = assert!(zygote::PACKET_BYTES_MAX == 4096);
+const _: () = assert!(zygote::FDS_MAX == 8);
+const _: () = assert!(zygote::SOCKET_FD == 3);
+const _: () = assert!(zygote::KVM_FD == 4);

@@ -13,6 +13,7 @@ mod tests {
     use spore_wire::generation::{GENERATION, GENERATION_OLDEST_SERVED};
     use spore_wire::guest::{AgentErrorCode, AgentMessage, HostMessage, Request, ThawStep};
     use spore_wire::vmm::{FromVmm, ToVmm};
+    use spore_wire::zygote::{FromZygote, ToZygote};
 
     /// Each example must read as its type and be written as it was read.
     fn checked<T: Serialize + DeserializeOwned>(examples: Vec<(&str, Value)>) -> Value {
@@ -377,6 +378,41 @@ mod tests {
         ])
     }
 
+    fn to_zygote() -> Value {
+        checked::<ToZygote>(vec![(
+            "spawn",
+            json!({"type": "spawn", "request": 7, "uid": 200_001,
+            "fds": ["control", "output", "cgroup"]}),
+        )])
+    }
+
+    fn from_zygote() -> Value {
+        checked::<FromZygote>(vec![
+            ("ready", json!({"type": "ready", "generation": 2})),
+            (
+                "spawned",
+                json!({"type": "spawned", "request": 7, "pid": 31, "init": 30}),
+            ),
+            (
+                "refused",
+                json!({"type": "refused", "request": 7, "why": "the uid is not free"}),
+            ),
+            (
+                "refused unread",
+                json!({"type": "refused", "request": null, "why": "not a message"}),
+            ),
+            (
+                "ended by itself",
+                json!({"type": "ended", "pid": 31, "by": {"by": "code", "code": 0}}),
+            ),
+            (
+                "ended by a signal",
+                json!({"type": "ended", "pid": 31, "by": {"by": "signal", "signal": 31}}),
+            ),
+            ("gone", json!({"type": "gone", "pid": 31, "uid": 200_001})),
+        ])
+    }
+
     fn read_all<T: DeserializeOwned>(schema: &Value, part: &str) {
         // A part that came later is not there in what was before.
         for (name, example) in schema[part].as_object().into_iter().flatten() {
@@ -398,6 +434,8 @@ mod tests {
             read_all::<FromGateway>(&schema, "from_gateway");
             read_all::<ToVmm>(&schema, "to_vmm");
             read_all::<FromVmm>(&schema, "from_vmm");
+            read_all::<ToZygote>(&schema, "to_zygote");
+            read_all::<FromZygote>(&schema, "from_zygote");
         }
     }
 
@@ -426,6 +464,8 @@ mod tests {
             "from_gateway": from_gateway(),
             "to_vmm": to_vmm(),
             "from_vmm": from_vmm(),
+            "to_zygote": to_zygote(),
+            "from_zygote": from_zygote(),
         });
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/schema");
         let path = format!("{folder}/gen-{GENERATION}.json");

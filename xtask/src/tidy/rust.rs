@@ -24,10 +24,12 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/spore-guest/src/sys.rs",
     "crates/spore-node/src/sys.rs",
     "crates/spore-vmm/src/inherited.rs",
+    "crates/spore-vmm/src/jail/sys.rs",
     "crates/spore-vmm/src/kvm/kick.rs",
     "crates/spore-vmm/src/kvm/mod.rs",
     "crates/spore-vmm/src/kvm/vm.rs",
     "crates/spore-vmm/src/memory/mod.rs",
+    "crates/spore-vmm/tests/jail/attempt.rs",
 ];
 
 /// The only readers of the environment and of TOML in the product.

@@ -1,0 +1,112 @@
+//! What is in the VMM's place: it does what the test says over the control socket, one packet a
+//! command, and answers each with a packet.
+
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use rustix::net::SocketFlags;
+use spore_vmm::jail::copy::{self, Copied};
+use spore_vmm::jail::seccomp::{Cell, Filters};
+use spore_vmm::jail::{Inherited, zygote};
+
+use crate::attempt;
+
+/// This program as a zygote.
+pub(crate) fn zygote(ids: &str) -> ExitCode {
+    let ids = ids.parse().expect("the tests pass a range");
+    match zygote::main(ids, obey) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", spore_wire::cause::chain(&error));
+            ExitCode::from(6)
+        }
+    }
+}
+
+fn accept(listener: &OwnedFd) -> OwnedFd {
+    rustix::net::accept_with(listener, SocketFlags::CLOEXEC).unwrap()
+}
+
+fn obey(inherited: Inherited) -> u8 {
+    let filters = Arc::new(inherited.filters);
+    let test = accept(&inherited.control);
+    let mut buffer = [0; 256];
+    loop {
+        let count = rustix::io::read(&test, &mut buffer).unwrap();
+        let text = std::str::from_utf8(&buffer[..count]).unwrap();
+        let words: Vec<&str> = text.split(' ').collect();
+        let answer = match *words.as_slice() {
+            ["echo", word] => word.to_owned(),
+            ["threads"] => {
+                thread(&filters, Cell::Devices);
+                thread(&filters, Cell::Vcpu);
+                "there".to_owned()
+            }
+            ["run"] => {
+                filters.install(Cell::Running).unwrap();
+                "running".to_owned()
+            }
+            ["copy"] => copy(&filters, &accept(&inherited.control)),
+            ["attempt", cell, name] => attempt_in(&filters, cell, name),
+            ["panic"] => panic!("as it was told to"),
+            ["end", code] => return code.parse().unwrap(),
+            _ => return 250,
+        };
+        rustix::io::write(&test, answer.as_bytes()).unwrap();
+    }
+}
+
+/// A thread that stays in its cell.
+fn thread(filters: &Arc<Filters>, cell: Cell) {
+    let filters = Arc::clone(filters);
+    let (tell, told) = std::sync::mpsc::channel();
+    let body = move || {
+        filters.install(cell).unwrap();
+        tell.send(()).unwrap();
+        loop {
+            std::thread::park();
+        }
+    };
+    let builder = std::thread::Builder::new().name(format!("{cell:?}"));
+    builder.spawn(body).unwrap();
+    told.recv().unwrap();
+}
+
+/// A copy that writes until nobody reads.
+fn copy(filters: &Filters, to: &OwnedFd) -> String {
+    match copy::make().unwrap() {
+        Copied::Source(pid) => pid.to_string(),
+        Copied::Copy => {
+            let jailed = filters.install(Cell::Copy).is_ok();
+            while jailed && rustix::io::write(to, &[7; 512]).is_ok() {}
+            copy::end(0)
+        }
+    }
+}
+
+fn attempt_in(filters: &Arc<Filters>, cell: &str, name: &str) -> String {
+    let attempt = attempt::ALL.iter().find(|attempt| attempt.name == name);
+    let call = attempt.unwrap().call;
+    let cell = match cell {
+        "Starting" => return said(&call()),
+        "Running" => Cell::Running,
+        "Devices" => Cell::Devices,
+        "Vcpu" => Cell::Vcpu,
+        "Copy" => Cell::Copy,
+        other => panic!("no cell is called {other}"),
+    };
+    let filters = Arc::clone(filters);
+    let thread = std::thread::spawn(move || {
+        filters.install(cell).unwrap();
+        call()
+    });
+    said(&thread.join().unwrap())
+}
+
+fn said(result: &std::io::Result<i64>) -> String {
+    match result {
+        Ok(_) => "done".to_owned(),
+        Err(error) => format!("errno {}", error.raw_os_error().unwrap()),
+    }
+}

@@ -1,0 +1,38 @@
+//! The jail of VMMs and the zygote that makes them: what their processes have, what code in a
+//! VMM's place can do, and what is left of them.
+//!
+//! This program is the zygote of its own tests too, with `guest.rs` in the VMM's place. A zygote
+//! must have one thread, which is why libtest does not run these.
+
+#[cfg(test)]
+mod attempt;
+#[cfg(test)]
+mod guest;
+#[cfg(test)]
+mod node;
+#[cfg(test)]
+mod process;
+#[cfg(test)]
+mod stories;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// A test: its name, and what it does.
+pub(crate) type Story = (&'static str, fn());
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().as_deref() == Some("zygote") {
+        return guest::zygote(&arguments.next().unwrap_or_default());
+    }
+    let trials = stories::ALL.iter().map(|(name, story)| {
+        let run = || {
+            stories::run(*story);
+            Ok::<(), Failed>(())
+        };
+        Trial::test(*name, run)
+    });
+    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+}
