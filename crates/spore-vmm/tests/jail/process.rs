@@ -27,25 +27,41 @@ impl Process {
 
     /// Waits until it is not.
     pub(crate) fn wait_end(self) {
+        self.wait_until("gone", |process| !process.is_alive());
+    }
+
+    /// Waits until it has so many filters: of a child of the zygote two are its whole jail.
+    pub(crate) fn wait_filters(self, count: &str) {
+        let key = "Seccomp_filters";
+        self.wait_until(key, |process| process.status(key) == count);
+    }
+
+    /// Waits until it has these open: the zygote lets go of a descriptor after it has passed it on.
+    pub(crate) fn wait_open(self, open: &BTreeMap<u32, String>) {
+        self.wait_until("open", |process| process.open() == *open);
+    }
+
+    fn wait_until(self, what: &str, holds: impl Fn(Self) -> bool) {
         for _ in 0..1000 {
-            if !self.is_alive() {
+            if holds(self) {
                 return;
             }
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
-        panic!("{self:?} is still there");
+        panic!("{self:?}, {what}: {:?}", self.threads());
     }
 
     /// What is open, by number.
     pub(crate) fn open(self) -> BTreeMap<u32, String> {
         let entries = fs::read_dir(self.path("fd")).unwrap().map(Result::unwrap);
-        let open = entries.map(|entry| {
-            let number = entry.file_name().to_str().unwrap().parse().unwrap();
-            let target = fs::read_link(entry.path()).unwrap();
+        let open = entries.filter_map(|entry| {
+            let number = entry.file_name().to_str()?.parse().ok()?;
+            // One that was closed meanwhile is not open.
+            let target = fs::read_link(entry.path()).ok()?;
             let target = target.display().to_string();
             let kind = target.split_once(":[").map(|(kind, _)| kind);
             let kind = kind.filter(|kind| ["pipe", "socket"].contains(kind));
-            (number, kind.unwrap_or(&target).to_owned())
+            Some((number, kind.unwrap_or(&target).to_owned()))
         });
         open.collect()
     }
