@@ -33,8 +33,14 @@ use crate::snapshot::memory::{CacheError, MemoryCache};
 use crate::snapshot::opened::Opened;
 use crate::snapshot::{Cascade, Removal, Settings, SnapshotStore, StoreError, StorePoints};
 
-/// The drivers' word for a layer of a scratch disk.
-pub const LAYER_FORMAT: &str = "qcow2";
+/// A driver's word for a layer of a scratch disk.
+#[must_use]
+pub fn layer_format(driver: &str) -> &'static str {
+    match driver {
+        "kvm" => "spore-layer",
+        _ => "qcow2",
+    }
+}
 
 /// Memories of VMs that are copied at once: they are in no VM's share of the host's.
 const COPIES_MAX: usize = 2;
@@ -518,7 +524,7 @@ fn scratch(opened: &Opened, keys: &Keys) -> Result<Option<Scratch>, SourceError>
     let meta = &opened.header().meta;
     let mut layers = Vec::new();
     for layer in opened.disks(keys).map_err(unusable)? {
-        if layer.part.format != LAYER_FORMAT {
+        if layer.part.format != layer_format(&meta.shape.driver) {
             return Err(SourceError::Disk(meta.id));
         }
         layers.push(ScratchLayer {

@@ -30,7 +30,7 @@ use crate::snapshot::header::{DiskBacking, Header, Protection};
 use crate::snapshot::key::SnapshotKey;
 use crate::snapshot::staging::{FrozenLayer, Order, Staged};
 use crate::snapshot::{Cascade, Removal, SnapshotStore, StoreError};
-use crate::snapshots::{LAYER_FORMAT, Snapshots, SnapshotsError};
+use crate::snapshots::{Snapshots, SnapshotsError, layer_format};
 use crate::template::release_of;
 use crate::vm::actor::{Access, Host, Taking, VmRequest};
 use crate::vm::capture::What;
@@ -433,7 +433,7 @@ fn fill(
     if let Some(scratch) = scratch {
         let layer = FrozenLayer {
             file: &scratch.layer.file,
-            format: LAYER_FORMAT,
+            format: layer_format(staged.driver()),
             key: scratch.layer.key.as_ref(),
         };
         let backing = match scratch.below {

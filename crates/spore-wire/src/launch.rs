@@ -24,6 +24,21 @@ pub const LAYER_KEY_BYTES: usize = 64;
 /// `IFF_VNET_HDR` (tun(4) of Linux, `TUNSETVNETHDRSZ`).
 pub const TAP_HEADER_BYTES: usize = 10;
 
+/// How a layer's file is laid out: a header, a bit for each cluster in whole pages, and from the
+/// next whole cluster on each cluster at its own place.
+const LAYER_HEADER_BYTES: u64 = 4096;
+const LAYER_PAGE_BYTES: u64 = 4096;
+const LAYER_CLUSTER_BYTES: u64 = 64 * 1024;
+
+/// How long the file of a layer is, of a disk of so many bytes: most of it holes, at first.
+#[must_use]
+pub const fn layer_bytes(disk: u64) -> u64 {
+    let clusters = disk.div_ceil(LAYER_CLUSTER_BYTES);
+    let map = clusters.div_ceil(8).next_multiple_of(LAYER_PAGE_BYTES);
+    let data = (LAYER_HEADER_BYTES + map).next_multiple_of(LAYER_CLUSTER_BYTES);
+    data + clusters * LAYER_CLUSTER_BYTES
+}
+
 /// A descriptor's place among those of its packet, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -100,14 +115,14 @@ pub struct Scratch {
     pub base: Option<FdIndex>,
     /// Layers that stay as they are, lowest first; at most [`LAYERS_MAX`].
     pub layers: Vec<Layer>,
-    /// What it writes to, new.
+    /// What it writes to, new: all zeros.
     pub own: Layer,
 }
 
 /// One layer of a scratch disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
-    /// Its file.
+    /// Its file, of [`layer_bytes`].
     pub file: FdIndex,
     /// What is in it is encrypted with this, [`LAYER_KEY_BYTES`] bytes; `None` is in clear.
     pub key: Option<SecretBytes>,

@@ -195,10 +195,19 @@ impl Disks {
             }
             None => overlay::clear(size),
         };
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let file = File::from(open(&self.folder, flags, Mode::from_raw_mode(0o600))?);
+        let file = self.unnamed()?;
         layout.map_err(io::Error::other)?.write_to(&file)?;
         Ok(file)
+    }
+
+    /// An empty file that has no name: it is gone with its last holder. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn unnamed(&self) -> io::Result<File> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = open(&self.folder, flags, Mode::from_raw_mode(0o600))?;
+        Ok(file.into())
     }
 
     /// Unlinks what bears the id of `vm`.

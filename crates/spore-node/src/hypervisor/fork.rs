@@ -13,9 +13,11 @@ use thiserror::Error;
 use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
 
-use super::BootError;
 use super::memory_image::{CapturedMemory, MemoryDraft, MemoryImage, MemoryImageError};
+use super::{BootError, Machine};
 use crate::disk::overlay::DiskKey;
+
+const MIB: u64 = 1024 * 1024;
 
 /// What becomes of a VM behind its capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,6 +192,31 @@ pub struct ForkFrom {
     pub state: Arc<File>,
     /// Its scratch disk, over which each fork writes to a file of its own.
     pub scratch: Option<Arc<Scratch>>,
+}
+
+impl ForkFrom {
+    /// Whether a machine is made as this is. What is loaded says nothing of sizes, and a VMM that
+    /// is given others may read nonsense.
+    ///
+    /// # Errors
+    /// [`ForkError::Shape`] names what differs.
+    pub fn check(&self, machine: &Machine) -> Result<(), ForkError> {
+        let differs = |what, wanted: String, actual: String| match wanted == actual {
+            true => Ok(()),
+            false => Err(ForkError::Shape {
+                what,
+                wanted,
+                actual,
+            }),
+        };
+        let mib = |bytes: u64| format!("{} MiB", bytes / MIB);
+        let (wanted, actual) = (machine.resources.memory_bytes(), self.memory.bytes());
+        differs("memory", mib(wanted), mib(actual))?;
+        let wanted = machine.resources.disk_mib;
+        let actual = self.scratch.as_ref().map_or(0, |scratch| scratch.mib);
+        let [wanted, actual] = [wanted, actual].map(|disk| mib(u64::from(disk) * MIB));
+        differs("scratch disk", wanted, actual)
+    }
 }
 
 /// Why a VM did not stand still, or does not go on.

@@ -34,7 +34,7 @@ pub(crate) const SEALED: SealFlags = SealFlags::WRITE
     .union(SealFlags::SEAL);
 
 /// The name of a guest's memory in `/proc/PID/maps`.
-const MEMFD_NAME: &str = "guest-memory";
+pub(super) const MEMFD_NAME: &str = "guest-memory";
 
 /// Why a descriptor is no memory image, or none could be made.
 #[derive(Debug, thiserror::Error)]

@@ -18,12 +18,15 @@
 //! from the [`VmId`]. `sweep` removes what bears no id that is kept.
 
 pub mod fork;
+pub mod kvm;
 pub mod memory_image;
+mod monitored;
 pub mod process;
 pub mod proxy;
 pub mod qemu;
 pub mod room;
 pub mod sim;
+mod tsc;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -334,6 +337,9 @@ pub enum BootError {
     /// It ended before its control socket answered.
     #[error("the VMM ended at once: {0}")]
     Ended(String),
+    /// It runs, and does not make the guest.
+    #[error("the VMM refuses the guest: {0}")]
+    Refused(String),
     /// An image's file is not there.
     #[error("image {path} cannot be opened")]
     Image {

@@ -436,3 +436,11 @@ where
         .await
         .map_err(io::Error::other)
 }
+
+/// Runs `work` to its end even when the caller gives up, so that no step is left half done while
+/// the next one begins.
+pub(crate) async fn uncancelled<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::spawn(work).await.map_err(io::Error::other)
+}

@@ -241,6 +241,12 @@ impl Staged {
         self.meta.id
     }
 
+    /// The driver of the VM that it is of.
+    #[must_use]
+    pub fn driver(&self) -> &str {
+        &self.meta.shape.driver
+    }
+
     /// Whose.
     #[must_use]
     pub fn account(&self) -> &str {

@@ -1,8 +1,9 @@
-//! A daemon of a node and the `qemu` driver and nothing else, which kills itself where it is told.
+//! A daemon of a node and the tests' driver and nothing else, which kills itself where it is told.
 //!
 //! Started by `tests/qemu/kill_points.rs` with the file of its [`Orders`]. Never installed, never
 //! used by anything else.
 
+mod driver;
 mod orders;
 
 use std::error::Error;
@@ -15,7 +16,7 @@ use async_trait::async_trait;
 use rustix::process::{Pid, Signal, getpid, kill_process};
 use spore_node::config::{Config, Images, KillPoint, KillPoints, VmLimits};
 use spore_node::egress::launch::EgressLauncher;
-use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
+use spore_node::hypervisor::qemu::QemuConfig;
 use spore_node::hypervisor::room::RoomConfig;
 use spore_node::journal::Journal;
 use spore_node::node::Node;
@@ -28,6 +29,7 @@ use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
 use tokio::io::AsyncReadExt as _;
 
+use self::driver::Driver;
 use self::orders::{Answer, End, Orders, Point, Sighting, Task};
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -45,7 +47,7 @@ async fn main() -> Outcome<()> {
         .init();
     let log = Arc::new(SightingFile::new(orders.sighting.clone()));
     let death = Arc::new(Death::default());
-    let qemu = Qemu::open(driver_config(&orders)).await?;
+    let qemu = Driver::open(driver_config(&orders)).await?;
     let (runtime, logs) = (orders.runtime.clone(), orders.logs.clone());
     let snapshots = orders.room.data_dir.join("snapshots");
     let mut config = Config::new(runtime, logs, snapshots, 8192);
@@ -64,7 +66,7 @@ async fn main() -> Outcome<()> {
     };
     config.kill_points = Arc::clone(&death) as Arc<dyn KillPoints>;
     let images = Arc::new(OneImage(orders.image.clone()));
-    let (node, adoption) = Node::open(config, Arc::new(qemu.clone()), images).await?;
+    let (node, adoption) = Node::open(config, qemu.hypervisor(), images).await?;
     match &orders.task {
         Task::DieAt {
             start,
@@ -76,7 +78,7 @@ async fn main() -> Outcome<()> {
                 tokio::time::timeout(HANG, file_template(&node, start, id)).await??;
             }
             death.at(effect, *point, &node, &log);
-            let journals = Journal::open(&orders.runtime, "qemu")?;
+            let journals = Journal::open(&orders.runtime, qemu.caps().name)?;
             tokio::time::timeout(HANG, live(&node, start, *end, &journals, &log)).await??;
             Err(format!("{effect} {point:?} was never reached").into())
         }

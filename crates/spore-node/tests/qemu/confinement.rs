@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use spore_node::cgroup::Cgroups;
 use spore_node::hypervisor::fork::Afterwards;
-use spore_node::hypervisor::{Hypervisor, Identity, Prepared};
+use spore_node::hypervisor::{Identity, Prepared};
 use spore_wire::id::VmId;
 use tokio::time::timeout;
 

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use backhand::compression::Compressor;
 use backhand::{FilesystemCompressor, FilesystemWriter, NodeHeader};
-use spore_node::hypervisor::Hypervisor as _;
 use spore_node::hypervisor::fork::Afterwards;
 
 use crate::fork::{Running, boot_only, capture, fork_only};

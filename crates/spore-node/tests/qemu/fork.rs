@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use spore_node::hypervisor::fork::{Afterwards, CaptureError, ForkError, ForkFrom};
 use spore_node::hypervisor::memory_image::CapturedMemory;
-use spore_node::hypervisor::qemu::Qemu;
-use spore_node::hypervisor::{Hypervisor, Machine, Vm};
+use spore_node::hypervisor::{Machine, Vm};
 use spore_wire::guest::{Exit, Reply, Request};
 use spore_wire::id::VmId;
 use tokio::time::{Instant, timeout};
 
 use crate::agent::{Agent, shell};
+use crate::driver::Driver;
 use crate::guest::{Then, WORD};
 use crate::host::{HANG, TestHost, new_id, said};
 
@@ -26,14 +26,14 @@ pub(crate) struct Running {
     pub(crate) agent: Agent,
 }
 
-async fn boot(driver: &Qemu, machine: &Machine) -> Running {
+async fn boot(driver: &Driver, machine: &Machine) -> Running {
     let mut this = boot_only(driver, machine).await;
     this.agent.thaw(this.vm, "source").await.unwrap();
     this
 }
 
 /// Not thawed yet.
-pub(crate) async fn boot_only(driver: &Qemu, machine: &Machine) -> Running {
+pub(crate) async fn boot_only(driver: &Driver, machine: &Machine) -> Running {
     let vm = new_id();
     let prepared = driver.prepare(vm, machine).await.unwrap();
     let begun = Instant::now();
@@ -45,7 +45,7 @@ pub(crate) async fn boot_only(driver: &Qemu, machine: &Machine) -> Running {
     Running { vm, held, agent }
 }
 
-async fn fork(driver: &Qemu, machine: &Machine, from: &ForkFrom, source: VmId) -> Running {
+async fn fork(driver: &Driver, machine: &Machine, from: &ForkFrom, source: VmId) -> Running {
     let mut this = fork_only(driver, machine, from, source).await;
     let begun = Instant::now();
     this.agent
@@ -62,7 +62,7 @@ fn hostname_of(fork: VmId) -> String {
 
 /// Not thawed yet.
 pub(crate) async fn fork_only(
-    driver: &Qemu,
+    driver: &Driver,
     machine: &Machine,
     from: &ForkFrom,
     source: VmId,

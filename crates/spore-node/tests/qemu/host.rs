@@ -13,12 +13,13 @@ use std::time::Duration;
 use spore_node::cgroup::Cgroups;
 use spore_node::config::VmLimits;
 use spore_node::egress::launch::EgressLauncher;
-use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
+use spore_node::hypervisor::qemu::QemuConfig;
 use spore_node::hypervisor::room::RoomConfig;
 use spore_node::hypervisor::{Machine, Vm};
 use spore_wire::id::VmId;
 use spore_wire::node::Resources;
 
+use crate::driver::Driver;
 use crate::guest::{Then, initramfs};
 
 /// Uids of tests lie above those of a daemon that may run on the same host.
@@ -100,8 +101,8 @@ impl TestHost {
         Some((host, machine))
     }
 
-    pub(crate) async fn driver(&self) -> Qemu {
-        Qemu::open(self.config.clone()).await.unwrap()
+    pub(crate) async fn driver(&self) -> Driver {
+        Driver::open(self.config.clone()).await.unwrap()
     }
 
     /// A machine with an image and a folder, which hold nothing that a guest could mount.

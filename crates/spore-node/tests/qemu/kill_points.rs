@@ -23,6 +23,7 @@ use spore_wire::guest::Readiness;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
 use spore_wire::node::{Owner, Process, Purpose, Resources, Source, StartVm, VmPhase};
 
+use crate::driver::is_kvm;
 use crate::guest::Then;
 use crate::host::{HANG, TestHost, base_image, new_id};
 use crate::orders::{Answer, End, Orders, Point, Room, Sighting, Task};
@@ -135,7 +136,7 @@ fn die_at(host: &TestHost, world: &World, effect: VmEffect, point: Point) -> Fat
     let died = status.signal() == Some(Signal::KILL.as_raw());
     assert!(died, "{what}: {status}\n{log}");
 
-    let record = Journal::open(&node_runtime(host), "qemu")
+    let record = Journal::open(&node_runtime(host), if is_kvm() { "kvm" } else { "qemu" })
         .and_then(|journal| journal.read_all())
         .unwrap()
         .remove(&vm)

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use spore_node::hypervisor::{BootError, Hypervisor, PrepareError};
+use spore_node::hypervisor::{BootError, PrepareError};
 use tokio::time::{Instant, timeout};
 
 use crate::guest::{Then, WORD};

@@ -8,12 +8,12 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use spore_node::hypervisor::qemu::Qemu;
-use spore_node::hypervisor::{Hypervisor as _, PolicyError};
+use spore_node::hypervisor::PolicyError;
 use spore_node::net::policy::Policy;
 use spore_node::net::tap::{GUEST_MAC, HOST_MAC};
 use tokio::time::timeout;
 
+use crate::driver::Driver;
 use crate::guest::Then;
 use crate::host::{HANG, TestHost, new_id};
 
@@ -46,7 +46,7 @@ struct Segment {
 }
 
 impl Tap {
-    async fn open(driver: &Qemu, namespace: &str) -> Self {
+    async fn open(driver: &Driver, namespace: &str) -> Self {
         let fd: OwnedFd = driver
             .rooms()
             .namespaces()
@@ -145,7 +145,7 @@ fn syn_to(to: (Ipv4Addr, u16)) -> Segment {
 }
 
 /// A namespace of its own, outside the pool.
-async fn namespace(driver: &Qemu) -> &'static str {
+async fn namespace(driver: &Driver) -> &'static str {
     driver.rooms().namespaces().make("mine").await.unwrap();
     "mine"
 }

@@ -42,9 +42,7 @@ async fn first_daemon() {
     config.room.cgroup_parent = orders.cgroup_parent;
     config.room.uid_first = orders.uid_first;
     config.initramfs = orders.initramfs;
-    let driver = spore_node::hypervisor::qemu::Qemu::open(config)
-        .await
-        .unwrap();
+    let driver = crate::driver::Driver::open(config).await.unwrap();
     let prepared = driver.prepare(orders.vm, &orders.machine).await.unwrap();
     let identity = driver
         .boot(orders.vm, &orders.machine, &prepared)
@@ -101,7 +99,7 @@ async fn a_vm_outlives_the_killed_daemon_and_the_next_one_takes_hold_of_it() {
     said(&*held, WORD).await;
     held.open_network().await.unwrap();
     held.open_network().await.unwrap();
-    refuses_another_identity(&driver, vm, &prepared, &identity).await;
+    refuses_another_identity(&*driver, vm, &prepared, &identity).await;
     held.kill();
     timeout(HANG, held.exited()).await.unwrap();
     let gone = driver.attach(vm, &prepared, &identity).await.err();

@@ -1,6 +1,5 @@
 //! When an app's secrets are in its guest: before the network is open, and for the app alone.
 
-use spore_node::hypervisor::Hypervisor as _;
 use spore_node::hypervisor::fork::Afterwards;
 use spore_wire::guest::{AppSecrets, Exec, Readiness, Reply, Request, StartApp};
 use spore_wire::secret::SecretBytes;

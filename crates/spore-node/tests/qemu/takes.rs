@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use spore_node::config::{Config, Images};
-use spore_node::hypervisor::qemu::Qemu;
 use spore_node::node::Node;
 use spore_node::snapshot::key::SnapshotKey;
 use spore_node::snapshot::{NoStorePoints, StorePoint, StorePoints};
@@ -19,6 +18,7 @@ use spore_wire::snapshot::SnapshotKind;
 use tokio::io::AsyncReadExt as _;
 use tokio::time::timeout;
 
+use crate::driver::Driver;
 use crate::host::{HANG, TestHost, new_id, patient};
 use crate::kill_points::counter;
 
@@ -35,7 +35,7 @@ impl Images for OneImage {
 /// A node on a host, with nothing in memory but what it was opened with.
 pub(crate) struct Daemon {
     pub(crate) node: Node,
-    qemu: Qemu,
+    qemu: Driver,
 }
 
 impl Daemon {
@@ -55,7 +55,7 @@ impl Daemon {
         config.limits = patient();
         edit(&mut config);
         let images = Arc::new(OneImage(image.to_owned()));
-        let opened = Node::open(config, Arc::new(qemu.clone()), images).await;
+        let opened = Node::open(config, qemu.hypervisor(), images).await;
         let (node, _adoption) = opened.unwrap();
         Self { node, qemu }
     }

@@ -13,9 +13,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use spore_node::config::{Config, Images, KillPoint, KillPoints};
+use spore_node::hypervisor::Machine;
 use spore_node::hypervisor::fork::Afterwards;
-use spore_node::hypervisor::qemu::Qemu;
-use spore_node::hypervisor::{Hypervisor as _, Machine};
 use spore_node::node::Node;
 use spore_node::take::Take;
 use spore_node::vm::state::VmEffect;
@@ -29,6 +28,7 @@ use spore_wire::snapshot::SnapshotKind;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
 
+use crate::driver::Driver;
 use crate::fork::{boot_only, capture, fork_only};
 use crate::host::{HANG, TestHost, image_named, new_id, patient};
 
@@ -399,7 +399,7 @@ async fn until_ready(node: &Node, vm: VmId) -> VmStatus {
 
 /// Files a source in which `command` runs, for no session and no app; it makes `/tmp/begun` once it
 /// does.
-async fn file_source_with(host: &TestHost, driver: &Qemu, machine: &Machine, command: &str) {
+async fn file_source_with(host: &TestHost, driver: &Driver, machine: &Machine, command: &str) {
     let watch = Arc::new(Watch::new(host));
     let node = node(driver, config(host, &watch), machine).await;
     let source = StartVm {
@@ -467,9 +467,9 @@ fn config(host: &TestHost, watch: &Arc<Watch>) -> Config {
     config
 }
 
-async fn node(driver: &Qemu, config: Config, machine: &Machine) -> Node {
+async fn node(driver: &Driver, config: Config, machine: &Machine) -> Node {
     let images = Arc::new(OneImage(machine.image.clone()));
-    let opened = Node::open(config, Arc::new(driver.clone()), images).await;
+    let opened = Node::open(config, driver.hypervisor(), images).await;
     opened.unwrap().0
 }
 

@@ -13,12 +13,13 @@ use std::path::Path;
 use spore_wire::id::VmId;
 
 use super::arguments::{Begin, INITRAMFS, KERNEL, Lock, Scratch, arguments};
-use super::in_memory::{bounded_log, key_file, no_folder};
-use super::{AGENT_SOCKET, MIB, QMP_SOCKET, Shared, limits};
+use super::{MIB, QMP_SOCKET, Shared, limits};
 use crate::confine::limits::ProcessLimits;
 use crate::disk::overlay::DiskKey;
 use crate::hypervisor::fork::{ForkFrom, ForkMemory, ScratchLayer};
 use crate::hypervisor::memory_image::{MemoryDraft, MemoryImageError};
+use crate::hypervisor::monitored::AGENT_SOCKET;
+use crate::hypervisor::monitored::in_memory::{bounded_log, key_file, no_folder};
 use crate::hypervisor::{BootError, Machine, Prepared, VmFds};
 use crate::jail::{self, Jail, Launch};
 

@@ -11,20 +11,16 @@
 //! ```
 
 mod arguments;
-mod capture;
 mod copy;
 mod files;
-mod in_memory;
-mod pages;
+mod monitor;
 mod program;
 mod qmp;
-mod tsc;
-mod vm;
 
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,18 +32,24 @@ use spore_wire::node::Boundary;
 use spore_wire::snapshot::Shape;
 use tokio::time::{sleep, timeout};
 
-use self::arguments::{Begin, CPU, Scratch, arguments};
+use self::arguments::{Begin, CPU, FD_MEMORY, Scratch, arguments};
 use self::files::Files;
+use self::monitor::QemuMonitor;
 use self::program::{SAVE, can_capture, version};
 use self::qmp::Qmp;
-use self::vm::{QemuVm, VmHost};
-use super::fork::{ForkError, ForkFrom, ForkMemory};
-use super::room::{RoomConfig, RoomError, Rooms, blocking};
+use super::fork::{ForkError, ForkFrom};
+use super::monitored::allow_holes;
+use super::monitored::capture::open_through;
+use super::monitored::tail::log_tail;
+use super::monitored::vm::{ENDING, How, MonitoredVm, Process, VmHost};
+use super::room::{RoomConfig, RoomError, Rooms, blocking, uncancelled};
+use super::tsc;
 use super::{
     AttachError, BootError, Caps, Hypervisor, Identity, Machine, PrepareError, Prepared,
     ReleaseError, Swept, Vm, process,
 };
 use crate::cgroup::Limits;
+use crate::disk::Disks;
 use crate::egress::launch::EgressLauncher;
 use crate::jail;
 use crate::snapshot::hash::Hash;
@@ -65,9 +67,6 @@ const PROXY_MIB: u32 = 32;
 /// How long QEMU may take until its monitor answers; usually 30 ms.
 const QMP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a VMM whose monitor hung up is given to end.
-const ENDING: Duration = Duration::from_secs(5);
-
 /// How long QEMU may take to load its devices; usually 10 ms.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -76,9 +75,6 @@ const LOAD_STEP: Duration = Duration::from_millis(1);
 
 /// The monitor's socket in the VM's folder.
 const QMP_SOCKET: &str = "qmp.sock";
-
-/// The agent's socket in the VM's folder.
-const AGENT_SOCKET: &str = "agent.sock";
 
 const MIB: u64 = 1024 * 1024;
 
@@ -350,8 +346,17 @@ impl Hypervisor for Qemu {
         let host = VmHost {
             rooms: Arc::clone(&self.shared.rooms),
             egress: self.shared.config.egress.clone(),
+            how: How {
+                open_memory,
+                new_layer: Disks::new_layer,
+            },
         };
-        let attached = QemuVm::attach(host, vm, prepared, identity.pid, pidfd).await?;
+        let process = Process {
+            pid: identity.pid,
+            pidfd,
+        };
+        let monitor = QemuMonitor::connect(host.rooms.folder(vm).join(QMP_SOCKET));
+        let attached = MonitoredVm::attach(host, vm, prepared, process, monitor).await?;
         Ok(Arc::new(attached))
     }
 
@@ -378,14 +383,6 @@ impl Hypervisor for Qemu {
                 source,
             })?
     }
-}
-
-/// Runs `work` to its end even when the caller gives up, so that no step is left half done while
-/// the next one begins.
-async fn uncancelled<T: Send + 'static>(
-    work: impl Future<Output = T> + Send + 'static,
-) -> io::Result<T> {
-    tokio::spawn(work).await.map_err(io::Error::other)
 }
 
 fn limits(machine: &Machine) -> Limits {
@@ -447,7 +444,7 @@ impl Shared {
         };
         let Launched { pid, log, keys } = launched.map_err(step("a worker thread"))??;
         let identity = process::identity(pid, &vm.to_string());
-        let identity = identity.map_err(|_gone| BootError::Ended(vm::log_tail(&log)))?;
+        let identity = identity.map_err(|_gone| BootError::Ended(log_tail(&log)))?;
         let monitor = self.await_monitor(vm, &identity, &log).await?;
         // The VMM has read them; from now on it alone has them, and nobody after it.
         let emptied = keys.iter().try_for_each(|key| key.set_len(0));
@@ -472,8 +469,9 @@ impl Shared {
         prepared: &Prepared,
         from: ForkFrom,
     ) -> Result<Identity, ForkError> {
-        check_shape(machine, &from)?;
-        self.allow_holes(vm, machine, &from)?;
+        from.check(machine)?;
+        let bytes = limits(machine).memory_bytes;
+        allow_holes(&self.rooms, vm, bytes, &from)?;
         let started = self.start(vm, machine, prepared, Some(from)).await?;
         let Started {
             identity,
@@ -482,24 +480,8 @@ impl Shared {
             fds,
         } = started;
         let loaded = load(&mut monitor, fds - 1).await;
-        loaded.map_err(|error| ForkError::Load(format!("{error}; {}", vm::log_tail(&log))))?;
+        loaded.map_err(|error| ForkError::Load(format!("{error}; {}", log_tail(&log))))?;
         Ok(identity)
-    }
-
-    /// Whoever touches a hole of a shared image first pays for it, on top of a page of its own.
-    fn allow_holes(&self, vm: VmId, machine: &Machine, from: &ForkFrom) -> Result<(), BootError> {
-        let step = |source| BootError::Step {
-            what: "allowing for the holes of its source's memory",
-            source,
-        };
-        let ForkMemory::Shared(image) = &from.memory else {
-            return Ok(());
-        };
-        let holes = image.hole_bytes();
-        let holes = holes.map_err(|error| step(io::Error::other(error)))?;
-        let bytes = limits(machine).memory_bytes + holes;
-        let cgroups = self.rooms.cgroups();
-        cgroups.raise_memory(&vm.to_string(), bytes).map_err(step)
     }
 
     /// Waits until the monitor answers, or the VMM ends.
@@ -509,7 +491,7 @@ impl Shared {
         identity: &Identity,
         log: &OwnedFd,
     ) -> Result<Qmp, BootError> {
-        let ended = || BootError::Ended(vm::log_tail(log));
+        let ended = || BootError::Ended(log_tail(log));
         let step = |what| move |source| BootError::Step { what, source };
         let pidfd = process::open(identity, self.rooms.cgroups()).map_err(|_gone| ended())?;
         let pidfd = sys::watch(pidfd).map_err(step("watching it"))?;
@@ -527,25 +509,6 @@ impl Shared {
             },
         }
     }
-}
-
-/// What is loaded says nothing of sizes, and a VMM that is given others may read nonsense.
-fn check_shape(machine: &Machine, from: &ForkFrom) -> Result<(), ForkError> {
-    let differs = |what, wanted: String, actual: String| match wanted == actual {
-        true => Ok(()),
-        false => Err(ForkError::Shape {
-            what,
-            wanted,
-            actual,
-        }),
-    };
-    let mib = |bytes: u64| format!("{} MiB", bytes / MIB);
-    let (wanted, actual) = (machine.resources.memory_bytes(), from.memory.bytes());
-    differs("memory", mib(wanted), mib(actual))?;
-    let wanted = machine.resources.disk_mib;
-    let actual = from.scratch.as_ref().map_or(0, |scratch| scratch.mib);
-    let [wanted, actual] = [wanted, actual].map(|disk| mib(u64::from(disk) * MIB));
-    differs("scratch disk", wanted, actual)
 }
 
 /// Loads the devices of a fork; its guest is paused before and after.
@@ -569,11 +532,7 @@ async fn load(monitor: &mut Qmp, state: usize) -> io::Result<()> {
         .map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
-/// The VMM's own output, opened again through the VMM.
-fn open_log(pid: u32) -> io::Result<OwnedFd> {
-    Ok(File::open(format!(
-        "/proc/{pid}/fd/{}",
-        rustix::stdio::stderr().as_raw_fd()
-    ))?
-    .into())
+/// The descriptor that the VMM was given for its memory, opened again.
+fn open_memory(pid: u32, _bytes: u64) -> io::Result<File> {
+    open_through(&format!("/proc/{pid}/fd/{FD_MEMORY}"))
 }

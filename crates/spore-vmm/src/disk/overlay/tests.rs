@@ -16,6 +16,21 @@ use crate::disk::tests::file;
 const BYTES: u64 = 5 * CLUSTER_BYTES + 3 * 512;
 const NAME: super::BaseName = [7; 32];
 
+#[test]
+fn a_layer_is_as_long_as_the_wire_says() {
+    for bytes in [
+        1,
+        512,
+        CLUSTER_BYTES,
+        CLUSTER_BYTES + 1,
+        BYTES,
+        1 << 30,
+        DISK_BYTES_MAX,
+    ] {
+        assert_eq!(layer_bytes(bytes), spore_wire::launch::layer_bytes(bytes));
+    }
+}
+
 /// What a store has, and what it would have after a loss of power.
 #[derive(Debug)]
 struct Inner {

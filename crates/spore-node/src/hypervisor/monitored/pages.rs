@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt as _;
 
 use zeroize::Zeroizing;
 
-use crate::hypervisor::memory_image::{CapturedPages, PAGE_BYTES, PageRun};
+use crate::hypervisor::memory_image::{CapturedPages, MEMFD_NAME, PAGE_BYTES, PageRun};
 use crate::sys;
 
 /// Pagemap entries that are read at once.
@@ -46,11 +46,27 @@ pub(super) struct Mapping {
 /// Finds the memory of `bytes` bytes, the file `inode`, in the VMM `pid`.
 pub(super) fn find(pid: u32, inode: u64, bytes: u64) -> io::Result<Mapping> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
-    parse(&maps, inode, bytes).ok_or_else(|| {
-        io::Error::other(format!(
-            "the VMM {pid} does not map the {bytes} bytes of its guest's memory"
-        ))
-    })
+    parse(&maps, inode, bytes).ok_or_else(|| missing(pid, bytes))
+}
+
+/// Finds the mapping of a memory of `bytes` bytes in the VMM `pid`, as the names in its
+/// `/proc/PID/map_files` have it, by the name of its file, which the node gave it.
+pub(in crate::hypervisor) fn find_memory(pid: u32, bytes: u64) -> io::Result<(u64, u64)> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let name = format!("/memfd:{MEMFD_NAME}");
+    let mut of_it = maps.lines().filter(|line| line.contains(&name));
+    let found = of_it.find_map(|line| {
+        let inode = line.split_whitespace().nth(4)?.parse().ok()?;
+        let start = parse(line, inode, bytes)?.start;
+        Some((start, start.checked_add(bytes)?))
+    });
+    found.ok_or_else(|| missing(pid, bytes))
+}
+
+fn missing(pid: u32, bytes: u64) -> io::Error {
+    io::Error::other(format!(
+        "the VMM {pid} does not map the {bytes} bytes of its guest's memory"
+    ))
 }
 
 /// Lines of proc(5)'s maps: `from-to rwxp offset device inode path`.

@@ -1,6 +1,7 @@
-//! The rate of the host's time stamp counter, which a guest in software emulation must be told.
+//! The rate of the host's time stamp counter, which a guest's is: one in software emulation must be
+//! told it, and a snapshot is for hosts with the same.
 //!
-//! Called once by the `qemu` driver. In software emulation the guest's counter is the host's.
+//! Called once by each driver.
 
 use std::time::Duration;
 

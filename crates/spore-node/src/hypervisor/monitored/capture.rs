@@ -1,4 +1,4 @@
-//! Pausing, resuming and capturing a QEMU that runs.
+//! Pausing, resuming and capturing a VM whose VMM runs.
 //!
 //! Called by its actor, through the traits of [`crate::hypervisor`]. The task that owns the monitor
 //! does what the monitor does; memory is read beside it, on threads that may block. A VMM may be a
@@ -29,10 +29,9 @@ use rustix::io::Errno;
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 use tokio::time::sleep;
 
-use super::arguments::FD_MEMORY;
-use super::blocking;
 use super::pages::{self, Reader, Sharing};
-use super::vm::{Handed, Order, QemuVm};
+use super::vm::{How, MonitoredVm, Order};
+use super::{Handed, HandedScratch};
 use crate::disk::overlay::DiskKey;
 use crate::hypervisor::Vm as _;
 use crate::hypervisor::fork::{
@@ -40,6 +39,7 @@ use crate::hypervisor::fork::{
     ScratchLayer, Turn,
 };
 use crate::hypervisor::memory_image::{CapturedMemory, MemoryDraft, MemoryImage, SEALED};
+use crate::hypervisor::room::blocking;
 
 /// How often a copy is asked whether it is over, at first and at last.
 const COPY_STEPS: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(100)];
@@ -48,7 +48,9 @@ const COPY_STEPS: [Duration; 2] = [Duration::from_millis(2), Duration::from_mill
 /// are, and what the guest wrote until it stood still.
 const COPY_MARGIN: u64 = 32 * 1024 * 1024;
 
-pub(super) fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> CaptureError {
+pub(in crate::hypervisor) fn step<E: Into<io::Error>>(
+    what: &'static str,
+) -> impl FnOnce(E) -> CaptureError {
     move |source| CaptureError::Step {
         what,
         source: source.into(),
@@ -77,7 +79,7 @@ pub(super) struct Ready {
     alone: OwnedMutexGuard<()>,
 }
 
-impl QemuVm {
+impl MonitoredVm {
     pub(super) async fn run_state(
         &self,
         what: &'static str,
@@ -114,20 +116,24 @@ impl QemuVm {
         let mib = machine.resources.disk_mib;
         let (pid, bytes) = (self.pid, machine.resources.memory_bytes());
         let (disks, of) = (self.rooms.disks().clone(), key.clone());
+        let how = self.how;
         let opened = blocking(move || {
-            let memory = Memory::open(pid, bytes)?;
-            let layer = (mib > 0).then(|| disks.new_layer(mib, of.as_ref()));
+            let memory = Memory::open(how, pid, bytes)?;
+            let layer = (mib > 0).then(|| (how.new_layer)(&disks, mib, of.as_ref()));
             let layer = layer.transpose();
             let layer = layer.map_err(step("a file for its scratch disk"))?;
             Ok::<_, CaptureError>((memory, layer))
         });
         let (memory, layer) = opened.await.map_err(step("a worker thread"))??;
         let cloned = layer.as_ref().map(File::try_clone).transpose();
+        let cloned = cloned.map_err(step("a file for its scratch disk"))?;
         let handed = Handed {
             state: to,
-            scratch: cloned.map_err(step("a file for its scratch disk"))?,
-            key: key.as_ref().map(DiskKey::passphrase),
-            below,
+            scratch: cloned.map(|file| HandedScratch {
+                file,
+                key: key.clone(),
+                below,
+            }),
         };
         let extent = ask(&self.orders, |answer| Order::Prepare(handed, answer));
         let extent = extent.await.flatten();
@@ -276,8 +282,8 @@ enum Copied {
 }
 
 impl Memory {
-    fn open(pid: u32, bytes: u64) -> Result<Self, CaptureError> {
-        let file = open_memory(pid).map_err(step("opening its memory"))?;
+    fn open(how: How, pid: u32, bytes: u64) -> Result<Self, CaptureError> {
+        let file = (how.open_memory)(pid, bytes).map_err(step("opening its memory"))?;
         let inode = file.metadata().map_err(step("finding its memory"))?.ino();
         let mapping = pages::find(pid, inode, bytes).map_err(step("finding its memory"))?;
         Ok(match mapping.sharing {
@@ -315,18 +321,16 @@ impl Memory {
     }
 }
 
-/// The descriptor that the VMM was given for its memory, opened again. By now it may have put
-/// anything there: what is no plain file is refused, and opening it never waits.
-fn open_memory(pid: u32) -> io::Result<File> {
+/// Opens a file through a VMM, which by now may have put anything there: what is no plain file is
+/// refused, and opening it never waits.
+pub(in crate::hypervisor) fn open_through(path: &str) -> io::Result<File> {
     let file = File::options()
         .read(true)
         .write(true)
         .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-        .open(format!("/proc/{pid}/fd/{FD_MEMORY}"))?;
+        .open(path)?;
     match FileType::from_raw_mode(fstat(&file)?.st_mode) {
         FileType::RegularFile => Ok(file),
-        other => Err(io::Error::other(format!(
-            "descriptor {FD_MEMORY} of the VMM is {other:?} and no file"
-        ))),
+        other => Err(io::Error::other(format!("{path} is {other:?} and no file"))),
     }
 }

@@ -1,0 +1,441 @@
+//! A VM whose VMM runs, held by its actor.
+//!
+//! Made by a driver's `attach`. One task per VM watches process and monitor; it alone speaks to the
+//! VMM:
+//!
+//! ```text
+//!   Watching ──guest's end──▶ reads the console, lets the VMM go ──▶ Watching
+//!       │ ├────asked to read the console, pause, capture, resume ──▶ does it ──▶ Watching
+//!       │ └────egress proxy gone──▶ says that the VM is unsound ──▶ Watching
+//!       └──process gone──▶ Over (exit published)
+//! ```
+//!
+//! When the last holder lets go the task ends and its connection closes, so that the next daemon
+//! or `attach` can connect; the VM goes on. Never restarts anything.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rustix::io::Errno;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+use spore_wire::id::VmId;
+use tokio::io::unix::AsyncFd;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::capture::Ready;
+use super::tail::{Tail, log_tail};
+use super::{AGENT_SOCKET, Handed, Monitor};
+use crate::cgroup::kill_process;
+use crate::disk::Disks;
+use crate::disk::overlay::DiskKey;
+use crate::egress::launch::EgressLauncher;
+use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, PauseError, Turn};
+use crate::hypervisor::proxy::EgressProxy;
+use crate::hypervisor::room::Rooms;
+use crate::hypervisor::{AgentStream, AttachError, PolicyError, Prepared, Vm, VmExit, VmStats};
+use crate::net::policy::Policy;
+use crate::sys;
+
+/// How long a VMM whose guest has ended, or whose monitor hung up, is given to end.
+pub(in crate::hypervisor) const ENDING: Duration = Duration::from_secs(5);
+
+/// What a VM needs of its driver.
+#[derive(Debug)]
+pub(in crate::hypervisor) struct VmHost {
+    pub(in crate::hypervisor) rooms: Arc<Rooms>,
+    pub(in crate::hypervisor) egress: EgressLauncher,
+    pub(in crate::hypervisor) how: How,
+}
+
+/// In what a driver's VMMs differ, seen from outside.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::hypervisor) struct How {
+    /// Opens the file of the guest's memory, of so many bytes, in the VMM of a pid.
+    pub(in crate::hypervisor) open_memory: fn(u32, u64) -> io::Result<File>,
+    /// Makes an empty layer of so many MiB, with a key or without.
+    pub(in crate::hypervisor) new_layer: fn(&Disks, u32, Option<&DiskKey>) -> io::Result<File>,
+}
+
+/// The process of a VMM, checked to be the one that the node has started.
+#[derive(Debug)]
+pub(in crate::hypervisor) struct Process {
+    pub(in crate::hypervisor) pid: u32,
+    pub(in crate::hypervisor) pidfd: OwnedFd,
+}
+
+/// A VM.
+#[derive(Debug)]
+pub(in crate::hypervisor) struct MonitoredVm {
+    pub(super) rooms: Arc<Rooms>,
+    pub(super) vm: VmId,
+    pub(super) pid: u32,
+    pub(super) how: How,
+    namespace: String,
+    policy: Policy,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    exit: watch::Receiver<Option<VmExit>>,
+    unsound: watch::Receiver<Option<String>>,
+    pub(super) orders: mpsc::Sender<Order>,
+    /// Where it has grants.
+    proxy: Option<Arc<EgressProxy>>,
+    watcher: JoinHandle<()>,
+    /// The next capture, where it was prepared for.
+    pub(super) ready: Mutex<Option<Ready>>,
+    /// Held from a capture's preparation to its end.
+    pub(super) turn: Arc<Mutex<()>>,
+    /// Held while its disk is copied.
+    pub(super) copying: Arc<Mutex<()>>,
+}
+
+/// What the task of a VM is asked.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// The console's last lines.
+    Console(oneshot::Sender<Vec<String>>),
+    /// To miss this process, its egress proxy, when it ends.
+    Miss(OwnedFd),
+    /// To let the guest stand still.
+    Pause(oneshot::Sender<io::Result<()>>),
+    /// To let it run.
+    Resume(oneshot::Sender<io::Result<()>>),
+    /// To get ready for a capture; what the copy of its disk will be over.
+    Prepare(Handed, oneshot::Sender<io::Result<(Below, u64)>>),
+    /// To write what its devices are, and to begin the copy of its disk.
+    Capture(oneshot::Sender<Result<(), CaptureError>>),
+    /// Not to hold the copy back any more.
+    Hasten,
+    /// Whether the copy is whole; it is let go of then.
+    Copied(oneshot::Sender<io::Result<bool>>),
+    /// To let go of what a capture was prepared with.
+    Forget,
+}
+
+impl MonitoredVm {
+    /// Connects to the monitor and starts watching.
+    pub(in crate::hypervisor) async fn attach<M: Monitor>(
+        host: VmHost,
+        vm: VmId,
+        prepared: &Prepared,
+        process: Process,
+        connect: impl Future<Output = io::Result<M>> + Send,
+    ) -> Result<Self, AttachError> {
+        let silent = |what| move |source| AttachError::Silent { what, source };
+        let VmHost { rooms, egress, how } = host;
+        let machine = rooms.machine(vm).map_err(silent("record"))?;
+        let proxy = prepared.egress_uid.map(|uid| EgressProxy {
+            launcher: egress,
+            rooms: Arc::clone(&rooms),
+            vm,
+            namespace: prepared.namespace.clone(),
+            uid,
+            vmm_uid: prepared.uid,
+            grants: machine.egress.clone(),
+        });
+        let kept = match &proxy {
+            Some(proxy) => proxy.kept().await,
+            None => Ok(None),
+        };
+        let kept = kept.map_err(|error| silent("egress proxy")(io::Error::other(error)))?;
+        let kept = kept.map(watched).transpose();
+        let Process { pid, pidfd } = process;
+        let pidfd = Arc::new(sys::watch(pidfd).map_err(silent("pidfd"))?);
+        let log = open_log(pid).map_err(|_gone| AttachError::Gone(pid))?;
+        let monitor = tokio::select! {
+            biased;
+            _readable = pidfd.readable() => return Err(AttachError::Gone(pid)),
+            monitor = connect => monitor,
+        };
+        let (publish, exit) = watch::channel(None);
+        let (cause, unsound) = watch::channel(None);
+        let (orders, asked) = mpsc::channel(4);
+        let watcher = Watcher {
+            rooms: Arc::clone(&rooms),
+            vm,
+            pidfd: Arc::clone(&pidfd),
+            monitor: monitor.map_err(silent("monitor"))?,
+            log,
+            tail: Tail::default(),
+            proxy: kept.map_err(silent("egress proxy"))?,
+            cause,
+            asked,
+        };
+        Ok(Self {
+            watcher: tokio::spawn(watcher.run(publish)),
+            policy: if machine.egress.is_empty() {
+                Policy::Open
+            } else {
+                Policy::OpenWithEgress
+            },
+            namespace: prepared.namespace.clone(),
+            rooms,
+            vm,
+            pid,
+            how,
+            pidfd,
+            exit,
+            unsound,
+            orders,
+            proxy: proxy.map(Arc::new),
+            ready: Mutex::default(),
+            turn: Arc::default(),
+            copying: Arc::default(),
+        })
+    }
+}
+
+impl Drop for MonitoredVm {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+#[async_trait]
+impl Vm for MonitoredVm {
+    async fn agent(&self) -> io::Result<Box<dyn AgentStream>> {
+        let socket = self.rooms.folder(self.vm).join(AGENT_SOCKET);
+        Ok(Box::new(UnixStream::connect(socket).await?))
+    }
+
+    async fn connect(&self, port: u16) -> io::Result<TcpStream> {
+        self.rooms.namespaces().connect(&self.namespace, port).await
+    }
+
+    async fn open_network(&self) -> Result<(), PolicyError> {
+        if let Some(proxy) = &self.proxy {
+            let pidfd = proxy.ensure().await?;
+            // A task that is over has published the VM's end.
+            drop(self.orders.send(Order::Miss(pidfd)).await);
+        }
+        self.rooms
+            .namespaces()
+            .open_policy(&self.namespace, self.policy)
+            .await
+    }
+
+    async fn pause(&self) -> Result<(), PauseError> {
+        self.run_state("pause", Order::Pause).await
+    }
+
+    async fn resume(&self) -> Result<(), PauseError> {
+        self.run_state("resume", Order::Resume).await
+    }
+
+    async fn prepare_capture(
+        &self,
+        key: Option<DiskKey>,
+        below: Option<Below>,
+    ) -> Result<Turn, CaptureError> {
+        self.make_ready(key, below).await
+    }
+
+    async fn capture(&self, afterwards: Afterwards) -> Result<Capture, CaptureError> {
+        self.take(afterwards).await
+    }
+
+    async fn stats(&self) -> io::Result<VmStats> {
+        self.rooms.cgroups().stats(&self.vm.to_string())
+    }
+
+    async fn console_tail(&self) -> Vec<String> {
+        let (answer, answered) = oneshot::channel();
+        if self.orders.send(Order::Console(answer)).await.is_err() {
+            return Vec::new();
+        }
+        answered.await.unwrap_or_default()
+    }
+
+    fn kill(&self) {
+        if let Err(error) = kill_process(self.pidfd.get_ref()) {
+            tracing::error!(vm = %self.vm, %error, "cannot kill the VMM");
+        }
+    }
+
+    async fn exited(&self) -> VmExit {
+        let mut exit = self.exit.clone();
+        match exit.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(exit)) => exit.clone(),
+            Ok(None) | Err(_) => VmExit {
+                reason: "the task that watched the VMM ended".to_owned(),
+                out_of_memory: false,
+            },
+        }
+    }
+
+    async fn unsound(&self) -> String {
+        let mut unsound = self.unsound.clone();
+        let said = unsound.wait_for(Option::is_some).await;
+        match said.ok().and_then(|cause| cause.clone()) {
+            Some(cause) => cause,
+            // The task that watches ends with the VMM, which is told otherwise.
+            None => core::future::pending().await,
+        }
+    }
+}
+
+/// The task of one VM.
+#[derive(Debug)]
+struct Watcher<M> {
+    rooms: Arc<Rooms>,
+    vm: VmId,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    monitor: M,
+    log: OwnedFd,
+    /// What the console said last.
+    tail: Tail,
+    /// The egress proxy, once it serves.
+    proxy: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// Why the VM must not go on.
+    cause: watch::Sender<Option<String>>,
+    asked: mpsc::Receiver<Order>,
+}
+
+impl<M: Monitor> Watcher<M> {
+    async fn run(mut self, publish: watch::Sender<Option<VmExit>>) {
+        // The guest may have ended while nobody was connected.
+        if self.monitor.is_over().await {
+            self.quit().await;
+        }
+        if let Err(error) = self.monitor.end_old_copy().await {
+            tracing::warn!(vm = %self.vm, %error, "a copy of a disk is left");
+        }
+        loop {
+            let pidfd = Arc::clone(&self.pidfd);
+            tokio::select! {
+                biased;
+                _readable = pidfd.readable() => break,
+                () = self.monitor.guest_ended() => self.quit().await,
+                () = ended(self.proxy.clone()) => self.miss_proxy(),
+                Some(order) = self.asked.recv() => self.obey(order).await,
+            }
+        }
+        let exit = self.exit();
+        publish.send_replace(Some(exit));
+    }
+
+    async fn obey(&mut self, order: Order) {
+        match order {
+            Order::Console(answer) => {
+                self.read_console().await;
+                // Whoever asked may have given up.
+                drop(answer.send(self.tail.lines.clone()));
+            }
+            Order::Miss(proxy) => match watched(proxy) {
+                Ok(proxy) => self.proxy = Some(proxy),
+                Err(error) => self.give_up(format!("its egress proxy cannot be watched: {error}")),
+            },
+            // Whoever asked may have given up.
+            Order::Pause(answer) => drop(answer.send(self.monitor.pause().await)),
+            Order::Resume(answer) => {
+                drop(answer.send(self.monitor.resume().await));
+                self.monitor.hasten().await;
+            }
+            Order::Prepare(handed, answer) => drop(answer.send(self.monitor.prepare(handed).await)),
+            Order::Capture(answer) => drop(answer.send(self.monitor.capture().await)),
+            Order::Hasten => self.monitor.hasten().await,
+            Order::Copied(answer) => drop(answer.send(self.monitor.is_copied().await)),
+            Order::Forget => {
+                // The next capture tries again.
+                if let Err(error) = self.monitor.forget().await {
+                    tracing::warn!(vm = %self.vm, %error, "a copy of a disk is left");
+                }
+            }
+        }
+    }
+
+    fn miss_proxy(&mut self) {
+        if let Some(proxy) = self.proxy.take() {
+            self.give_up(how_it_ended("its egress proxy", &proxy));
+        }
+    }
+
+    fn give_up(&self, cause: String) {
+        tracing::warn!(vm = %self.vm, cause, "the VM must not go on");
+        self.cause.send_replace(Some(cause));
+    }
+
+    /// The guest has ended: keeps what it last said and lets the VMM go.
+    async fn quit(&mut self) {
+        self.read_console().await;
+        let asked = self.monitor.quit().await;
+        // It answers and ends, or ends before its answer is read, or does not listen.
+        let ended = timeout(ENDING, self.pidfd.readable()).await.is_ok();
+        if !ended && let Err(failed) = kill_process(self.pidfd.get_ref()) {
+            tracing::error!(vm = %self.vm, ?asked, %failed, "cannot end the VMM");
+        }
+    }
+
+    async fn read_console(&mut self) {
+        match self.monitor.console().await {
+            Ok(said) => self.tail.take(&said),
+            Err(error) => tracing::warn!(vm = %self.vm, %error, "cannot read the console"),
+        }
+    }
+
+    fn exit(&self) -> VmExit {
+        let name = self.vm.to_string();
+        let out_of_memory = self
+            .rooms
+            .cgroups()
+            .was_out_of_memory(&name)
+            .unwrap_or(false);
+        let mut reason = how_it_ended("the VMM", &self.pidfd);
+        if let Some(cause) = &*self.cause.borrow() {
+            reason = format!("{cause}; {reason}");
+        }
+        for (what, text) in [
+            ("VMM", log_tail(&self.log)),
+            ("console", self.tail.lines.join("\n")),
+        ] {
+            if !text.is_empty() {
+                reason.push_str(&format!("\n{what}: {text}"));
+            }
+        }
+        VmExit {
+            reason,
+            out_of_memory,
+        }
+    }
+}
+
+fn watched(pidfd: OwnedFd) -> io::Result<Arc<AsyncFd<OwnedFd>>> {
+    sys::watch(pidfd).map(Arc::new)
+}
+
+/// Resolves when the process is gone; never where there is none.
+async fn ended(process: Option<Arc<AsyncFd<OwnedFd>>>) {
+    match process {
+        // Not to be watched any more is as bad as gone.
+        Some(pidfd) => drop(pidfd.readable().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Reaps the process where it is a child of this daemon; init reaps it where it is not.
+fn how_it_ended(what: &str, pidfd: &AsyncFd<OwnedFd>) -> String {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    match waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), options) {
+        Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => format!("{what} ended with code {code}"),
+            (None, Some(signal)) => format!("{what} was ended by signal {signal}"),
+            (None, None) => format!("{what} ended"),
+        },
+        Ok(None) | Err(Errno::CHILD) => format!("{what} ended"),
+        Err(error) => format!("{what} ended, how is not known: {error}"),
+    }
+}
+
+/// The VMM's own output, opened again through the VMM.
+pub(in crate::hypervisor) fn open_log(pid: u32) -> io::Result<OwnedFd> {
+    Ok(File::open(format!(
+        "/proc/{pid}/fd/{}",
+        rustix::stdio::stderr().as_raw_fd()
+    ))?
+    .into())
+}
