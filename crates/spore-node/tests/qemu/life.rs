@@ -58,7 +58,12 @@ async fn a_guest_that_powers_off_or_panics_ends_its_vm_and_its_last_words_are_ke
         let prepared = driver.prepare(vm, &machine).await.unwrap();
         let identity = driver.boot(vm, &machine, &prepared).await.unwrap();
         let held = driver.attach(vm, &prepared, &identity).await.unwrap();
-        let exit = timeout(HANG, held.exited()).await.unwrap();
+        let Ok(exit) = timeout(HANG, held.exited()).await else {
+            panic!(
+                "{then:?}: it goes on, and said {:#?}",
+                held.console_tail().await
+            );
+        };
         assert!(exit.reason.contains("code 0"), "{then:?}: {exit:?}");
         assert!(exit.reason.contains(words), "{then:?}: {exit:?}");
         driver.release(vm).await.unwrap();

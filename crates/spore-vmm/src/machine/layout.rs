@@ -6,6 +6,7 @@
 //!   0x7000            PVH memory map
 //!   0x2_0000          command line
 //!   0xe_0000          ACPI: RSDP, then the tables, up to 1 MiB; reserved in the memory map
+//!   0xf_fff0            where a processor of old begins after a reset: asks for one
 //!   0x10_0000         the kernel
 //!   (top of low RAM)  the initramfs, page-aligned
 //!   0xc000_0000       the hole
@@ -63,6 +64,10 @@ pub const COMMAND_LINE_BYTES_MAX: u64 = 2048;
 /// Where kernels look for the RSDP, and where the tables and their end are.
 pub const ACPI: Range<u64> = 0xe_0000..0x10_0000;
 
+/// Where the first PCs began after a reset, in real mode. A kernel that wants one jumps here when
+/// it believes that nothing else helps, as Linux does where ACPI has reduced hardware.
+pub const RESET_VECTOR: Gpa = Gpa(0xf_fff0);
+
 /// The lowest address of a kernel.
 pub const KERNEL_START: Gpa = Gpa(0x10_0000);
 
@@ -113,7 +118,7 @@ pub enum Slot {
     Scratch,
     /// The network.
     Net,
-    /// The console, whose second port is the agent's.
+    /// The console, whose only port is the agent's.
     Console,
     /// Entropy.
     Rng,

@@ -203,3 +203,22 @@ fn a_kernel_is_ended_while_it_boots() {
     machine.end(End::Stopped);
     assert!(matches!(*machine.wait(), End::Stopped));
 }
+
+#[test]
+fn a_kernel_that_panics_ends_its_machine() {
+    let Some(kvm) = usable() else { return };
+    let Some(kernel) = open(KERNEL) else { return };
+    let layout = Layout::new(192, 1).unwrap();
+    let boot = Boot {
+        kernel: kernel.as_fd(),
+        initramfs: None,
+        command_line: b"console=ttyS0 panic=-1",
+    };
+    let memory = file(layout.memory_bytes());
+    let none = |_: &mut Board<'_>, _: &GuestMemory| Ok(());
+    let machine = Machine::boot(&kvm, &layout, memory.as_fd(), &boot, none).unwrap();
+    machine.resume();
+    says(&machine, "Kernel panic");
+    let end = machine.wait();
+    assert!(matches!(*end, End::Reset), "{end}");
+}

@@ -30,7 +30,7 @@ use vm_memory::{ByteValued as _, GuestAddress, ReadVolatile, VolatileMemoryError
 use super::acpi;
 use super::layout::{
     ACPI, COMMAND_LINE, COMMAND_LINE_BYTES_MAX, KERNEL_START, Kind, Layout, LayoutError,
-    MEMORY_MAP, MODULES, START_INFO,
+    MEMORY_MAP, MODULES, RESET_VECTOR, START_INFO,
 };
 use crate::memory::{Gpa, GuestMemory, OutOfMemory};
 
@@ -43,6 +43,9 @@ const VERSION: u32 = 1;
 /// Kinds of memory in the map: the numbers of E820.
 const RAM: u32 = 1;
 const RESERVED: u32 = 2;
+
+/// `mov al, 0xfe; out 0x64, al; hlt`: the reset line of the keyboard controller.
+const RESET_CODE: [u8; 5] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4];
 
 /// What is copied at once.
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -116,6 +119,7 @@ pub fn load(memory: &GuestMemory, layout: &Layout, boot: &Boot<'_>) -> Result<Gp
     }
     memory.write(COMMAND_LINE, &line)?;
     memory.write(Gpa(ACPI.start), &acpi::tables(layout))?;
+    memory.write(RESET_VECTOR, &RESET_CODE)?;
     let map = memory_map(layout);
     for (number, entry) in (0_u64..).zip(&map) {
         let bytes = entry.as_slice();
