@@ -1,5 +1,5 @@
-//! The `qemu` driver with real namespaces, cgroups and QEMU, or `kvm` where `SPORE_TEST_DRIVER` asks
-//! for it. Needs root; `host.rs` has the rest.
+//! The `qemu` driver with real namespaces, cgroups and QEMU, or `kvm` where `SPORE_TEST_DRIVER`
+//! asks for it. Needs root; `host.rs` has the rest.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,

@@ -42,8 +42,8 @@ const FILE_BYTES_MIN: u64 = 16 * MIB;
 /// What a guest's kernel is told. Spore's own machine has one serial port, which it need not look
 /// for others beside, and no hardware that would be probed for. `reboot=k`: by the reset line, not
 /// by a firmware that is not there.
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on raid=noautodetect \
-     cryptomgr.notests 8250.nr_uarts=1 audit=0";
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 reboot=k random.trust_cpu=on \
+     raid=noautodetect cryptomgr.notests 8250.nr_uarts=1 audit=0";
 
 /// Descriptors on their way, and their places.
 #[derive(Debug, Default)]
