@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use spore_wire::guest::PORT_NAME;
 use spore_wire::launch::{self, Begin, Launch, TAP_HEADER_BYTES};
+use spore_wire::secret::SecretBytes;
 
 use super::files::{Files, FilesError};
 use crate::clock::Monotonic;
@@ -16,9 +17,10 @@ use crate::device::virtio::console::{Console, Listener};
 use crate::device::virtio::mmio::Mmio;
 use crate::device::virtio::net::{Net, Tap};
 use crate::device::virtio::rng::{self, Rng};
-use crate::disk::locked::{KEY_BYTES, Locked};
+use crate::disk::locked::KEY_BYTES;
 use crate::disk::overlay::LayerError;
-use crate::disk::scratch::Scratch;
+use crate::disk::scratch::{LayerFile, Scratch};
+use crate::disk::stack::Base;
 use crate::disk::zeros::Zeros;
 use crate::disk::{Access, Disk, Raw};
 use crate::kvm::Kvm;
@@ -132,21 +134,19 @@ fn using<T>(what: &'static str, made: io::Result<T>) -> Result<T, LaunchError> {
     made.map_err(|source| LaunchError::Use { what, source })
 }
 
-/// The disk that a layer's file holds.
+/// A layer's file and its key.
 pub fn layer(
     layer: &launch::Layer,
     files: &mut Files,
     access: Access,
-) -> Result<Box<dyn Disk>, LaunchError> {
+) -> Result<LayerFile, LaunchError> {
     let raw = Raw::new(files.take(layer.file)?, access);
-    let raw = Box::new(using("scratch disk's layer", raw)?);
-    let Some(key) = &layer.key else {
-        return Ok(raw);
-    };
-    let found = key.expose().len();
-    let key = key.expose().try_into();
+    let raw = using("scratch disk's layer", raw)?;
+    let key = layer.key.as_ref().map(SecretBytes::expose);
+    let found = key.map_or(0, <[u8]>::len);
+    let key = key.map(<&[u8; KEY_BYTES]>::try_from).transpose();
     let key = key.map_err(|_wrong| LaunchError::Key { found })?;
-    Ok(Box::new(Locked::new(raw, key)))
+    Ok(LayerFile::new(raw, key))
 }
 
 fn scratch(blob: &launch::Scratch, files: &mut Files) -> Result<Scratch, LaunchError> {
@@ -154,11 +154,11 @@ fn scratch(blob: &launch::Scratch, files: &mut Files) -> Result<Scratch, LaunchE
     if found > launch::LAYERS_MAX {
         return Err(LaunchError::Layers { found });
     }
-    let base: Box<dyn Disk> = match blob.base {
-        None => Box::new(Zeros(blob.bytes)),
+    let base = match blob.base {
+        None => Base::Zeros(Zeros(blob.bytes)),
         Some(base) => {
             let raw = Raw::new(files.take(base)?, Access::ReadOnly);
-            Box::new(using("scratch disk's base", raw)?)
+            Base::File(using("scratch disk's base", raw)?)
         }
     };
     let (found, expected) = (base.bytes(), blob.bytes);

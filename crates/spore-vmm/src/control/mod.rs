@@ -30,7 +30,7 @@ use self::files::{Files, FilesError};
 use self::launch::{LaunchError, Launched, layer};
 use self::packet::{Connection, PacketError};
 use crate::disk::Access;
-use crate::disk::overlay::LayerError;
+use crate::disk::scratch::SwitchError;
 use crate::end::End;
 use crate::kvm::bell::Bell;
 use crate::kvm::{Kvm, KvmError};
@@ -69,7 +69,7 @@ enum RequestError {
     #[error("the guest has no scratch disk")]
     NoScratch,
     #[error("the scratch disk's layer cannot be switched")]
-    Switch(#[from] LayerError),
+    Switch(#[from] SwitchError),
     #[error("the file for the answer cannot be written")]
     Write(#[source] io::Error),
 }

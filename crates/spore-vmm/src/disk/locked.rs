@@ -25,7 +25,8 @@ const PIECE_BYTES: usize = 64 * 1024;
 pub struct Locked {
     disk: Box<dyn Disk>,
     cipher: Xts128<Aes256>,
-    piece: Box<[u8]>,
+    /// What is being encrypted; nothing until something is.
+    piece: Vec<u8>,
 }
 
 impl fmt::Debug for Locked {
@@ -45,7 +46,7 @@ impl Locked {
         Self {
             disk,
             cipher: Xts128::new(cipher(data), cipher(tweaks)),
-            piece: vec![0; PIECE_BYTES].into(),
+            piece: Vec::new(),
         }
     }
 }
@@ -81,12 +82,12 @@ impl Disk for Locked {
     fn write(&mut self, mut at: u64, from: &[u8]) -> io::Result<()> {
         first_sector(at, from.len())?;
         for part in from.chunks(PIECE_BYTES) {
-            let piece = self.piece.get_mut(..part.len()).unwrap_or_default();
-            piece.copy_from_slice(part);
+            self.piece.clear();
+            self.piece.extend_from_slice(part);
             let first = first_sector(at, part.len())?;
             self.cipher
-                .encrypt_area(piece, SECTOR, first, get_tweak_default);
-            self.disk.write(at, piece)?;
+                .encrypt_area(&mut self.piece, SECTOR, first, get_tweak_default);
+            self.disk.write(at, &self.piece)?;
             at += part.len() as u64;
         }
         Ok(())

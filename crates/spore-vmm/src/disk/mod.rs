@@ -3,14 +3,19 @@
 //! Called by `device/virtio/blk`, which has checked every range against [`Disk::bytes`]. All of it
 //! waits for the host's disk, so whoever calls is no thread that a guest's processor waits for.
 
+pub mod copies;
+pub mod copy;
 pub mod locked;
 pub mod overlay;
 pub mod scratch;
+pub mod stack;
 pub mod zeros;
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -45,10 +50,10 @@ pub enum Access {
     ReadWrite,
 }
 
-/// A file or a block device as it is.
-#[derive(Debug)]
+/// A file or a block device as it is; clones are the same one.
+#[derive(Clone, Debug)]
 pub struct Raw {
-    file: OwnedFd,
+    file: Arc<OwnedFd>,
     access: Access,
     bytes: u64,
     /// A file has a length that can change, and a write behind its end makes it longer.
@@ -66,11 +71,36 @@ impl Raw {
         // A block device's status has no length; its end can be looked for.
         let end = rustix::fs::seek(&file, SeekFrom::End(0))?;
         Ok(Self {
-            file,
+            file: Arc::new(file),
             access,
             bytes: end - end % SECTOR_BYTES,
             is_file: kind == FileType::RegularFile,
         })
+    }
+
+    /// The same with another access.
+    #[must_use]
+    pub fn with(self, access: Access) -> Self {
+        Self { access, ..self }
+    }
+
+    /// The next bytes at or behind a place that are no hole; all of the rest where nobody knows
+    /// of holes.
+    pub fn data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        // Where the descriptor stands means nothing here: all is read and written at a place.
+        let seek = |to| rustix::fs::seek(&self.file, to);
+        let start = match seek(SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) if seek(SeekFrom::End(0))? < self.bytes => {
+                // What was cut off is no hole.
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(rest(from, self.bytes)),
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(SeekFrom::Hole(start))?.min(self.bytes);
+        Ok((start < end).then_some(start..end))
     }
 }
 
@@ -104,6 +134,10 @@ impl Disk for Raw {
     fn flush(&mut self) -> io::Result<()> {
         Ok(rustix::fs::fdatasync(&self.file)?)
     }
+}
+
+fn rest(from: u64, end: u64) -> Option<Range<u64>> {
+    (from < end).then_some(from..end)
 }
 
 /// Reads all of a range of a file; its end comes too early.
@@ -149,7 +183,8 @@ pub(crate) mod tests {
 
     /// A file of so many bytes in memory, and the same once more.
     pub(crate) fn file(bytes: u64) -> (OwnedFd, OwnedFd) {
-        let file = rustix::fs::memfd_create("disk", MemfdFlags::CLOEXEC).unwrap();
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create("disk", flags).unwrap();
         rustix::fs::ftruncate(&file, bytes).unwrap();
         let again = file.try_clone().unwrap();
         (file, again)
@@ -171,6 +206,20 @@ pub(crate) mod tests {
             )
             .is_err()
         );
+    }
+
+    #[test]
+    fn holes_of_a_file_are_skipped() {
+        let (holes, other) = file(1024 * 1024);
+        rustix::io::pwrite(&other, &[1; 4096], 128 * 1024).unwrap();
+        let raw = Raw::new(holes, Access::ReadOnly).unwrap();
+        let data = raw.data(0).unwrap().unwrap();
+        assert_eq!(data, 128 * 1024..132 * 1024);
+        assert_eq!(raw.data(data.end).unwrap(), None);
+        assert_eq!(raw.data(1024 * 1024).unwrap(), None);
+        rustix::fs::ftruncate(&other, 4096).unwrap();
+        let early = raw.data(0).unwrap_err().kind();
+        assert_eq!(early, io::ErrorKind::UnexpectedEof);
     }
 
     #[test]

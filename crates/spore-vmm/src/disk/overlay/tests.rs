@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
-use super::{
-    Access, CLUSTER_BYTES, DISK_BYTES_MAX, Disk, HEADER_BYTES, LayerError, Overlay, data_start,
-    header, layer_bytes,
+use super::layer::{
+    CLUSTER_BYTES, DISK_BYTES_MAX, HEADER_BYTES, Layer, LayerError, data_start, header, layer_bytes,
 };
+use super::map::Map;
+use super::{Access, Disk, Overlay};
 use crate::disk::Raw;
 use crate::disk::tests::file;
 
@@ -129,14 +130,20 @@ fn layer() -> Store {
     Store::new(vec![0; usize::try_from(layer_bytes(BYTES)).unwrap()])
 }
 
-fn create(layer: &Store) -> Overlay {
-    let base = Box::new(Store::new(base()));
-    Overlay::create(base, Box::new(layer.clone()), &NAME).unwrap()
+fn create(layer: &Store) -> Overlay<Store> {
+    let layer = Layer::create(Box::new(layer.clone()), BYTES, &NAME);
+    Overlay::new(Store::new(base()), layer.unwrap())
 }
 
-fn open(layer: &Store) -> Result<Overlay, LayerError> {
-    let base = Box::new(Store::new(base()));
-    Overlay::open(base, Box::new(layer.clone()), &NAME)
+fn open(layer: &Store) -> Result<Overlay<Store>, LayerError> {
+    let layer = Layer::open(Box::new(layer.clone()), BYTES, &NAME)?;
+    Ok(Overlay::new(Store::new(base()), layer))
+}
+
+/// How many clusters are in the layer.
+fn written(overlay: &Overlay<impl Disk>) -> usize {
+    let map = overlay.layer().map();
+    (0..6).filter(|cluster| map.has(*cluster)).count()
 }
 
 fn whole(disk: &mut impl Disk) -> Vec<u8> {
@@ -155,7 +162,7 @@ fn a_disk_is_its_base_until_it_is_written() {
     let mut expected = base();
     expected[range(CLUSTER_BYTES - 512, 1024)].fill(9);
     assert_eq!(whole(&mut overlay), expected);
-    assert_eq!(overlay.written(), 2);
+    assert_eq!(written(&overlay), 2);
     overlay.flush().unwrap();
     let mut again = open(&layer).unwrap();
     assert_eq!(whole(&mut again), expected);
@@ -189,14 +196,15 @@ fn a_layer_that_nobody_writes_any_more_is_a_base() {
     let mut frozen = open(&frozen).unwrap();
     assert_eq!(frozen.access(), Access::ReadOnly);
     frozen.flush().unwrap();
-    let mut fork = Overlay::create(Box::new(frozen), Box::new(layer()), &[8; 32]).unwrap();
+    let over = Layer::create(Box::new(layer()), BYTES, &[8; 32]).unwrap();
+    let mut fork = Overlay::new(frozen, over);
     fork.write(512, &[2; 512]).unwrap();
     let mut expected = base();
     expected[..512].fill(1);
     expected[512..1024].fill(2);
     expected[range(CLUSTER_BYTES, 512)].fill(1);
     assert_eq!(whole(&mut fork), expected);
-    assert_eq!(fork.written(), 1);
+    assert_eq!(written(&fork), 1);
 }
 
 #[test]
@@ -205,7 +213,7 @@ fn a_write_that_fails_leaves_the_base_to_be_read() {
     let mut overlay = create(&layer);
     layer.with(|inner| inner.writes_fail = true);
     assert!(overlay.write(0, &[1; 512]).is_err());
-    assert_eq!(overlay.written(), 0);
+    assert_eq!(written(&overlay), 0);
     layer.with(|inner| inner.writes_fail = false);
     assert_eq!(whole(&mut overlay), base());
 }
@@ -290,17 +298,14 @@ fn sizes_are_bounded() {
             Ok(())
         }
     }
-    let create = |bytes, layer| {
-        let (base, layer) = (Box::new(Large(bytes)), Box::new(Large(layer)));
-        Overlay::create(base, layer, &NAME)
-    };
+    let create = |bytes, layer| Layer::create(Box::new(Large(layer)), bytes, &NAME);
     for bytes in [0, DISK_BYTES_MAX + 512, u64::MAX] {
         let error = create(bytes, 0);
         assert!(matches!(error, Err(LayerError::Disk { .. })));
     }
     let most = layer_bytes(DISK_BYTES_MAX);
-    let overlay = create(DISK_BYTES_MAX, most).unwrap();
-    assert_eq!(overlay.map.bits.len(), 2 * 1024 * 1024);
+    let layer = create(DISK_BYTES_MAX, most).unwrap();
+    assert_eq!(layer.map().bytes().len(), 2 * 1024 * 1024);
     assert_eq!(data_start(512), CLUSTER_BYTES);
     assert_eq!(layer_bytes(512), 2 * CLUSTER_BYTES);
 }
@@ -309,8 +314,8 @@ fn sizes_are_bounded() {
 fn a_layer_is_a_file_with_holes() {
     let (ours, other) = file(layer_bytes(BYTES));
     let layer = Raw::new(ours, Access::ReadWrite).unwrap();
-    let base = Box::new(Store::new(base()));
-    let mut overlay = Overlay::create(base, Box::new(layer), &NAME).unwrap();
+    let layer = Layer::create(Box::new(layer), BYTES, &NAME).unwrap();
+    let mut overlay = Overlay::new(Store::new(base()), layer);
     overlay.write(2 * CLUSTER_BYTES, &[5; 512]).unwrap();
     overlay.flush().unwrap();
     let stat = rustix::fs::fstat(&other).unwrap();
@@ -318,6 +323,26 @@ fn a_layer_is_a_file_with_holes() {
     // Header and map, and one cluster.
     let used = stat.st_blocks.unsigned_abs() * 512;
     assert!(used <= CLUSTER_BYTES + 16 * 1024, "{used}");
+}
+
+#[test]
+fn clusters_of_a_map_are_found_in_their_order() {
+    let mut map = Map::new(40 * 4096 * 8 * CLUSTER_BYTES);
+    assert_eq!(map.next(0), None);
+    let all = [0, 1, 7, 8, 4096 * 8, 4096 * 8 * 40 - 1];
+    all.iter().for_each(|cluster| map.set(*cluster));
+    let mut other = Map::new(40 * 4096 * 8 * CLUSTER_BYTES);
+    other.set(9);
+    other.add(&map);
+    for (map, wanted) in [(&map, &all[..]), (&other, &[0, 1, 7, 8, 9, 4096 * 8])] {
+        let mut found = Vec::new();
+        while let Some(next) = map.next(found.last().map_or(0, |last| last + 1)) {
+            found.push(next);
+        }
+        assert_eq!(&found[..wanted.len()], wanted);
+        assert_eq!(found.last(), all.last());
+    }
+    assert_eq!(map.next(u64::MAX), None);
 }
 
 #[derive(Clone, Debug)]
@@ -369,6 +394,7 @@ proptest! {
         overlay.flush().unwrap();
         // The last flush, and what a flush that failed may have made last.
         let (mut now, mut possible) = (base(), vec![base()]);
+        let mut has_failed = false;
         for step in steps {
             match step {
                 Step::Write { at, bytes, fill } => {
@@ -384,7 +410,7 @@ proptest! {
                 Step::Flush | Step::Reopen => {
                     // It fails for ever once it has failed.
                     let done = overlay.flush().is_ok();
-                    prop_assert_eq!(done, !overlay.has_failed);
+                    prop_assert_eq!(done, !has_failed);
                     if done {
                         possible = vec![now.clone()];
                         if matches!(step, Step::Reopen) {
@@ -394,14 +420,16 @@ proptest! {
                 }
                 Step::FailedFlush(count) => {
                     layer.with(|inner| inner.flushes = count);
-                    if overlay.flush().is_ok() {
-                        possible.clear();
+                    match overlay.flush() {
+                        Ok(()) => possible.clear(),
+                        Err(_failed) => has_failed = true,
                     }
                     possible.push(now.clone());
                     layer.with(|inner| inner.flushes = u32::MAX);
                 }
                 Step::Crash(seed) => {
                     layer.crash(seed);
+                    has_failed = false;
                     overlay = open(&layer).unwrap();
                     let found = whole(&mut overlay);
                     possible.push(now);
