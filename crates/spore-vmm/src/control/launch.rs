@@ -3,7 +3,6 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
 
 use spore_wire::guest::PORT_NAME;
 use spore_wire::launch::{self, Begin, Launch, TAP_HEADER_BYTES};
@@ -14,7 +13,6 @@ use crate::clock::Monotonic;
 use crate::device::rate::Limit;
 use crate::device::virtio::blk::Blk;
 use crate::device::virtio::console::{Console, Listener};
-use crate::device::virtio::mmio::Mmio;
 use crate::device::virtio::net::{Net, Tap};
 use crate::device::virtio::rng::{self, Rng};
 use crate::disk::locked::KEY_BYTES;
@@ -28,7 +26,6 @@ use crate::machine::board::{Board, BoardError};
 use crate::machine::boot::Boot;
 use crate::machine::layout::{Layout, LayoutError, Slot};
 use crate::machine::{Machine, StartError};
-use crate::memory::GuestMemory;
 
 /// Why there is no guest.
 #[derive(Debug, thiserror::Error)]
@@ -121,8 +118,9 @@ pub fn launch(kvm: &Kvm, blob: &Launch, fds: Vec<OwnedFd>) -> Result<Launched, L
                 kernel: kernel.as_fd(),
                 initramfs: Some(initramfs.as_fd()),
                 command_line: command_line.as_bytes(),
+                incarnation: blob.incarnation,
             };
-            let plug = |board: &mut Board<'_>, memory: &GuestMemory| devices.plug(board, memory);
+            let plug = |board: &mut Board<'_>| devices.plug(board);
             Machine::boot(kvm, &layout, memory.as_fd(), &boot, plug)?
         }
         Begin::Restore { .. } => return Err(LaunchError::NoRestore),
@@ -191,7 +189,7 @@ impl Devices {
     }
 
     /// Puts them into their places.
-    fn plug(self, board: &mut Board<'_>, memory: &GuestMemory) -> Result<(), BoardError> {
+    fn plug(self, board: &mut Board<'_>) -> Result<(), BoardError> {
         let clock = || Box::new(Monotonic);
         let mut disks: Vec<(Slot, Box<dyn Disk>, &str)> = vec![
             (Slot::Image, Box::new(self.image), "image"),
@@ -201,23 +199,13 @@ impl Devices {
             disks.push((Slot::Scratch, Box::new(scratch), "scratch"));
         }
         for (slot, disk, id) in disks {
-            let device = Blk::new(disk, id, Limit::default(), clock());
-            board.plug(slot, |line| {
-                Arc::new(Mmio::new(device, memory.clone(), line))
-            })?;
+            board.plug(slot, Blk::new(disk, id, Limit::default(), clock()))?;
         }
         let none = Limit::default;
         let net = Net::new(Box::new(self.wire), self.mac, none(), none(), clock());
-        board.plug(Slot::Net, |line| {
-            Arc::new(Mmio::new(net, memory.clone(), line))
-        })?;
+        board.plug(Slot::Net, net)?;
         let port = Console::new(PORT_NAME, Box::new(self.door), clock());
-        board.plug(Slot::Console, |line| {
-            Arc::new(Mmio::new(port, memory.clone(), line))
-        })?;
-        let rng = Rng::new(rng::host);
-        board.plug(Slot::Rng, |line| {
-            Arc::new(Mmio::new(rng, memory.clone(), line))
-        })
+        board.plug(Slot::Console, port)?;
+        board.plug(Slot::Rng, Rng::new(rng::host))
     }
 }

@@ -11,6 +11,8 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::{Device, Effect};
+use crate::snapshot::Saved;
+use crate::snapshot::format::{Fields, FormatError};
 
 /// How many ports it has.
 pub const PORTS: u64 = 8;
@@ -46,6 +48,26 @@ impl Event {
     }
 }
 
+/// What is saved: events that the guest has not read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// A bit each.
+    pub events: u8,
+}
+
+impl Saved for State {
+    const VERSION: u16 = 1;
+
+    fn put(&self, into: &mut Vec<u8>) {
+        into.push(self.events);
+    }
+
+    fn get(from: &mut Fields<'_>) -> Result<Self, FormatError> {
+        let events = from.u8()?;
+        Ok(Self { events })
+    }
+}
+
 /// The registers.
 #[derive(Debug, Default)]
 pub struct Power {
@@ -55,16 +77,18 @@ pub struct Power {
 impl Power {
     /// As it was saved.
     #[must_use]
-    pub const fn restore(events: u8) -> Self {
+    pub const fn restore(state: State) -> Self {
         Self {
-            events: AtomicU8::new(events),
+            events: AtomicU8::new(state.events),
         }
     }
 
-    /// What is saved: events that the guest has not read.
+    /// What is saved.
     #[must_use]
-    pub fn save(&self) -> u8 {
-        self.events.load(Ordering::SeqCst)
+    pub fn save(&self) -> State {
+        State {
+            events: self.events.load(Ordering::SeqCst),
+        }
     }
 
     /// Notes an event. Whoever does so raises the interrupt.
@@ -97,6 +121,7 @@ impl Device for Power {
 #[cfg(test)]
 mod tests {
     use super::{Device as _, EVENT, Effect, Event, Power};
+    use crate::snapshot::tests::is_pinned;
 
     fn event(power: &Power) -> u8 {
         let mut data = [0xff];
@@ -109,6 +134,7 @@ mod tests {
         let power = Power::default();
         assert_eq!(event(&power), 0);
         power.note(Event::Generation);
+        is_pinned(&power.save(), 1, &[1]);
         let restored = Power::restore(power.save());
         for power in [power, restored] {
             assert_eq!(event(&power), 1);

@@ -8,6 +8,9 @@
 //! ```
 //!
 //! A place that no device was put on reads as ones: the tables name it, and drivers pass it over.
+//!
+//! The same devices are put on a restored machine's board as on a new one's: there each goes on
+//! from what was saved of it, and is refused when it is another than the guest knows.
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,13 +22,14 @@ use crate::clock::Clock;
 use crate::device::i8042::{self, I8042};
 use crate::device::power::{self, Event, Power};
 use crate::device::serial::{self, Output, Serial};
-use crate::device::virtio::Driven;
-use crate::device::virtio::mmio::QUEUE_NOTIFY;
+use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY};
+use crate::device::virtio::{Driven, RestoreError, VirtioDevice};
 use crate::device::{Device, Effect, Interrupt, Taken};
 use crate::kvm::KvmError;
 use crate::kvm::bell::{Bell, Line};
 use crate::kvm::vm::Vm;
-use crate::memory::Gpa;
+use crate::memory::{Gpa, GuestMemory};
+use crate::snapshot::format::{FormatError, Sections};
 use crate::vcpu::Buses;
 
 /// Why a device is not on the board.
@@ -37,6 +41,42 @@ pub enum BoardError {
     /// Something is in its place.
     #[error(transparent)]
     Taken(#[from] Taken),
+    /// It is not the one that the guest was saved with.
+    #[error("the device in slot {slot} is not the one that the guest was saved with")]
+    Restore {
+        /// Where it is.
+        slot: Slot,
+        /// Why.
+        #[source]
+        source: RestoreError,
+    },
+    /// The serial port cannot have been saved so.
+    #[error(transparent)]
+    Serial(#[from] serial::BadState),
+    /// There are other devices than those that the guest was saved with.
+    #[error("a machine with {found:?} where the guest was saved with {saved:?}")]
+    Slots {
+        /// What the guest knows.
+        saved: Vec<Slot>,
+        /// What there is.
+        found: Vec<Slot>,
+    },
+    /// More was saved of the devices than they have.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
+/// What was saved of a machine's devices.
+#[derive(Clone, Debug)]
+pub struct SavedDevices<'a> {
+    /// Of the serial port.
+    pub serial: serial::State,
+    /// Of the events that the guest has not read.
+    pub power: power::State,
+    /// Which slots have a device, in their order.
+    pub slots: Vec<Slot>,
+    /// Of these.
+    pub sections: Sections<'a>,
 }
 
 /// Lines into the guest, and bells out of it.
@@ -63,6 +103,8 @@ impl Wiring for Vm {
 /// A device and its bells, one for each queue.
 #[derive(Debug)]
 pub struct Plugged {
+    /// Where it is.
+    pub slot: Slot,
     /// The device behind its transport.
     pub device: Arc<dyn Driven>,
     /// What rings when its driver kicks.
@@ -85,6 +127,12 @@ impl fmt::Debug for Panel {
 }
 
 impl Panel {
+    /// What is saved of the serial port and of the events.
+    #[must_use]
+    pub fn save(&self) -> (serial::State, power::State) {
+        (self.serial.save(), self.power.save())
+    }
+
     /// What has come out of the serial port.
     #[must_use]
     pub fn output(&self) -> Output {
@@ -101,6 +149,9 @@ impl Panel {
 /// Devices in their places.
 pub struct Board<'a> {
     wiring: &'a dyn Wiring,
+    memory: &'a GuestMemory,
+    /// `None` for a guest that knows no device yet.
+    saved: Option<(Vec<Slot>, Sections<'a>)>,
     buses: Buses,
     plugged: Vec<Plugged>,
     panel: Panel,
@@ -116,10 +167,39 @@ impl fmt::Debug for Board<'_> {
 
 impl<'a> Board<'a> {
     /// A board with what every machine has: serial port, reset line and power.
-    pub fn new(wiring: &'a dyn Wiring, clock: Box<dyn Clock + Send>) -> Result<Self, BoardError> {
+    pub fn new(
+        wiring: &'a dyn Wiring,
+        memory: &'a GuestMemory,
+        clock: Box<dyn Clock + Send>,
+    ) -> Result<Self, BoardError> {
+        let serial = Serial::new(wiring.line(SERIAL_GSI)?, clock);
+        Self::with(wiring, memory, serial, Power::default(), None)
+    }
+
+    /// The same for a guest that knows its devices. The chips that lines lead to are as they were
+    /// saved: what was on its way is interrupted for again.
+    pub fn restored(
+        wiring: &'a dyn Wiring,
+        memory: &'a GuestMemory,
+        clock: Box<dyn Clock + Send>,
+        saved: SavedDevices<'a>,
+    ) -> Result<Self, BoardError> {
+        let serial = Serial::restore(&saved.serial, wiring.line(SERIAL_GSI)?, clock)?;
+        let power = Power::restore(saved.power);
+        let devices = (saved.slots, saved.sections);
+        Self::with(wiring, memory, serial, power, Some(devices))
+    }
+
+    fn with(
+        wiring: &'a dyn Wiring,
+        memory: &'a GuestMemory,
+        serial: Serial,
+        power: Power,
+        saved: Option<(Vec<Slot>, Sections<'a>)>,
+    ) -> Result<Self, BoardError> {
         let panel = Panel {
-            serial: Arc::new(Serial::new(wiring.line(SERIAL_GSI)?, clock)),
-            power: Arc::new(Power::default()),
+            serial: Arc::new(serial),
+            power: Arc::new(power),
             events: wiring.line(EVENT_GSI)?,
         };
         let mut buses = Buses::default();
@@ -136,19 +216,28 @@ impl<'a> Board<'a> {
         }
         Ok(Self {
             wiring,
+            memory,
+            saved,
             buses,
             plugged: Vec::new(),
             panel,
         })
     }
 
-    /// Puts a device into a slot. It is made with the slot's interrupt.
+    /// Puts a device into a slot, with the slot's interrupt: as a driver first sees it, or as the
+    /// guest's driver left it.
     pub fn plug(
         &mut self,
         slot: Slot,
-        make: impl FnOnce(Arc<dyn Interrupt>) -> Arc<dyn Driven>,
+        device: impl VirtioDevice + 'static,
     ) -> Result<(), BoardError> {
-        let device = make(self.wiring.line(slot.gsi())?);
+        let (line, memory) = (self.wiring.line(slot.gsi())?, self.memory.clone());
+        let device = match &mut self.saved {
+            None => Mmio::new(device, memory, line),
+            Some((_, from)) => Mmio::restore_from(from, slot.number(), device, memory, line)
+                .map_err(|source| BoardError::Restore { slot, source })?,
+        };
+        let device: Arc<dyn Driven> = Arc::new(device);
         let kicked = Gpa(slot.start().0 + QUEUE_NOTIFY);
         let bells = (0..device.queues()).map(|queue| self.wiring.bell(kicked, queue));
         let bells: Arc<[Bell]> = bells.collect::<Result<_, _>>()?;
@@ -160,14 +249,27 @@ impl<'a> Board<'a> {
         self.buses
             .memory
             .insert(place, VIRTIO_BYTES, Arc::new(belled))?;
-        self.plugged.push(Plugged { device, bells });
+        let plugged = Plugged {
+            slot,
+            device,
+            bells,
+        };
+        self.plugged.push(plugged);
         Ok(())
     }
 
-    /// For the processors, for the thread of the devices, and for the host.
-    #[must_use]
-    pub fn finish(self) -> (Buses, Vec<Plugged>, Panel) {
-        (self.buses, self.plugged, self.panel)
+    /// For the processors, for the thread of the devices, and for the host; if the guest has all
+    /// the devices that it knows.
+    pub fn finish(mut self) -> Result<(Buses, Vec<Plugged>, Panel), BoardError> {
+        self.plugged.sort_by_key(|plugged| plugged.slot);
+        if let Some((saved, sections)) = self.saved {
+            let found: Vec<Slot> = self.plugged.iter().map(|plugged| plugged.slot).collect();
+            if found != saved {
+                return Err(BoardError::Slots { saved, found });
+            }
+            sections.finish()?;
+        }
+        Ok((self.buses, self.plugged, self.panel))
     }
 }
 
@@ -202,15 +304,20 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::{Arc, Mutex};
 
-    use super::{Board, BoardError, Event, Wiring};
+    use super::{Board, BoardError, Event, Panel, SavedDevices, Wiring};
     use crate::clock::Monotonic;
-    use crate::device::virtio::mmio::Mmio;
+    use crate::device::power;
+    use crate::device::rate::Limit;
+    use crate::device::virtio::blk::Blk;
     use crate::device::virtio::rng::{self, Rng};
     use crate::device::{Effect, Interrupt};
+    use crate::disk::zeros::Zeros;
     use crate::kvm::KvmError;
     use crate::kvm::bell::Bell;
+    use crate::machine::board::Plugged;
     use crate::machine::layout::Slot;
     use crate::memory::{Gpa, GuestMemory, Region, Sharing, Space};
+    use crate::snapshot::format::{Sections, Writer};
     use rustix::fs::MemfdFlags;
 
     #[derive(Debug, Default)]
@@ -258,19 +365,18 @@ mod tests {
     }
 
     fn plug(board: &mut Board<'_>, slot: Slot) -> Result<(), BoardError> {
-        board.plug(slot, |line| {
-            Arc::new(Mmio::new(Rng::new(rng::host), memory(), line))
-        })
+        board.plug(slot, Rng::new(rng::host))
     }
 
     #[test]
     fn a_device_gets_its_place_its_interrupt_and_its_bells() {
         let wiring = Loose::default();
-        let mut board = Board::new(&wiring, Box::new(Monotonic)).unwrap();
+        let memory = memory();
+        let mut board = Board::new(&wiring, &memory, Box::new(Monotonic)).unwrap();
         plug(&mut board, Slot::Rng).unwrap();
         plug(&mut board, Slot::Image).unwrap();
         assert!(matches!(plug(&mut board, Slot::Net), Ok(())));
-        let (buses, plugged, panel) = board.finish();
+        let (buses, plugged, panel) = board.finish().unwrap();
         let lines: Vec<u32> = wiring.lines.lock().unwrap().keys().copied().collect();
         assert_eq!(lines, [4, 5, 8, 10, 11]);
         let bells = [
@@ -291,7 +397,7 @@ mod tests {
             let at = Slot::Rng.start().0 + 0x50;
             let effect = buses.memory.write(at, &queue.to_le_bytes());
             assert_eq!(effect, Effect::Nothing);
-            assert_eq!(plugged[0].bells[0].hear(), rings, "{queue}");
+            assert_eq!(plugged[2].bells[0].hear(), rings, "{queue}");
         }
         let effect = buses.ports.write(0x3f8, b"x");
         assert_eq!(effect, Effect::Nothing);
@@ -302,5 +408,90 @@ mod tests {
         let mut data = [0];
         buses.ports.read(0x604, &mut data);
         assert_eq!((told, data), (1, [1]));
+    }
+
+    fn disk(bytes: u64) -> Blk {
+        let clock = Box::new(Monotonic);
+        Blk::new(Box::new(Zeros(bytes)), "image", Limit::default(), clock)
+    }
+
+    /// What is saved of a board with a disk and entropy.
+    fn saved(memory: &GuestMemory) -> (Vec<u8>, Panel) {
+        let wiring = Loose::default();
+        let mut board = Board::new(&wiring, memory, Box::new(Monotonic)).unwrap();
+        plug(&mut board, Slot::Rng).unwrap();
+        board.plug(Slot::Image, disk(4096)).unwrap();
+        let (buses, plugged, panel) = board.finish().unwrap();
+        assert_eq!(buses.ports.write(0x3ff, &[7]), Effect::Nothing);
+        panel.power.note(Event::Generation);
+        let mut writer = Writer::default();
+        for Plugged { slot, device, .. } in plugged {
+            device.settle().unwrap();
+            device.save_into(&mut writer, slot.number()).unwrap();
+        }
+        (writer.finish(), panel)
+    }
+
+    /// Puts together what was saved in those slots with other devices.
+    fn again(
+        memory: &GuestMemory,
+        slots: &[Slot],
+        plug: impl FnOnce(&mut Board<'_>) -> Result<(), BoardError>,
+    ) -> Result<u8, BoardError> {
+        let (file, panel) = saved(memory);
+        let (serial, power) = panel.save();
+        let saved = SavedDevices {
+            serial,
+            power,
+            slots: slots.to_vec(),
+            sections: Sections::read(&file)?,
+        };
+        let wiring = Loose::default();
+        let mut board = Board::restored(&wiring, memory, Box::new(Monotonic), saved)?;
+        plug(&mut board)?;
+        let (buses, _plugged, panel) = board.finish()?;
+        assert_eq!(panel.save().1, power::State { events: 1 });
+        let mut scratch = [0];
+        buses.ports.read(0x3ff, &mut scratch);
+        Ok(scratch[0])
+    }
+
+    #[test]
+    fn a_restored_board_has_the_devices_that_the_guest_knows() {
+        let memory = memory();
+        let both = [Slot::Image, Slot::Rng];
+        let same = |board: &mut Board<'_>| {
+            board.plug(Slot::Image, disk(4096))?;
+            plug(board, Slot::Rng)
+        };
+        assert_eq!(again(&memory, &both, same).unwrap(), 7);
+        let error = |slots: &[Slot], put: &dyn Fn(&mut Board<'_>) -> Result<(), BoardError>| {
+            let error = again(&memory, slots, put).unwrap_err();
+            spore_wire::cause::chain(&error)
+        };
+        let said = error(&both, &|board| board.plug(Slot::Image, disk(8192)));
+        assert!(
+            said.contains("slot image") && said.contains("sectors: 16"),
+            "{said}"
+        );
+        let said = error(&both, &|board| plug(board, Slot::Net));
+        assert!(
+            said.contains("section 6.3 (transport) is missing"),
+            "{said}"
+        );
+        let said = error(&both, &|board| board.plug(Slot::Rng, disk(4096)));
+        assert!(said.contains("section 7.5 (disk) is missing"), "{said}");
+        let said = error(&both, &|board| plug(board, Slot::Rng));
+        assert!(
+            said.contains("[Rng] where the guest was saved with [Image, Rng]"),
+            "{said}"
+        );
+        let said = error(&[Slot::Rng], &|board| plug(board, Slot::Rng));
+        assert!(said.contains("left over"), "{said}");
+        let said = error(&[Slot::Image, Slot::Rng], &|board| {
+            plug(board, Slot::Image)?;
+            plug(board, Slot::Rng)
+        });
+        assert!(said.contains("left over"), "{said}");
     }
 }

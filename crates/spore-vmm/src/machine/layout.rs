@@ -23,6 +23,7 @@
 //! A snapshot of one layout cannot be gone on with in another: whoever changes a number here
 //! changes [`LAYOUT`] too.
 
+use std::fmt;
 use std::ops::Range;
 
 use crate::memory::{Gpa, PAGE_BYTES, Region};
@@ -135,7 +136,9 @@ pub const SLOTS: [Slot; 6] = [
 ];
 
 impl Slot {
-    const fn index(self) -> u32 {
+    /// Its number, by which a saved machine names it.
+    #[must_use]
+    pub const fn number(self) -> u8 {
         match self {
             Self::Image => 0,
             Self::Folder => 1,
@@ -149,13 +152,26 @@ impl Slot {
     /// Where its registers are.
     #[must_use]
     pub const fn start(self) -> Gpa {
-        Gpa(VIRTIO_START.0 + self.index() as u64 * VIRTIO_BYTES)
+        Gpa(VIRTIO_START.0 + self.number() as u64 * VIRTIO_BYTES)
     }
 
     /// Its interrupt.
     #[must_use]
     pub const fn gsi(self) -> u32 {
-        VIRTIO_GSI + self.index()
+        VIRTIO_GSI + self.number() as u32
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Image => "image",
+            Self::Folder => "folder",
+            Self::Scratch => "scratch",
+            Self::Net => "net",
+            Self::Console => "console",
+            Self::Rng => "rng",
+        })
     }
 }
 
@@ -200,6 +216,12 @@ pub struct Layout {
     vcpus: u8,
 }
 
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} MiB and {} processors", self.memory_mib, self.vcpus)
+    }
+}
+
 impl Layout {
     /// The map of a machine with so much memory and so many processors.
     pub const fn new(memory_mib: u32, vcpus: u8) -> Result<Self, LayoutError> {
@@ -210,6 +232,12 @@ impl Layout {
             return Err(LayoutError::Vcpus { vcpus });
         }
         Ok(Self { memory_mib, vcpus })
+    }
+
+    /// How much memory there is.
+    #[must_use]
+    pub const fn memory_mib(&self) -> u32 {
+        self.memory_mib
     }
 
     /// How many processors there are.
@@ -326,6 +354,13 @@ mod tests {
         lines.dedup();
         assert_eq!(lines.len(), before);
         assert!(lines.iter().all(|line| *line < 24), "the IO-APIC has 24");
+    }
+
+    #[test]
+    fn a_slot_is_where_its_number_says() {
+        for (number, slot) in (0..).zip(SLOTS) {
+            assert_eq!(slot.number(), number);
+        }
     }
 
     #[test]

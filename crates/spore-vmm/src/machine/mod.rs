@@ -2,35 +2,49 @@
 //! in its memory when it starts, and its devices; and all of it together, running.
 //!
 //! ```text
-//!   Machine::boot ──▶ paused ◀──▶ running ──▶ ended, with a reason
+//!   Machine::boot ────▶ paused ◀──▶ running ──▶ ended, with a reason
+//!                       │    ▲
+//!                       └save┘
+//!   Machine::restore ─▶ paused ◀──▶ …
 //! ```
 
 pub mod acpi;
 pub mod attend;
+pub mod bare;
 pub mod board;
 pub mod boot;
 pub mod layout;
+pub mod restore;
+pub mod save;
+pub mod saved;
 
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use spore_wire::launch::Incarnation;
+
+use self::acpi::GENERATION;
 use self::attend::{AttendError, Begin};
-use self::board::{Board, BoardError, Panel};
+use self::bare::Bare;
+use self::board::{Board, BoardError, Panel, Plugged};
 use self::boot::{Boot, BootError};
-use self::layout::{Layout, START_INFO};
+use self::layout::{Layout, START_INFO, Slot};
+use self::saved::{SavedError, SavedMachine};
 use crate::clock::Monotonic;
 use crate::device::power::Event;
 use crate::device::serial::Output;
+use crate::device::virtio::Driven;
 use crate::end::End;
 use crate::kvm::bell::Bell;
 use crate::kvm::vm::{Vcpu, Vm};
-use crate::kvm::x86_64::cpuid::Place;
-use crate::kvm::x86_64::entry;
-use crate::kvm::{Kvm, KvmError, kick};
-use crate::memory::{GuestMemory, MapError, Sharing, Space};
+use crate::kvm::x86_64::features::Lacking;
+use crate::kvm::x86_64::tsc::OtherRate;
+use crate::kvm::x86_64::{entry, state};
+use crate::kvm::{Kvm, KvmError};
+use crate::memory::{GuestMemory, MapError, OutOfMemory, Sharing};
 use crate::vcpu::exits::Core;
-use crate::vcpu::{self, Buses};
+use crate::vcpu::{self, Buses, Processor as _};
 use crate::worker::{PauseError, Workers};
 
 /// Why there is no machine.
@@ -54,6 +68,32 @@ pub enum StartError {
     /// The kernel gave no thread for a processor.
     #[error("the machine's processors cannot be started")]
     Thread(#[source] std::io::Error),
+    /// There is no place for its generation's number.
+    #[error("the machine's generation cannot be told")]
+    Generation(#[from] OutOfMemory),
+    /// Its processors have more state than is saved.
+    #[error("a processor's extended state takes {bytes} bytes on this host: 4096 are possible")]
+    Wide {
+        /// What KVM says.
+        bytes: u32,
+    },
+    /// What was saved is no machine.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
+    /// What was saved is a machine of another size than the one that is there.
+    #[error("a machine of {found} where the guest was saved in one of {saved}")]
+    Size {
+        /// What is there.
+        found: Layout,
+        /// What was saved.
+        saved: Layout,
+    },
+    /// The guest uses what this host has not.
+    #[error("the guest cannot go on here")]
+    Lacking(#[from] Lacking),
+    /// The guest's TSC has another rate than this host's.
+    #[error(transparent)]
+    Rate(#[from] OtherRate),
 }
 
 /// A guest's machine. Dropping it ends it, and waits until nothing of it runs.
@@ -63,44 +103,64 @@ pub struct Machine {
     workers: Workers,
     cores: Vec<Arc<Mutex<Core>>>,
     panel: Panel,
+    /// In the order of their slots, to be saved.
+    devices: Vec<(Slot, Arc<dyn Driven>)>,
+    /// The MSRs that its processors have.
+    msrs: Vec<u32>,
+    layout: Layout,
     memory: GuestMemory,
     vm: Vm,
 }
 
 impl Machine {
-    /// A machine about to start a kernel, paused. Its memory is the file, of the layout's size and
-    /// all zeros. `plug` puts virtio devices into their slots.
+    /// A machine about to start a kernel, paused: [`Bare::boot`] in a new one.
     pub fn boot(
         kvm: &Kvm,
         layout: &Layout,
         file: BorrowedFd<'_>,
         boot: &Boot<'_>,
-        plug: impl FnOnce(&mut Board<'_>, &GuestMemory) -> Result<(), BoardError>,
+        plug: impl FnOnce(&mut Board<'_>) -> Result<(), BoardError>,
     ) -> Result<Self, StartError> {
-        let regions = layout.regions();
-        let space = Space::reserve(layout.memory_bytes())?;
-        let vm = kvm.create_vm(Arc::clone(&space))?;
-        // Before processors, which get their local APICs with it, and before lines.
-        vm.create_irqchip()?;
-        vm.set_memory(&regions)?;
-        let vcpus = processors(kvm, &vm, layout.vcpus())?;
-        let memory = space.fill(file, Sharing::Shared, &regions)?;
-        let begin = boot::load(&memory, layout, boot)?;
-        if let Some(first) = vcpus.first() {
-            entry::begin(first, begin, START_INFO)?;
-        }
-        let mut board = Board::new(&vm, Box::new(Monotonic))?;
-        plug(&mut board, &memory)?;
-        let (buses, plugged, panel) = board.finish();
+        Bare::new(kvm, layout)?.boot(file, boot, plug)
+    }
+
+    /// A machine that goes on where another was saved, paused: [`Bare::restore`] in a new one.
+    /// `state` is what [`save`](Self::save) wrote.
+    pub fn restore(
+        kvm: &Kvm,
+        state: &[u8],
+        file: BorrowedFd<'_>,
+        sharing: Sharing,
+        incarnation: Incarnation,
+        plug: impl FnOnce(&mut Board<'_>) -> Result<(), BoardError>,
+    ) -> Result<Self, StartError> {
+        let saved = SavedMachine::read(state)?;
+        let bare = Bare::new(kvm, &saved.layout)?;
+        bare.restore(saved, file, sharing, incarnation, plug)
+    }
+
+    /// Puts what was made on threads, which wait to be let run.
+    fn start(
+        bare: Bare,
+        memory: GuestMemory,
+        msrs: Vec<u32>,
+        (buses, plugged, panel): (Buses, Vec<Plugged>, Panel),
+        begin: Begin,
+    ) -> Result<Self, StartError> {
+        let devices = plugged.iter().map(|of| (of.slot, Arc::clone(&of.device)));
+        let devices = devices.collect();
         let workers = Workers::new();
-        attend::start(&workers, plugged, Box::new(Monotonic), Begin::Cold)?;
-        let cores = start(&workers, vcpus, buses)?;
+        attend::start(&workers, plugged, Box::new(Monotonic), begin)?;
+        let cores = start(&workers, bare.vcpus, buses)?;
         Ok(Self {
             workers,
             cores,
             panel,
+            devices,
+            msrs,
+            layout: bare.layout,
             memory,
-            vm,
+            vm: bare.vm,
         })
     }
 
@@ -109,9 +169,28 @@ impl Machine {
         self.workers.resume();
     }
 
-    /// Lets it stand still, processors and devices; on an error it goes on or has ended.
+    /// Lets it stand still, processors and devices; on an error it goes on or has ended. Its guest
+    /// will know that it was stopped: its watchdogs do not take the pause for their guests' fault.
     pub fn pause(&self, limit: Duration) -> Result<(), PauseError> {
-        self.workers.pause(limit)
+        self.workers.pause(limit)?;
+        let told = self.workers.while_still(|| self.tell_paused());
+        match told {
+            Some(Err(end)) => {
+                self.end(end);
+                Err(PauseError::Ended(self.wait()))
+            }
+            Some(Ok(())) | None => Ok(()),
+        }
+    }
+
+    fn tell_paused(&self) -> Result<(), End> {
+        for core in &self.cores {
+            let core = core.lock().unwrap_or_else(PoisonError::into_inner);
+            let vcpu = core.number();
+            let told = core.vcpu().tell_paused();
+            told.map_err(|source| End::Kvm { vcpu, source })?;
+        }
+        Ok(())
     }
 
     /// Ends it, if nothing has before.
@@ -166,20 +245,32 @@ impl Machine {
     }
 }
 
-/// A machine's processors, each knowing its place.
-fn processors(kvm: &Kvm, vm: &Vm, count: u8) -> Result<Vec<Vcpu>, KvmError> {
-    kick::take_signal()?;
-    let supported = kvm.supported_cpuid()?;
-    let make = |number| {
-        let vcpu = vm.create_vcpu(number)?;
-        let place = Place {
-            vcpu: number,
-            vcpus: count,
-        };
-        entry::set_up(&vcpu, supported.as_slice(), place)?;
-        Ok(vcpu)
-    };
-    (0..count).map(make).collect()
+impl Bare {
+    /// A machine about to start a kernel, paused. Its memory is the file, of the layout's size and
+    /// all zeros. `plug` puts virtio devices into their slots.
+    pub fn boot(
+        self,
+        file: BorrowedFd<'_>,
+        boot: &Boot<'_>,
+        plug: impl FnOnce(&mut Board<'_>) -> Result<(), BoardError>,
+    ) -> Result<Machine, StartError> {
+        for (place, vcpu) in self.places() {
+            entry::set_up(vcpu, self.host.supported.as_slice(), place)?;
+        }
+        let regions = self.layout.regions();
+        let memory = self.space.fill(file, Sharing::Shared, &regions)?;
+        let begin = boot::load(&memory, &self.layout, boot)?;
+        memory.write(GENERATION, &boot.incarnation.bytes())?;
+        let mut msrs = Vec::new();
+        if let Some(first) = self.vcpus.first() {
+            entry::begin(first, begin, START_INFO)?;
+            msrs = state::readable(first, &self.host.msrs)?;
+        }
+        let mut board = Board::new(&self.vm, &memory, Box::new(Monotonic))?;
+        plug(&mut board)?;
+        let parts = board.finish()?;
+        Machine::start(self, memory, msrs, parts, Begin::Cold)
+    }
 }
 
 /// Puts each processor on its thread.

@@ -44,7 +44,8 @@ pub struct Tag {
 
 impl std::fmt::Display for Tag {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}.{}", self.kind, self.number)
+        write!(f, "{}.{}", self.kind, self.number)?;
+        super::kind::name(self.kind).map_or(Ok(()), |name| write!(f, " ({name})"))
     }
 }
 

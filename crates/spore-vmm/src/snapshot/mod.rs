@@ -1,6 +1,7 @@
 //! Saved machines: their form, and what each part of a machine puts into it.
 
 pub mod format;
+pub mod kind;
 
 use self::format::{Fields, FormatError, Sections, Tag, Writer};
 

@@ -245,6 +245,15 @@ impl Workers {
         })
     }
 
+    /// Does something while all stand still, and lets none go on meanwhile. `None`, with nothing
+    /// done, when they do not.
+    pub fn while_still<R>(&self, work: impl FnOnce() -> R) -> Option<R> {
+        let state = self.team.lock();
+        let is_still = |member: &Member| member.is == Is::Still;
+        let still = state.order == Order::Pause && state.members.iter().all(is_still);
+        still.then(work)
+    }
+
     /// Ends the machine, if nothing has before.
     pub fn end(&self, end: End) {
         self.team.end(end);

@@ -82,6 +82,29 @@ fn moves_on(count: &AtomicU64) {
 }
 
 #[test]
+fn something_is_done_only_while_all_stand_still() {
+    let workers = Workers::new();
+    let counts = start(&workers);
+    workers.resume();
+    moves_on(&counts[1]);
+    assert_eq!(workers.while_still(|| ()), None);
+    workers.pause(LIMIT).unwrap();
+    std::thread::scope(|scope| {
+        let done = workers.while_still(|| {
+            let before = read(&counts);
+            // Has to wait for its turn.
+            scope.spawn(|| workers.resume());
+            std::thread::sleep(Duration::from_millis(20));
+            read(&counts) == before
+        });
+        assert_eq!(done, Some(true));
+    });
+    moves_on(&counts[1]);
+    workers.end(End::Stopped);
+    assert_eq!(workers.while_still(|| ()), None);
+}
+
+#[test]
 fn nothing_runs_before_it_is_told_to_nor_while_it_stands_still() {
     let workers = Workers::new();
     let counts = start(&workers);
@@ -165,8 +188,11 @@ fn who_does_not_stand_still_is_named_and_all_go_on() {
     let counts = start(&workers);
     let free = Arc::new(AtomicBool::new(false));
     let held = Arc::clone(&free);
+    let begun = Arc::new(AtomicBool::new(false));
+    let begins = Arc::clone(&begun);
     let stuck = move |post: Post| {
         assert_eq!(post.stand(), Order::Run);
+        begins.store(true, Ordering::SeqCst);
         while !held.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -178,6 +204,9 @@ fn who_does_not_stand_still_is_named_and_all_go_on() {
     workers.pause(LIMIT).unwrap();
     workers.resume();
     moves_on(&counts[1]);
+    while !begun.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
     let late = workers.pause(Duration::from_millis(20)).unwrap_err();
     assert!(
         late.to_string()

@@ -5,14 +5,12 @@ use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
-use std::sync::Arc;
 use std::time::Duration;
 
 use spore_vmm::clock::{Clock as _, Monotonic};
 use spore_vmm::device::rate::Limit;
 use spore_vmm::device::virtio::blk::Blk;
 use spore_vmm::device::virtio::console::{Console, Listener};
-use spore_vmm::device::virtio::mmio::Mmio;
 use spore_vmm::device::virtio::rng::{self, Rng};
 use spore_vmm::disk::{Access, Raw};
 use spore_vmm::end::End;
@@ -21,7 +19,7 @@ use spore_vmm::machine::Machine;
 use spore_vmm::machine::board::{Board, BoardError};
 use spore_vmm::machine::boot::Boot;
 use spore_vmm::machine::layout::{Layout, Slot};
-use spore_vmm::memory::GuestMemory;
+use spore_wire::launch::Incarnation;
 
 use crate::{file, usable};
 
@@ -29,19 +27,23 @@ use crate::{file, usable};
 const KERNEL: &str = "/var/lib/spore-deps/guest/vmlinux";
 const INITRAMFS: &str = "/var/lib/spore-deps/guest/initramfs.cpio";
 
+/// What such a guest has.
+pub(crate) const MEMORY_MIB: u32 = 192;
+pub(crate) const BYTES: u64 = MEMORY_MIB as u64 * 1024 * 1024;
+
 /// The rig emulates the processor that this runs on: a kernel takes a minute there.
-const LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 
 /// What the guest's first process says when it finds no port of the agent's, and ends the guest.
 const NO_PORT: &str = "the guest did not come up: no agent's port appeared";
 
 /// So it ends the guest: by a triple fault, the one way that works in every machine.
-fn is_its_end(end: &End) -> bool {
+pub(crate) fn is_its_end(end: &End) -> bool {
     matches!(end, End::TripleFault { .. })
 }
 
 /// What it says when it has found its port and a disk, and no network interface.
-const NO_NETWORK: &str = "the guest did not come up: no network interface appeared";
+pub(crate) const NO_NETWORK: &str = "the guest did not come up: no network interface appeared";
 
 fn open(path: &str) -> Option<File> {
     match File::open(path) {
@@ -55,39 +57,68 @@ fn open(path: &str) -> Option<File> {
 
 /// A machine with entropy and no other device.
 fn machine(kvm: &Kvm, vcpus: u8) -> Option<Machine> {
-    with(kvm, vcpus, |_board, _memory| Ok(()))
+    with(kvm, vcpus, &file(BYTES), |_board| Ok(()))
+}
+
+/// What a guest has on the host: a socket for its agent's port, and a disk.
+pub(crate) struct Host {
+    socket: UnixListener,
+    disk: OwnedFd,
+}
+
+impl Host {
+    pub(crate) fn new(test: &str) -> Self {
+        let name = format!("spore-vmm-test-{}-{test}", std::process::id());
+        let address = SocketAddr::from_abstract_name(name).unwrap();
+        Self {
+            socket: UnixListener::bind_addr(&address).unwrap(),
+            disk: file(1 << 20),
+        }
+    }
+
+    pub(crate) fn plug(&self, board: &mut Board<'_>) -> Result<(), BoardError> {
+        let door = Listener::new(OwnedFd::from(self.socket.try_clone().unwrap())).unwrap();
+        let port = Console::new("spore.agent", Box::new(door), Box::new(Monotonic));
+        board.plug(Slot::Console, port)?;
+        let disk = Raw::new(self.disk.try_clone().unwrap(), Access::ReadOnly).unwrap();
+        let disk = Blk::new(
+            Box::new(disk),
+            "image",
+            Limit::default(),
+            Box::new(Monotonic),
+        );
+        board.plug(Slot::Image, disk)
+    }
 }
 
 /// A machine with entropy and other devices, whose kernel is to say all it can.
-fn with(
+pub(crate) fn with(
     kvm: &Kvm,
     vcpus: u8,
-    plug: impl FnOnce(&mut Board<'_>, &GuestMemory) -> Result<(), BoardError>,
+    memory: &OwnedFd,
+    plug: impl FnOnce(&mut Board<'_>) -> Result<(), BoardError>,
 ) -> Option<Machine> {
     let (kernel, initramfs) = (open(KERNEL)?, open(INITRAMFS)?);
-    let layout = Layout::new(192, vcpus).unwrap();
+    let layout = Layout::new(MEMORY_MIB, vcpus).unwrap();
     let boot = Boot {
         kernel: kernel.as_fd(),
         initramfs: Some(initramfs.as_fd()),
         command_line: b"console=ttyS0 panic=-1",
+        incarnation: Incarnation::random().unwrap(),
     };
-    let memory = file(layout.memory_bytes());
-    let machine = Machine::boot(kvm, &layout, memory.as_fd(), &boot, |board, memory| {
-        board.plug(Slot::Rng, |line| {
-            let device = Rng::new(rng::host);
-            Arc::new(Mmio::new(device, memory.clone(), line))
-        })?;
-        plug(board, memory)
+    let machine = Machine::boot(kvm, &layout, memory.as_fd(), &boot, |board| {
+        board.plug(Slot::Rng, Rng::new(rng::host))?;
+        plug(board)
     });
     Some(machine.unwrap())
 }
 
-fn text(machine: &Machine) -> String {
+pub(crate) fn text(machine: &Machine) -> String {
     String::from_utf8_lossy(&machine.output().bytes).into_owned()
 }
 
 /// Waits until the guest has said something.
-fn says(machine: &Machine, what: &str) {
+pub(crate) fn says(machine: &Machine, what: &str) {
     let start = Monotonic.now();
     while !text(machine).contains(what) {
         let (said, waited) = (text(machine), Monotonic.now() - start);
@@ -161,28 +192,9 @@ fn debians_kernel_starts_the_agents_init_on_two_processors() {
 #[test]
 fn the_agents_init_finds_its_port_and_its_disk() {
     let Some(kvm) = usable() else { return };
-    let name = format!("spore-vmm-test-{}", std::process::id());
-    let address = SocketAddr::from_abstract_name(name).unwrap();
-    let socket = UnixListener::bind_addr(&address).unwrap();
-    let disk = file(1 << 20);
-    let plug = |board: &mut Board<'_>, memory: &GuestMemory| {
-        let door = Listener::new(OwnedFd::from(socket)).unwrap();
-        let port = Console::new("spore.agent", Box::new(door), Box::new(Monotonic));
-        board.plug(Slot::Console, |line| {
-            Arc::new(Mmio::new(port, memory.clone(), line))
-        })?;
-        let disk = Raw::new(disk, Access::ReadOnly).unwrap();
-        let disk = Blk::new(
-            Box::new(disk),
-            "image",
-            Limit::default(),
-            Box::new(Monotonic),
-        );
-        board.plug(Slot::Image, |line| {
-            Arc::new(Mmio::new(disk, memory.clone(), line))
-        })
-    };
-    let Some(machine) = with(&kvm, 2, plug) else {
+    let host = Host::new("port");
+    let memory = file(BYTES);
+    let Some(machine) = with(&kvm, 2, &memory, |board| host.plug(board)) else {
         return;
     };
     machine.resume();
@@ -213,9 +225,10 @@ fn a_kernel_that_panics_ends_its_machine() {
         kernel: kernel.as_fd(),
         initramfs: None,
         command_line: b"console=ttyS0 panic=-1",
+        incarnation: Incarnation::random().unwrap(),
     };
     let memory = file(layout.memory_bytes());
-    let none = |_: &mut Board<'_>, _: &GuestMemory| Ok(());
+    let none = |_: &mut Board<'_>| Ok(());
     let machine = Machine::boot(&kvm, &layout, memory.as_fd(), &boot, none).unwrap();
     machine.resume();
     says(&machine, "Kernel panic");

@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod boot;
+mod restore;
 mod running;
 
 use std::fs::File;

@@ -21,6 +21,7 @@ pub mod rng;
 mod tests;
 
 use std::fmt;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,7 @@ use std::time::Duration;
 use self::queue::{Broken, Queues};
 use super::Device;
 use crate::fault::GuestFault;
+use crate::snapshot::format::{FormatError, Sections, Writer};
 
 /// The driver speaks virtio 1.0 or later. Always offered, and refused is a driver without it.
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -68,6 +70,42 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn wants(&self) -> Wants {
         Wants::default()
     }
+
+    /// Makes everything last that was written through it.
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Writes what is saved of it, beside its transport, under its number. Called while the guest
+    /// stands still, and changes nothing.
+    fn save_into(&self, _into: &mut Writer, _number: u8) -> Result<(), FormatError> {
+        Ok(())
+    }
+
+    /// The same device as the guest knew it, by what [`save_into`](Self::save_into) has written.
+    fn restore_from(self, _from: &mut Sections<'_>, _number: u8) -> Result<Self, RestoreError>
+    where
+        Self: Sized,
+    {
+        Ok(self)
+    }
+}
+
+/// Why a device is not the one that a guest was saved with.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// What was saved of it cannot be read.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// Its registers are not those of any driver.
+    #[error(transparent)]
+    Transport(#[from] mmio::BadState),
+    /// It is another disk.
+    #[error(transparent)]
+    Blk(#[from] blk::BadState),
+    /// It is another network device.
+    #[error(transparent)]
+    Net(#[from] net::BadState),
 }
 
 /// What came of a turn.
@@ -131,6 +169,13 @@ pub trait Driven: Device {
     /// saved, either way, is made up for. A driver bears it at any time. Says which queues are due
     /// another turn.
     fn resume(&self) -> Result<Vec<u16>, GuestFault>;
+
+    /// Makes everything last that the guest has written through it. While the guest stands still.
+    fn settle(&self) -> io::Result<()>;
+
+    /// Writes what is saved of transport and device, under a number. While the guest stands still;
+    /// changes nothing.
+    fn save_into(&self, into: &mut Writer, number: u8) -> Result<(), FormatError>;
 }
 
 /// Answers a read of a configuration of so many bytes; beyond its end there are zeros.

@@ -86,7 +86,8 @@ fn a_disk_goes_on_with_what_was_asked_and_not_heard() {
     assert_eq!(blk.wants().at, Some(Duration::from_secs(1)));
     // The interrupt may be lost, and two requests wait for their time.
     let again = again(&blk, &driver, &line, |blk| {
-        Blk::restore(blk.save(), disk(), "image", Limit::default(), hand()).unwrap()
+        let again = Blk::new(disk(), "image", Limit::default(), hand());
+        again.restore(blk.save()).unwrap()
     });
     assert_eq!(again.resume(), Ok(vec![]));
     assert_eq!(line.take(), 2, "for what was done, and once anyway");
@@ -121,7 +122,7 @@ fn a_port_goes_on_with_the_next_host() {
 
     driver.send(0, &[], &[64]);
     let again = again(&console, &driver, &line, |console| {
-        Console::restore(console.save(), "spore.agent", door(), hand())
+        Console::new("spore.agent", door(), hand()).restore(console.save())
     });
     drop(console);
     assert_eq!(again.resume(), Ok(vec![]));
@@ -162,7 +163,8 @@ fn a_network_goes_on_with_frames_that_nobody_kicked_for() {
     driver.send(1, &[&[0; 12], &[5; 40]], &[]);
     rustix::io::write(&host, &[6; 40]).unwrap();
     let again = again(&net, &driver, &line, |net| {
-        Net::restore(net.save(), tap(), MAC, none, none, hand()).unwrap()
+        let again = Net::new(tap(), MAC, none, none, hand());
+        again.restore(net.save()).unwrap()
     });
     assert_eq!(again.resume(), Ok(vec![]));
     assert_eq!(line.take(), 3);

@@ -3,5 +3,8 @@
 
 pub mod cpuid;
 pub mod entry;
+pub mod features;
 pub mod msr;
+pub mod saved;
 pub mod state;
+pub mod tsc;

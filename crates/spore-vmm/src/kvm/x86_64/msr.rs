@@ -9,6 +9,7 @@
 //! | the TSC | set one by one, processors would differ; the offset is set instead |
 //! | performance counters | guests are shown none |
 //! | asynchronous page faults, stolen time | guests are shown neither |
+//! | Hyper-V's | guests are shown KVM |
 //!
 //! The deadline of the TSC's timer is set last: KVM drops it unless the local APIC is in deadline
 //! mode and the TSC is right.
@@ -18,7 +19,9 @@ use kvm_bindings::kvm_msr_entry;
 /// Set last.
 pub const TSC_DEADLINE: u32 = 0x6e0;
 
-const TSC: u32 = 0x10;
+/// The TSC: read, and never set.
+pub const TSC: u32 = 0x10;
+
 const APIC_BASE: u32 = 0x1b;
 
 /// What KVM keeps and does not list: machine checks' control and state, the memory types of fixed
@@ -33,7 +36,7 @@ const UNLISTED: [std::ops::RangeInclusive<u32>; 6] = [
 ];
 
 /// Never saved.
-const LEFT_OUT: [std::ops::RangeInclusive<u32>; 16] = [
+const LEFT_OUT: [std::ops::RangeInclusive<u32>; 17] = [
     TSC..=TSC,
     APIC_BASE..=APIC_BASE,
     // Intel's counters, general and fixed, what they count, and their global control.
@@ -54,6 +57,8 @@ const LEFT_OUT: [std::ops::RangeInclusive<u32>; 16] = [
     // Live migration's, and what a nested guest would have.
     0x4b56_4d08..=0x4b56_4d08,
     0x480..=0x491,
+    // Hyper-V's, which count on by themselves.
+    0x4000_0000..=0x4000_01ff,
 ];
 
 /// Whether an MSR is part of a guest's state.
@@ -128,6 +133,8 @@ mod tests {
             0x4b56_4d02,
             0x4b56_4d03,
             0x480,
+            0x4000_0020,
+            0x4000_0105,
         ] {
             assert!(!is_saved(index), "{index:#x}");
             assert!(!candidates(&[index]).contains(&index));

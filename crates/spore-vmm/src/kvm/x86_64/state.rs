@@ -12,13 +12,21 @@
 //! |---|---|---|
 //! | CPUID | all | what may be set depends on it |
 //! | TSC rate and offset | the clock's MSRs | these are computed by it |
+//! | memory | MSRs | KVM's clock looks for the guest's page when its MSR is set |
 //! | segments | local APIC | the APIC's base and mode are among them |
 //! | enabled extended state (XCR0) | extended state | what is not enabled is not taken |
 //! | local APIC | MSRs | the timer's deadline is dropped in another mode |
 //! | general registers, segments | events | setting them forgets what is pending |
 //! | all | whether it runs | KVM looks at the APIC for it |
 //!
-//! The VM's own, chips and clock, are set after its processors: interrupts go to local APICs.
+//! The VM's own, chips and clock, are set after its processors: interrupts go to local APICs. What
+//! raises a line comes after that: it would be forgotten.
+//!
+//! Time: a guest's clock and its TSC go on from where they were saved, as if no time had passed.
+//! The clock is read first and the TSC after it, both after the guest's last instruction; so
+//! neither ever shows less than it did. The TSC is not set by its MSR: each processor's would be at
+//! another instant, and KVM would guess which were meant to be the same. One shift is added to the
+//! offsets of all processors instead (see [`super::tsc`]).
 
 use kvm_bindings::{
     CpuId, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
@@ -26,6 +34,7 @@ use kvm_bindings::{
 };
 
 use super::msr;
+use super::tsc::Reading;
 use crate::kvm::KvmError;
 use crate::kvm::vm::{CHIPS, Vcpu, Vm};
 
@@ -34,9 +43,9 @@ use crate::kvm::vm::{CHIPS, Vcpu, Vm};
 pub struct VcpuState {
     /// What it was shown.
     pub cpuid: Vec<kvm_cpuid_entry2>,
-    /// The rate of its TSC.
-    pub tsc_khz: u32,
-    /// What is added to the host's TSC. Of use on the same host only.
+    /// What its TSC read.
+    pub tsc: u64,
+    /// What was added to the host's TSC, which tells its processors' apart.
     pub tsc_offset: u64,
     /// Whether it runs.
     pub mp_state: kvm_mp_state,
@@ -64,10 +73,11 @@ impl VcpuState {
         let mp_state = vcpu.mp_state()?;
         let mut msrs = vcpu.msrs(msrs)?;
         msr::arrange(&mut msrs);
+        let Reading { tsc, offset } = reading(vcpu)?;
         Ok(Self {
             cpuid: vcpu.cpuid()?.as_slice().to_vec(),
-            tsc_khz: vcpu.tsc_khz()?,
-            tsc_offset: vcpu.tsc_offset()?,
+            tsc,
+            tsc_offset: offset,
             mp_state,
             regs: vcpu.regs()?,
             sregs: vcpu.sregs()?,
@@ -80,17 +90,30 @@ impl VcpuState {
         })
     }
 
-    /// Sets it, on a processor that was just made.
-    pub fn restore(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
+    /// Which MSRs it has.
+    #[must_use]
+    pub fn indices(&self) -> Vec<u32> {
+        self.msrs.iter().map(|entry| entry.index).collect()
+    }
+
+    /// What it read of its TSC.
+    #[must_use]
+    pub const fn reading(&self) -> Reading {
+        Reading {
+            tsc: self.tsc,
+            offset: self.tsc_offset,
+        }
+    }
+
+    /// Sets it, on a processor that was just made and has the saved rate; `shift` is what the
+    /// machine's TSCs are moved by.
+    pub fn restore(&self, vcpu: &Vcpu, shift: u64) -> Result<(), KvmError> {
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_error| KvmError::Ioctl {
             ioctl: "KVM_SET_CPUID2",
             source: rustix::io::Errno::TOOBIG.into(),
         })?;
         vcpu.set_cpuid(&cpuid)?;
-        if vcpu.tsc_khz()? != self.tsc_khz {
-            vcpu.set_tsc_khz(self.tsc_khz)?;
-        }
-        vcpu.set_tsc_offset(self.tsc_offset)?;
+        vcpu.set_tsc_offset(self.tsc_offset.wrapping_add(shift))?;
         vcpu.set_regs(&self.regs)?;
         vcpu.set_sregs(&self.sregs)?;
         vcpu.set_xcrs(&self.xcrs)?;
@@ -101,6 +124,15 @@ impl VcpuState {
         vcpu.set_events(&self.events)?;
         vcpu.set_mp_state(self.mp_state)
     }
+}
+
+/// What a processor's TSC reads now.
+pub fn reading(vcpu: &Vcpu) -> Result<Reading, KvmError> {
+    let read = vcpu.msrs(&[msr::TSC])?;
+    Ok(Reading {
+        tsc: read.first().map_or(0, |entry| entry.data),
+        offset: vcpu.tsc_offset()?,
+    })
 }
 
 /// Those of a host's MSRs that its processors can be asked for: KVM lists some that it then does

@@ -148,7 +148,10 @@ impl Attend {
         watch(&wake.0, WAKE)?;
         let mut bells = Vec::new();
         let mut devices = Vec::new();
-        for (number, Plugged { device, bells: of }) in plugged.into_iter().enumerate() {
+        for (number, plugged) in plugged.into_iter().enumerate() {
+            let Plugged {
+                device, bells: of, ..
+            } = plugged;
             for (queue, bell) in (0..).zip(of.iter()) {
                 watch(bell, bells.len() as u64)?;
                 bells.push(Source {

@@ -1,6 +1,7 @@
 //! Tests of the thread with devices that count their turns, without KVM.
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,6 +16,8 @@ use crate::end::End;
 use crate::fault::GuestFault;
 use crate::kvm::bell::Bell;
 use crate::machine::board::Plugged;
+use crate::machine::layout::Slot;
+use crate::snapshot::format::{FormatError, Writer};
 use crate::worker::Workers;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -98,6 +101,14 @@ impl Driven for Fake {
         self.turn(3)?;
         Ok(vec![1])
     }
+
+    fn settle(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn save_into(&self, _into: &mut Writer, _number: u8) -> Result<(), FormatError> {
+        Ok(())
+    }
 }
 
 struct Machine {
@@ -112,6 +123,7 @@ fn machine(begin: Begin, set_up: impl FnOnce(&Fake)) -> Machine {
     set_up(&fake);
     let bells: Arc<[Bell]> = (0..2).map(|_| Bell::new().unwrap()).collect();
     let plugged = Plugged {
+        slot: Slot::Rng,
         device: fake.clone(),
         bells: Arc::clone(&bells),
     };

@@ -24,6 +24,7 @@ use linux_loader::loader::elf::start_info::{
 };
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{self, KernelLoader as _};
+use spore_wire::launch::Incarnation;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ByteValued as _, GuestAddress, ReadVolatile, VolatileMemoryError, VolatileSlice};
 
@@ -59,6 +60,8 @@ pub struct Boot<'a> {
     pub initramfs: Option<BorrowedFd<'a>>,
     /// What the kernel is told, without a closing zero.
     pub command_line: &'a [u8],
+    /// Never given to another guest: by another one, copies know that they are copies.
+    pub incarnation: Incarnation,
 }
 
 /// Why a machine does not start.

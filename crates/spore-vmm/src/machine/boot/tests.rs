@@ -4,6 +4,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
+use spore_wire::launch::Incarnation;
 
 use super::{Boot, BootError, load};
 use crate::machine::layout::{ACPI, COMMAND_LINE, Layout, MEMORY_MAP, MODULES, START_INFO};
@@ -127,6 +128,7 @@ impl Guest {
     ) -> Result<Gpa, BootError> {
         let (kernel, initramfs) = (file(kernel), initramfs.map(file));
         let boot = Boot {
+            incarnation: Incarnation::from_bytes([0; 16]),
             kernel: kernel.as_fd(),
             initramfs: initramfs.as_ref().map(OwnedFd::as_fd),
             command_line,
@@ -210,6 +212,7 @@ fn files_are_read_from_their_beginning_and_not_moved() {
     let kernel = file(&kernel());
     rustix::fs::seek(&kernel, rustix::fs::SeekFrom::Start(5)).unwrap();
     let boot = Boot {
+        incarnation: Incarnation::from_bytes([0; 16]),
         kernel: kernel.as_fd(),
         initramfs: None,
         command_line: b"",

@@ -25,12 +25,13 @@ use std::io;
 use std::time::Duration;
 
 use super::queue::{self, Broken, Chain, Queues};
-use super::{Handled, VirtioDevice, Wants, config_bytes};
+use super::{Handled, RestoreError, VirtioDevice, Wants, config_bytes};
 use crate::clock::Clock;
 use crate::device::rate::Limit;
 use crate::disk::{Access, Disk, SECTOR_BYTES};
 use crate::snapshot::Saved;
-use crate::snapshot::format::{Fields, FormatError};
+use crate::snapshot::format::{Fields, FormatError, Sections, Writer};
+use crate::snapshot::kind::Kind;
 
 /// Features: the most of segments, and of bytes in each; no writing; flushing.
 const F_SIZE_MAX: u64 = 1 << 1;
@@ -193,18 +194,11 @@ impl Blk {
         }
     }
 
-    /// The disk that a guest was saved with, or another of the same size.
-    pub fn restore(
-        saved: State,
-        disk: Box<dyn Disk>,
-        id: &str,
-        limit: Limit,
-        clock: Box<dyn Clock + Send>,
-    ) -> Result<Self, BadState> {
-        let restored = Self::new(disk, id, limit, clock);
-        let found = restored.save();
+    /// The same, if it is the disk that a guest was saved with, or another of the same size.
+    pub fn restore(self, saved: State) -> Result<Self, BadState> {
+        let found = self.save();
         if found == saved {
-            Ok(restored)
+            Ok(self)
         } else {
             Err(BadState { saved, found })
         }
@@ -412,5 +406,18 @@ impl VirtioDevice for Blk {
             descriptor: None,
             at: self.wait,
         }
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.flush()
+    }
+
+    fn save_into(&self, into: &mut Writer, number: u8) -> Result<(), FormatError> {
+        into.put(Kind::Blk.of(number), &self.save())
+    }
+
+    fn restore_from(self, from: &mut Sections<'_>, number: u8) -> Result<Self, RestoreError> {
+        let saved = from.get(Kind::Blk.of(number))?;
+        Ok(self.restore(saved)?)
     }
 }

@@ -324,7 +324,7 @@ fn a_guest_is_restored_with_the_disk_that_it_knows() {
     let restore = |bytes, access| {
         let disk = Box::new(Raw::new(file(bytes).0, access).unwrap());
         let hand = Box::new(Hand::default());
-        Blk::restore(saved, disk, "image", Limit::default(), hand)
+        Blk::new(disk, "image", Limit::default(), hand).restore(saved)
     };
     let again = restore(SECTORS * 512 + 1, Access::ReadWrite).unwrap();
     assert_eq!(again.save(), saved);

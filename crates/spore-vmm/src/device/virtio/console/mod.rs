@@ -32,10 +32,11 @@ use std::time::Duration;
 pub use host::{Door, Listener, Peer, Stream};
 
 use super::queue::{self, Broken, Chain, Queues};
-use super::{Handled, Interest, VirtioDevice, Wants, config_bytes};
+use super::{Handled, Interest, RestoreError, VirtioDevice, Wants, config_bytes};
 use crate::clock::Clock;
 use crate::snapshot::Saved;
-use crate::snapshot::format::{Fields, FormatError};
+use crate::snapshot::format::{Fields, FormatError, Sections, Writer};
+use crate::snapshot::kind::Kind;
 
 /// The driver hears of ports, and of their opening and closing.
 const F_MULTIPORT: u64 = 1 << 1;
@@ -196,16 +197,6 @@ enum Way {
 impl Console {
     /// A device whose port has a name of at most [`NAME_BYTES_MAX`] bytes; what is longer is cut.
     pub fn new(name: &'static str, door: Box<dyn Door>, clock: Box<dyn Clock + Send>) -> Self {
-        Self::restore(State::default(), name, door, clock)
-    }
-
-    /// A device as it was saved, with nobody connected.
-    pub fn restore(
-        state: State,
-        name: &'static str,
-        door: Box<dyn Door>,
-        clock: Box<dyn Clock + Send>,
-    ) -> Self {
         Self {
             name,
             door,
@@ -213,10 +204,20 @@ impl Console {
             chain: Chain::default(),
             step: Box::new([0; STEP_BYTES]),
             multiport: false,
-            state,
+            state: State::default(),
             connection: None,
-            was_cut: state.told_open,
+            was_cut: false,
             accept_at: None,
+        }
+    }
+
+    /// The same as it was saved, with nobody connected.
+    #[must_use]
+    pub fn restore(self, state: State) -> Self {
+        Self {
+            state,
+            was_cut: state.told_open,
+            ..self
         }
     }
 
@@ -572,5 +573,13 @@ impl VirtioDevice for Console {
             descriptor: interest.map(|interest| (connection.peer.descriptor().clone(), interest)),
             at: None,
         }
+    }
+
+    fn save_into(&self, into: &mut Writer, number: u8) -> Result<(), FormatError> {
+        into.put(Kind::Console.of(number), &self.save())
+    }
+
+    fn restore_from(self, from: &mut Sections<'_>, number: u8) -> Result<Self, RestoreError> {
+        Ok(self.restore(from.get(Kind::Console.of(number))?))
     }
 }

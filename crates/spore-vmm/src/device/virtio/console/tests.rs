@@ -349,7 +349,7 @@ fn a_restored_guest_hears_that_the_last_host_is_gone() {
     let state = bench.console.save();
     bench.driver.send(usize::from(TRANSMIT), &[b"stale"], &[]);
     let door = Box::new(bench.door.clone());
-    let again = Console::restore(state, "spore.agent", door, Box::new(Hand::default()));
+    let again = Console::new("spore.agent", door, Box::new(Hand::default())).restore(state);
     let source = std::mem::replace(&mut bench.console, again);
     bench.console.activate(F_MULTIPORT);
     let mut next = bench.connect();
@@ -608,7 +608,7 @@ impl World {
                 let door = Box::new(bench.door.clone());
                 let hand = Box::new(Hand::default());
                 let state = bench.console.save();
-                bench.console = Console::restore(state, "spore.agent", door, hand);
+                bench.console = Console::new("spore.agent", door, hand).restore(state);
                 bench.console.activate(F_MULTIPORT);
                 self.reconnect();
             }

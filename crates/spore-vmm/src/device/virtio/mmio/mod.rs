@@ -17,16 +17,18 @@
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::queue::{Broken, Queue, QueueState, Queues};
-use super::{Driven, F_VERSION_1, Handled, VirtioDevice, Wants};
+use super::{Driven, F_VERSION_1, Handled, RestoreError, VirtioDevice, Wants};
 use crate::device::{Device, Effect, Interrupt};
 use crate::fault::GuestFault;
 use crate::memory::GuestMemory;
 use crate::snapshot::Saved;
-use crate::snapshot::format::{Fields, FormatError};
+use crate::snapshot::format::{Fields, FormatError, Sections, Writer};
+use crate::snapshot::kind::Kind;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -277,6 +279,19 @@ impl<D: VirtioDevice> Mmio<D> {
             .store(state.interrupt & USED_RING, Ordering::SeqCst);
         restored.lock().continue_with(state, &restored.memory)?;
         Ok(restored)
+    }
+
+    /// A device as it was saved under a number by [`Driven::save_into`].
+    pub fn restore_from(
+        from: &mut Sections<'_>,
+        number: u8,
+        device: D,
+        memory: GuestMemory,
+        line: Arc<dyn Interrupt>,
+    ) -> Result<Self, RestoreError> {
+        let state = from.get(Kind::Transport.of(number))?;
+        let device = device.restore_from(from, number)?;
+        Ok(Self::restore(&state, device, memory, line)?)
     }
 
     /// What is saved, of the transport: the device is saved beside it, with the guest stopped. No
@@ -638,5 +653,14 @@ impl<D: VirtioDevice> Driven for Mmio<D> {
             self.signal();
         }
         Ok(due)
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.lock().device.settle()
+    }
+
+    fn save_into(&self, into: &mut Writer, number: u8) -> Result<(), FormatError> {
+        into.put(Kind::Transport.of(number), &self.save())?;
+        self.lock().device.save_into(into, number)
     }
 }

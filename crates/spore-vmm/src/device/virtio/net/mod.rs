@@ -27,11 +27,12 @@ use std::time::Duration;
 pub use wire::{HEADER_BYTES_MAX, Received, Tap, Wire};
 
 use super::queue::{self, Broken, Chain, Queues};
-use super::{Handled, Interest, VirtioDevice, Wants, config_bytes};
+use super::{Handled, Interest, RestoreError, VirtioDevice, Wants, config_bytes};
 use crate::clock::Clock;
 use crate::device::rate::Limit;
 use crate::snapshot::Saved;
-use crate::snapshot::format::{Fields, FormatError};
+use crate::snapshot::format::{Fields, FormatError, Sections, Writer};
+use crate::snapshot::kind::Kind;
 
 /// Features: the MTU and the address are in the configuration.
 const F_MTU: u64 = 1 << 3;
@@ -180,20 +181,14 @@ impl Net {
         }
     }
 
-    /// A device that a guest was saved with.
-    pub fn restore(
-        state: State,
-        wire: Box<dyn Wire>,
-        mac: [u8; 6],
-        receive: Limit,
-        send: Limit,
-        clock: Box<dyn Clock + Send>,
-    ) -> Result<Self, BadState> {
-        if state.mac != mac {
-            let (saved, found) = (state.mac, mac);
-            return Err(BadState { saved, found });
+    /// The same, if it is the device that a guest was saved with.
+    pub fn restore(self, state: State) -> Result<Self, BadState> {
+        let (saved, found) = (state.mac, self.mac);
+        if saved == found {
+            Ok(self)
+        } else {
+            Err(BadState { saved, found })
         }
-        Ok(Self::new(wire, mac, receive, send, clock))
     }
 
     /// What is saved.
@@ -407,5 +402,14 @@ impl VirtioDevice for Net {
                 .flatten()
                 .min(),
         }
+    }
+
+    fn save_into(&self, into: &mut Writer, number: u8) -> Result<(), FormatError> {
+        into.put(Kind::Net.of(number), &self.save())
+    }
+
+    fn restore_from(self, from: &mut Sections<'_>, number: u8) -> Result<Self, RestoreError> {
+        let saved = from.get(Kind::Net.of(number))?;
+        Ok(self.restore(saved)?)
     }
 }

@@ -408,7 +408,7 @@ fn a_guest_is_restored_with_the_address_that_it_knows() {
     let restore = |mac| {
         let (wire, limit) = (Box::new(bench.wire.clone()), Limit::default());
         let hand = Box::new(Hand::default());
-        Net::restore(bench.net.save(), wire, mac, limit, limit, hand)
+        Net::new(wire, mac, limit, limit, hand).restore(bench.net.save())
     };
     assert_eq!(restore(MAC).unwrap().save(), bench.net.save());
     is_pinned(&bench.net.save(), 1, &MAC);

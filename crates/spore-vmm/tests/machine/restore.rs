@@ -1,0 +1,367 @@
+//! Machines that go on where others were saved: a guest of a few instructions many times over, and
+//! Debian's kernel in the midst of its start.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::Duration;
+
+use spore_vmm::clock::{Clock as _, Monotonic};
+use spore_vmm::device::virtio::rng::{self, Rng};
+use spore_vmm::end::End;
+use spore_vmm::kvm::Kvm;
+use spore_vmm::machine::acpi::GENERATION;
+use spore_vmm::machine::bare::Bare;
+use spore_vmm::machine::board::{Board, BoardError};
+use spore_vmm::machine::boot::Boot;
+use spore_vmm::machine::layout::{Layout, Slot};
+use spore_vmm::machine::save::SaveError;
+use spore_vmm::machine::saved::SavedMachine;
+use spore_vmm::machine::{Machine, StartError};
+use spore_vmm::memory::{Gpa, Sharing};
+use spore_wire::cause::chain;
+use spore_wire::launch::Incarnation;
+
+use crate::boot::{BYTES, Host, LIMIT, NO_NETWORK, is_its_end, says, text, with};
+use crate::{file, usable};
+
+const FORKS: u8 = 10;
+
+/// What the tiny guest has, and where its kernel and its words are.
+const SMALL: u32 = 64;
+const ENTRY: u32 = 0x20_0000;
+const COUNT: Gpa = Gpa(0x30_0000);
+const STOP: Gpa = Gpa(0x30_0004);
+const NAME: Gpa = Gpa(0x30_0008);
+
+/// Counts in a register and in memory until it is told to stop; says its name and resets.
+#[rustfmt::skip]
+const CODE: [u8; 31] = [
+    0xbe, 0x00, 0x00, 0x30, 0x00, // mov esi, 0x300000
+    0x31, 0xc9,                   // xor ecx, ecx
+    0x41,                         // again: inc ecx
+    0x89, 0x0e,                   // mov [esi], ecx
+    0x83, 0x7e, 0x04, 0x00,       // cmp dword [esi + 4], 0
+    0x74, 0xf7,                   // je again
+    0x66, 0xba, 0xf8, 0x03,       // mov dx, 0x3f8
+    0x8a, 0x46, 0x08,             // mov al, [esi + 8]
+    0xee,                         // out dx, al
+    0xb0, 0xfe, 0xe6, 0x64,       // mov al, 0xfe; out 0x64, al
+    0xf4, 0xeb, 0xfd,             // hlt; jmp back
+];
+
+/// An ELF file with a PVH entry, of one segment.
+fn kernel() -> OwnedFd {
+    let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
+    bytes.resize(16, 0);
+    bytes.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    bytes.extend(u64::from(ENTRY).to_le_bytes());
+    bytes.extend(64_u64.to_le_bytes());
+    bytes.extend([0; 12]);
+    bytes.extend([64, 0, 56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
+    let note = 0x100_u64;
+    let code = 0x200_u64;
+    for (kind, at, address, length) in [
+        (1_u32, code, u64::from(ENTRY), CODE.len() as u64),
+        (4, note, 0, 20),
+    ] {
+        bytes.extend(kind.to_le_bytes());
+        bytes.extend(5_u32.to_le_bytes());
+        for number in [at, address, address, length, length, 4] {
+            bytes.extend(number.to_le_bytes());
+        }
+    }
+    bytes.resize(0x100, 0);
+    // The entry for 32 bits: XEN_ELFNOTE_PHYS32_ENTRY.
+    for number in [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), ENTRY] {
+        bytes.extend(number.to_le_bytes());
+    }
+    bytes.resize(0x200, 0);
+    bytes.extend(CODE);
+    let kernel = file(0);
+    rustix::io::pwrite(&kernel, &bytes, 0).unwrap();
+    kernel
+}
+
+fn entropy(board: &mut Board<'_>) -> Result<(), BoardError> {
+    board.plug(Slot::Rng, Rng::new(rng::host))
+}
+
+/// The tiny guest, and its memory.
+fn tiny(kvm: &Kvm, vcpus: u8) -> (Machine, OwnedFd) {
+    let layout = Layout::new(SMALL, vcpus).unwrap();
+    let (kernel, memory) = (kernel(), file(layout.memory_bytes()));
+    let boot = Boot {
+        kernel: kernel.as_fd(),
+        initramfs: None,
+        command_line: b"",
+        incarnation: Incarnation::from_bytes([1; 16]),
+    };
+    let machine = Machine::boot(kvm, &layout, memory.as_fd(), &boot, entropy);
+    (machine.unwrap(), memory)
+}
+
+/// The number there.
+fn word(machine: &Machine, at: Gpa) -> u32 {
+    let mut bytes = [0; 4];
+    machine.memory().read(at, &mut bytes).unwrap();
+    u32::from_le_bytes(bytes)
+}
+
+/// Lets it run until it has counted further.
+fn counts(machine: &Machine) {
+    let before = word(machine, COUNT);
+    let start = Monotonic.now();
+    machine.resume();
+    while word(machine, COUNT) < before.saturating_add(1000) {
+        assert!(Monotonic.now() - start < LIMIT, "stuck at {before}");
+        std::thread::yield_now();
+    }
+}
+
+/// Tells it to say its name and stop.
+fn stop(machine: &Machine, name: u8) {
+    machine.memory().write(NAME, &[name]).unwrap();
+    machine.memory().write(STOP, &[1]).unwrap();
+    let end = machine.wait();
+    assert!(matches!(*end, End::Reset), "{end}");
+    assert_eq!(machine.output().bytes, [name]);
+}
+
+fn copy(file_of: &OwnedFd, bytes: u64) -> OwnedFd {
+    let (copied, mut at) = (file(bytes), 0);
+    let mut chunk = vec![0; 1 << 20];
+    while at < bytes {
+        let count = rustix::io::pread(file_of, &mut chunk, at).unwrap();
+        if chunk[..count].iter().any(|byte| *byte != 0) {
+            rustix::io::pwrite(&copied, &chunk[..count], at).unwrap();
+        }
+        at += count as u64;
+    }
+    copied
+}
+
+fn restore(
+    kvm: &Kvm,
+    state: &[u8],
+    memory: &OwnedFd,
+    incarnation: [u8; 16],
+) -> Result<Machine, StartError> {
+    let incarnation = Incarnation::from_bytes(incarnation);
+    let memory = memory.as_fd();
+    Machine::restore(kvm, state, memory, Sharing::Private, incarnation, entropy)
+}
+
+#[test]
+fn ten_forks_of_one_guest_go_on_and_see_nothing_of_each_other() {
+    let Some(kvm) = usable() else { return };
+    let (source, memory) = tiny(&kvm, 1);
+    counts(&source);
+    source.pause(LIMIT).unwrap();
+    let state = source.save().unwrap();
+    println!("{} bytes", state.len());
+    let saved = SavedMachine::read(&state).unwrap();
+    let (rcx, rip) = (saved.vcpus[0].regs.rcx, saved.vcpus[0].regs.rip);
+    assert!(
+        (u64::from(ENTRY)..u64::from(ENTRY) + 31).contains(&rip),
+        "{rip:#x}"
+    );
+    drop(source);
+    let forks: Vec<Machine> = (0..FORKS)
+        .map(|number| {
+            let start = Monotonic.now();
+            let fork = restore(&kvm, &state, &memory, [number + 2; 16]).unwrap();
+            println!("fork {number} is there after {:?}", Monotonic.now() - start);
+            fork
+        })
+        .collect();
+    for (number, fork) in (0..).zip(&forks) {
+        let mut generation = [0; 16];
+        fork.memory().read(GENERATION, &mut generation).unwrap();
+        assert_eq!(generation, [number + 2; 16]);
+        assert!(u64::from(word(fork, COUNT)).abs_diff(rcx) <= 1);
+        counts(fork);
+    }
+    for (number, fork) in (0..).zip(&forks) {
+        stop(fork, b'a' + number);
+    }
+    let mut bytes = [0; 12];
+    rustix::io::pread(&memory, &mut bytes, COUNT.0).unwrap();
+    assert!(u64::from_le_bytes(bytes[..8].try_into().unwrap()).abs_diff(rcx) <= 1);
+    assert_eq!(bytes[4..], [0; 8], "the file is as it was");
+}
+
+#[test]
+fn a_saved_guest_is_as_it_was_and_goes_on_beside_its_fork() {
+    let Some(kvm) = usable() else { return };
+    let (source, memory) = tiny(&kvm, 2);
+    counts(&source);
+    assert!(matches!(source.save(), Err(SaveError::Moves)));
+    source.pause(LIMIT).unwrap();
+    let state = source.save().unwrap();
+    let again = source.save().unwrap();
+    assert_eq!(state.len(), again.len());
+    let memory = copy(&memory, u64::from(SMALL) << 20);
+    let fork = restore(&kvm, &state, &memory, [9; 16]).unwrap();
+    counts(&source);
+    counts(&fork);
+    source.pause(LIMIT).unwrap();
+    counts(&source);
+    stop(&source, b's');
+    assert!(matches!(source.save(), Err(SaveError::Moves)));
+    stop(&fork, b'f');
+}
+
+#[test]
+fn a_fork_of_a_fork_goes_on_and_its_time_too() {
+    let Some(kvm) = usable() else { return };
+    let (source, memory) = tiny(&kvm, 2);
+    counts(&source);
+    source.pause(LIMIT).unwrap();
+    let first = source.save().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let fork = restore(&kvm, &first, &memory, [2; 16]).unwrap();
+    fork.pause(LIMIT).unwrap();
+    let second = fork.save().unwrap();
+    let (before, after) = (
+        SavedMachine::read(&first).unwrap(),
+        SavedMachine::read(&second).unwrap(),
+    );
+    let clock = after.vm.clock.clock.checked_sub(before.vm.clock.clock);
+    let clock = Duration::from_nanos(clock.expect("the clock went back"));
+    assert!(clock < Duration::from_millis(1500), "{clock:?}");
+    let khz = u64::from(before.tsc_khz);
+    assert_eq!(before.tsc_khz, after.tsc_khz);
+    for (one, two) in before.vcpus.iter().zip(&after.vcpus) {
+        assert_eq!(one.tsc_offset, before.vcpus[0].tsc_offset);
+        assert_eq!(two.tsc_offset, after.vcpus[0].tsc_offset);
+        let ticks = two.tsc.checked_sub(one.tsc).expect("the TSC went back");
+        assert!(ticks / khz < 1500, "{} ms", ticks / khz);
+        assert_eq!(one.regs, two.regs);
+        assert_eq!(one.sregs, two.sregs);
+        assert_eq!(one.lapic.regs[..0x380], two.lapic.regs[..0x380]);
+        let no_time = |index: u32| index != 0x6e0;
+        let values = |state: &spore_vmm::kvm::x86_64::state::VcpuState| -> Vec<(u32, u64)> {
+            let entries = state.msrs.iter().filter(|entry| no_time(entry.index));
+            entries.map(|entry| (entry.index, entry.data)).collect()
+        };
+        assert_eq!(values(one), values(two));
+    }
+    fork.resume();
+    counts(&fork);
+    stop(&fork, b'x');
+}
+
+#[test]
+fn a_machine_of_another_size_or_memory_of_another_is_refused() {
+    let Some(kvm) = usable() else { return };
+    let (source, memory) = tiny(&kvm, 1);
+    source.pause(LIMIT).unwrap();
+    let state = source.save().unwrap();
+    let bare = Bare::new(&kvm, &Layout::new(SMALL, 2).unwrap()).unwrap();
+    let saved = SavedMachine::read(&state).unwrap();
+    let one = Incarnation::from_bytes([1; 16]);
+    let error = bare.restore(saved, memory.as_fd(), Sharing::Private, one, entropy);
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "a machine of 64 MiB and 2 processors where the guest was saved in one of 64 MiB and 1 \
+         processors"
+    );
+    let short = file(1 << 20);
+    let said = chain(&restore(&kvm, &state, &short, [1; 16]).unwrap_err());
+    assert!(
+        said.contains("has 1048576 bytes where the guest has 67108864"),
+        "{said}"
+    );
+    let nothing = |_board: &mut Board<'_>| Ok(());
+    let bare = Machine::restore(&kvm, &state, memory.as_fd(), Sharing::Private, one, nothing);
+    let said = chain(&bare.unwrap_err());
+    assert!(
+        said.contains("[] where the guest was saved with [Rng]"),
+        "{said}"
+    );
+    // What a process that waits has made ahead is as good.
+    let bare = Bare::new(&kvm, &Layout::new(SMALL, 1).unwrap()).unwrap();
+    let saved = SavedMachine::read(&state).unwrap();
+    let fork = bare.restore(saved, memory.as_fd(), Sharing::Private, one, entropy);
+    let fork = fork.unwrap();
+    counts(&fork);
+    stop(&fork, b'p');
+}
+
+/// The times that a kernel says at the beginning of its lines.
+fn times(said: &str) -> Vec<Duration> {
+    let times = said.lines().filter_map(|line| {
+        let (time, _) = line.strip_prefix('[')?.split_once(']')?;
+        let seconds: f64 = time.trim().parse().ok()?;
+        Some(Duration::from_secs_f64(seconds))
+    });
+    times.collect()
+}
+
+/// Boots, is saved as it looks for its devices, and goes on in two other machines.
+fn debian(vcpus: u8) {
+    let Some(kvm) = usable() else { return };
+    let host = Host::new(&format!("restore-{vcpus}"));
+    let memory = file(BYTES);
+    let Some(source) = with(&kvm, vcpus, &memory, |board| host.plug(board)) else {
+        return;
+    };
+    source.resume();
+    says(&source, "[vda]");
+    let heard = Monotonic.now();
+    source.pause(LIMIT).unwrap();
+    let state = source.save().unwrap();
+    let ran = Monotonic.now() - heard;
+    let said = text(&source);
+    assert!(!said.contains(NO_NETWORK), "too late to save");
+    drop(source);
+    let last = times(&said)
+        .last()
+        .copied()
+        .expect("the kernel says the time");
+    for number in 0..2_u8 {
+        // Time that the guest is not to see.
+        std::thread::sleep(Duration::from_secs(5));
+        let start = Monotonic.now();
+        let incarnation = Incarnation::from_bytes([number; 16]);
+        let fork = Machine::restore(
+            &kvm,
+            &state,
+            memory.as_fd(),
+            Sharing::Private,
+            incarnation,
+            |board| {
+                board.plug(Slot::Rng, Rng::new(rng::host))?;
+                host.plug(board)
+            },
+        );
+        let fork = fork.unwrap();
+        println!("there after {:?}", Monotonic.now() - start);
+        fork.resume();
+        says(&fork, NO_NETWORK);
+        let went = Monotonic.now() - start;
+        let end = fork.wait();
+        let said = text(&fork);
+        println!("{said}");
+        assert!(is_its_end(&end), "{end}");
+        for unwanted in ["Call Trace", "lockup", "stall", "unstable", "hung"] {
+            assert!(!said.contains(unwanted), "{unwanted:?} is there");
+        }
+        let times = times(&said);
+        assert!(times.is_sorted(), "{times:?}");
+        if let (Some(first), Some(end)) = (times.first(), times.last()) {
+            assert!(*first >= last, "{first:?} after {last:?}");
+            let slack = Duration::from_millis(500);
+            assert!(*end <= last + ran + went + slack, "{end:?} after {last:?}");
+        }
+    }
+}
+
+#[test]
+fn debians_kernel_goes_on_in_other_machines_of_one_processor() {
+    debian(1);
+}
+
+#[test]
+fn debians_kernel_goes_on_in_other_machines_of_two_processors() {
+    debian(2);
+}
