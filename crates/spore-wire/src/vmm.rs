@@ -14,12 +14,15 @@
 //!    │ Resume ─────────────────────────────▶  │
 //!    │ ◀──────────── Done                     │
 //!    │ Pause, Save + fd, Switch + fd, Resume  │  a checkpoint
+//!    │ Copy + fd ──────────────────────────▶  │  what was frozen of its disk
+//!    │ ◀──────────── Done …… Copied           │  begun; and whole, or not, later
 //!    │ ◀──────────── Ended                    │  at any time, once: the guest's end
 //!    │ Quit ───────────────────────────────▶  │  gone
 //! ```
 //!
-//! Each request has one answer, in the order in which they were asked; [`FromVmm::Ended`] may come
-//! between. A VMM whose guest has ended waits for [`ToVmm::Quit`], so that its console can be read.
+//! Each request has one answer, in the order in which they were asked; [`FromVmm::Ended`] and
+//! [`FromVmm::Copied`] may come between. A VMM whose guest has ended waits for [`ToVmm::Quit`], so
+//! that its console can be read.
 //!
 //! A guest may have taken its VMM over. So what a VMM says is text for people and numbers that are
 //! checked; nothing that it says gives it anything.
@@ -48,11 +51,25 @@ pub enum ToVmm {
     /// beginning. Legal while paused.
     Save,
     /// Freezes the scratch disk's own layer and goes on with a new one over it, whose file comes
-    /// with the packet. Legal while paused.
+    /// with the packet and is the VMM's alone. Legal while paused.
     Switch {
         /// The new one.
         own: Layer,
     },
+    /// Begins to copy the scratch disk into one layer, whose file comes with the packet, new. Done
+    /// when it has begun; [`FromVmm::Copied`] comes when it is over. There is one copy at a time:
+    /// this takes the place of an earlier one, of which nothing is told after the answer.
+    Copy {
+        /// The layer.
+        to: Layer,
+        /// What it is to be over.
+        below: Below,
+        /// Up to where the disk is copied.
+        of: CopyOf,
+    },
+    /// Ends the copy that is under way, or forgets the one that is over; nothing is told of it
+    /// after the answer. Legal with a guest, idempotent.
+    CancelCopy,
     /// Copies the console's last output into the file that comes with it.
     Console,
     /// Ends the guest if it has not ended, and the process.
@@ -69,6 +86,9 @@ pub enum FromVmm {
         generation: u32,
         /// How far it is.
         state: VmmState,
+        /// How far the copy of its scratch disk is.
+        #[serde(default, skip_serializing_if = "CopyState::is_none")]
+        copy: CopyState,
     },
     /// What was asked for is done.
     Done {
@@ -81,6 +101,12 @@ pub enum FromVmm {
         /// Each cause, outermost first.
         why: String,
     },
+    /// A copy is over, and told to everybody who connects until another begins or it is cancelled.
+    Copied {
+        /// `None`: it is whole, and where a loss of power leaves it. Otherwise what became of it,
+        /// each cause, outermost first.
+        why: Option<String>,
+    },
     /// The guest has ended.
     Ended {
         /// For people.
@@ -88,6 +114,47 @@ pub enum FromVmm {
         /// Whose doing it was.
         by: EndedBy,
     },
+}
+
+/// What is below a copy of a scratch disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Below {
+    /// Nothing: it is the whole disk, base and layers, without what is zeros.
+    Nothing,
+    /// The base and the layers that the VM was launched with: it is what the VM has written since.
+    Source,
+}
+
+/// Up to where a scratch disk is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CopyOf {
+    /// Without the own layer: as it was at the last [`ToVmm::Switch`], whatever the guest does.
+    Frozen,
+    /// With it. Legal while paused; a guest that is resumed before it is whole ends the copy.
+    Paused,
+}
+
+/// How far the copy of a scratch disk is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CopyState {
+    /// There is none.
+    #[default]
+    None,
+    /// [`FromVmm::Copied`] comes later.
+    UnderWay,
+    /// [`FromVmm::Copied`] comes next, or after [`FromVmm::Ended`].
+    Over,
+}
+
+impl CopyState {
+    /// Whether there is none: what a greeting does not mention.
+    #[must_use]
+    pub const fn is_none(&self) -> bool {
+        matches!(self, Self::None)
+    }
 }
 
 /// How far a VMM is.

@@ -356,6 +356,17 @@ mod tests {
                 "switch",
                 json!({"type": "switch", "own": {"file": 0, "key": "AAEC"}}),
             ),
+            (
+                "copy what was frozen",
+                json!({"type": "copy", "to": {"file": 0, "key": "AAEC"}, "below": "source",
+            "of": "frozen"}),
+            ),
+            (
+                "copy all",
+                json!({"type": "copy", "to": {"file": 0, "key": null}, "below": "nothing",
+            "of": "paused"}),
+            ),
+            ("cancel_copy", json!({"type": "cancel_copy"})),
             ("console", json!({"type": "console"})),
             ("quit", json!({"type": "quit"})),
         ])
@@ -363,12 +374,21 @@ mod tests {
 
     fn from_vmm() -> Value {
         let hello = |state: &str| json!({"type": "hello", "generation": 2, "state": state});
+        let copying = |copy: &str| {
+            let mut hello = hello("running");
+            hello["copy"] = json!(copy);
+            hello
+        };
         let ended = |by: &str| json!({"type": "ended", "why": "why", "by": by});
         checked::<FromVmm>(vec![
             ("hello parked", hello("parked")),
             ("hello paused", hello("paused")),
             ("hello running", hello("running")),
             ("hello ended", hello("ended")),
+            ("hello while copying", copying("under_way")),
+            ("hello with a copy", copying("over")),
+            ("copied", json!({"type": "copied", "why": null})),
+            ("not copied", json!({"type": "copied", "why": "why"})),
             ("done", json!({"type": "done", "bytes": 7})),
             ("failed", json!({"type": "failed", "why": "why"})),
             ("ended by the guest", ended("guest")),

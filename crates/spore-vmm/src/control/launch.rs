@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
 
 use spore_wire::guest::PORT_NAME;
 use spore_wire::launch::{self, Begin, Launch, TAP_HEADER_BYTES};
@@ -15,6 +16,7 @@ use crate::device::virtio::blk::Blk;
 use crate::device::virtio::console::{Console, Listener};
 use crate::device::virtio::net::{Net, Tap};
 use crate::device::virtio::rng::{self, Rng};
+use crate::disk::copies::Copies;
 use crate::disk::locked::KEY_BYTES;
 use crate::disk::overlay::LayerError;
 use crate::disk::scratch::{LayerFile, Scratch};
@@ -22,6 +24,7 @@ use crate::disk::stack::Base;
 use crate::disk::zeros::Zeros;
 use crate::disk::{Access, Disk, Raw};
 use crate::kvm::Kvm;
+use crate::kvm::bell::Bell;
 use crate::machine::board::{Board, BoardError};
 use crate::machine::boot::Boot;
 use crate::machine::layout::{Layout, LayoutError, Slot};
@@ -71,6 +74,9 @@ pub enum LaunchError {
     /// A layer is none, or of another disk.
     #[error("the scratch disk cannot be put together")]
     Layer(#[from] LayerError),
+    /// The kernel gave no thread.
+    #[error("the thread that copies the scratch disk cannot be started")]
+    Thread(#[source] io::Error),
     /// It was saved.
     #[error("this VMM cannot restore a machine")]
     NoRestore,
@@ -95,12 +101,17 @@ struct Devices {
 pub struct Launched {
     /// The guest.
     pub machine: Machine,
-    /// Its scratch disk, if it has one.
-    pub scratch: Option<Scratch>,
+    /// Its scratch disk, if it has one, and the copies of it.
+    pub copies: Option<Copies>,
 }
 
-/// Makes the guest of a blob.
-pub fn launch(kvm: &Kvm, blob: &Launch, fds: Vec<OwnedFd>) -> Result<Launched, LaunchError> {
+/// Makes the guest of a blob. The bell is rung when a copy of its disk is over.
+pub fn launch(
+    kvm: &Kvm,
+    blob: &Launch,
+    fds: Vec<OwnedFd>,
+    copied: &Arc<Bell>,
+) -> Result<Launched, LaunchError> {
     let layout = Layout::new(blob.memory_mib, blob.vcpus)?;
     let mut files = Files::new(fds);
     let memory = files.take(blob.memory)?;
@@ -125,7 +136,11 @@ pub fn launch(kvm: &Kvm, blob: &Launch, fds: Vec<OwnedFd>) -> Result<Launched, L
         }
         Begin::Restore { .. } => return Err(LaunchError::NoRestore),
     };
-    Ok(Launched { machine, scratch })
+    // The last of the guest's threads.
+    let start = |scratch| Copies::start(scratch, Arc::clone(copied));
+    let copies = scratch.map(start).transpose();
+    let copies = copies.map_err(LaunchError::Thread)?;
+    Ok(Launched { machine, copies })
 }
 
 fn using<T>(what: &'static str, made: io::Result<T>) -> Result<T, LaunchError> {

@@ -24,13 +24,14 @@ use rustix::io::Errno;
 use spore_wire::cause::chain;
 use spore_wire::generation::GENERATION;
 use spore_wire::launch::{FdIndex, Layer};
-use spore_wire::vmm::{EndedBy, FromVmm, ToVmm, VmmState};
+use spore_wire::vmm::{Below, CopyOf, CopyState, EndedBy, FromVmm, ToVmm, VmmState};
 
 use self::files::{Files, FilesError};
 use self::launch::{LaunchError, Launched, layer};
 use self::packet::{Connection, PacketError};
 use crate::disk::Access;
-use crate::disk::scratch::SwitchError;
+use crate::disk::copies::{BeginError, Copies, Progress};
+use crate::disk::scratch::{self, SwitchError, UpTo};
 use crate::end::End;
 use crate::kvm::bell::Bell;
 use crate::kvm::{Kvm, KvmError};
@@ -70,6 +71,8 @@ enum RequestError {
     NoScratch,
     #[error("the scratch disk's layer cannot be switched")]
     Switch(#[from] SwitchError),
+    #[error("the scratch disk cannot be copied")]
+    Copy(#[from] BeginError),
     #[error("the file for the answer cannot be written")]
     Write(#[source] io::Error),
 }
@@ -97,6 +100,8 @@ pub struct Control {
     runs: bool,
     /// Rung when the guest has ended.
     ended: Arc<Bell>,
+    /// Rung when a copy of its disk is over.
+    copied: Arc<Bell>,
 }
 
 impl Control {
@@ -110,15 +115,19 @@ impl Control {
             guest: Guest::Parked(kvm),
             runs: false,
             ended: Arc::new(Bell::new()?),
+            copied: Arc::new(Bell::new()?),
         })
     }
 
     /// Serves until it is told to quit.
     pub fn serve(mut self) -> Result<(), ServeError> {
         loop {
-            let [comes, asks, ends] = self.wait()?;
+            let [ends, copied, comes, asks] = self.wait()?;
             if ends && self.ended.hear() {
                 self.tell_end();
+            }
+            if copied && self.copied.hear() {
+                self.tell_copy();
             }
             if asks && !self.attend() {
                 return Ok(());
@@ -129,21 +138,23 @@ impl Control {
         }
     }
 
-    /// Waits until somebody comes, asks, or the guest ends.
-    fn wait(&self) -> Result<[bool; 3], ServeError> {
+    /// Waits until the guest ends, a copy is over, somebody comes, or asks.
+    fn wait(&self) -> Result<[bool; 4], ServeError> {
         let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let mut watched = vec![watch(self.listener.as_fd()), watch(self.ended.as_fd())];
+        let bells = [self.ended.as_fd(), self.copied.as_fd()];
+        let mut watched: Vec<_> = bells.into_iter().map(watch).collect();
+        watched.push(watch(self.listener.as_fd()));
         watched.extend(self.connection.as_ref().map(|asks| watch(asks.as_fd())));
         match poll(&mut watched, None) {
             Ok(_) => {}
-            Err(Errno::INTR) => return Ok([false; 3]),
+            Err(Errno::INTR) => return Ok([false; 4]),
             Err(error) => return Err(ServeError::Wait(error.into())),
         }
         let is_ready = |at: usize| {
             let fd: Option<&PollFd<'_>> = watched.get(at);
             fd.is_some_and(|fd| !fd.revents().is_empty())
         };
-        Ok([is_ready(0), is_ready(2), is_ready(1)])
+        Ok([0, 1, 2, 3].map(is_ready))
     }
 
     /// Lets whoever waits take the place of whoever was there.
@@ -151,12 +162,25 @@ impl Control {
         // Whoever is gone by now was nobody; whatever else fails, they see the socket closed.
         while let Ok(Some(connection)) = Connection::accept(self.listener.as_fd()) {
             self.connection = Some(connection);
+            let copy = match self.progress() {
+                Progress::None => CopyState::None,
+                Progress::UnderWay => CopyState::UnderWay,
+                Progress::Over(_) => {
+                    // It has rung, and is told below and not once more.
+                    let _rung = self.copied.hear();
+                    CopyState::Over
+                }
+            };
             self.tell(&FromVmm::Hello {
                 generation: GENERATION,
                 state: self.state(),
+                copy,
             });
             if self.state() == VmmState::Ended {
                 self.tell_end();
+            }
+            if copy == CopyState::Over {
+                self.tell_copy();
             }
         }
     }
@@ -193,7 +217,10 @@ impl Control {
             }
             ToVmm::Resume => {
                 Files::new(fds).finish()?;
-                self.there("resume")?.machine.resume();
+                let guest = self.there("resume")?;
+                // Before the guest writes what is being copied.
+                guest.copies.iter().for_each(Copies::resume);
+                guest.machine.resume();
                 self.runs = true;
                 0
             }
@@ -210,6 +237,16 @@ impl Control {
             }
             ToVmm::Switch { own } => {
                 self.switch(&own, fds)?;
+                0
+            }
+            ToVmm::Copy { to, below, of } => {
+                self.copy(&to, below, of, fds)?;
+                0
+            }
+            ToVmm::CancelCopy => {
+                Files::new(fds).finish()?;
+                let guest = self.there("cancel_copy")?;
+                guest.copies.iter().for_each(Copies::cancel);
                 0
             }
             ToVmm::Console => {
@@ -230,7 +267,7 @@ impl Control {
             return Err(self.unfit("launch", "is parked"));
         };
         let kvm = kvm.as_ref().ok_or(RequestError::NoKvm)?;
-        let launched = launch::launch(kvm, blob, fds)?;
+        let launched = launch::launch(kvm, blob, fds, &self.copied)?;
         launched.machine.ring_at_end(Arc::clone(&self.ended));
         self.guest = Guest::There(Box::new(launched));
         Ok(())
@@ -238,11 +275,41 @@ impl Control {
 
     fn switch(&self, own: &Layer, fds: Vec<OwnedFd>) -> Result<(), RequestError> {
         let guest = self.paused("switch")?;
-        let scratch = guest.scratch.as_ref().ok_or(RequestError::NoScratch)?;
+        let copies = guest.copies.as_ref().ok_or(RequestError::NoScratch)?;
         let mut files = Files::new(fds);
         let own = layer(own, &mut files, Access::ReadWrite)?;
         files.finish()?;
-        Ok(scratch.switch(own)?)
+        Ok(copies.switch(own)?)
+    }
+
+    fn copy(
+        &self,
+        to: &Layer,
+        below: Below,
+        of: CopyOf,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), RequestError> {
+        let (guest, up_to) = match of {
+            CopyOf::Frozen => (self.there("copy")?, UpTo::Frozen),
+            CopyOf::Paused => (self.paused("copy of paused")?, UpTo::Written),
+        };
+        let below = match below {
+            Below::Nothing => scratch::Below::Nothing,
+            Below::Source => scratch::Below::Source,
+        };
+        let copies = guest.copies.as_ref().ok_or(RequestError::NoScratch)?;
+        let mut files = Files::new(fds);
+        let to = layer(to, &mut files, Access::ReadWrite)?;
+        files.finish()?;
+        Ok(copies.begin(&to, below, up_to)?)
+    }
+
+    fn progress(&self) -> Progress {
+        let Guest::There(guest) = &self.guest else {
+            return Progress::None;
+        };
+        let copies = guest.copies.as_ref();
+        copies.map_or(Progress::None, Copies::progress)
     }
 
     fn there(&self, asked: &'static str) -> Result<&Launched, RequestError> {
@@ -288,6 +355,14 @@ impl Control {
                 why: chain(&*end),
                 by: ended_by(&end),
             });
+        }
+    }
+
+    fn tell_copy(&mut self) {
+        // Another may have been begun, or the one that is over forgotten.
+        if let Progress::Over(copied) = self.progress() {
+            let why = copied.err().map(|error| chain(&*error));
+            self.tell(&FromVmm::Copied { why });
         }
     }
 

@@ -223,7 +223,7 @@ impl Shared {
     /// The thread.
     fn run(&self) {
         // A copy at any other priority is as good, only not as polite.
-        let _as_it_was = rustix::process::nice(NICE);
+        let _as_it_was = rustix::process::setpriority_process(None, NICE);
         loop {
             match self.next() {
                 Work::Copy(job) => self.copy(*job),

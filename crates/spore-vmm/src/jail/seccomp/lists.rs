@@ -152,6 +152,8 @@ const THREADS: &[Call] = &[
     always(libc::SYS_rseq),
     always(libc::SYS_sched_getaffinity),
     any(libc::SYS_prctl, &[int(0, libc::PR_SET_NAME)]),
+    // Of the calling thread. Nobody here may have a better one than it began with.
+    any(libc::SYS_setpriority, &[is(1, 0)]),
     // The signal that calls a processor back.
     always(libc::SYS_rt_sigaction),
 ];

@@ -14,7 +14,7 @@
 //! guest's first instructions see of the processor is `kvm/x86_64/entry.rs`.
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::BorrowedFd;

@@ -62,6 +62,20 @@ fn note(entry: u64) -> Segment {
     }
 }
 
+/// A kernel that is some code, for a machine that is to run it.
+pub(crate) fn kernel_of(code: &[u8]) -> Vec<u8> {
+    let mut content = vec![0x90; 0x10];
+    content.extend(code);
+    let bytes = content.len() as u64;
+    let kernel = Segment {
+        kind: 1,
+        address: LOADED,
+        bytes,
+        content,
+    };
+    elf(&[kernel, note(ENTRY)])
+}
+
 fn elf(segments: &[Segment]) -> Vec<u8> {
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
     bytes.resize(16, 0);
