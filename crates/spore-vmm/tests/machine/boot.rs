@@ -98,7 +98,18 @@ pub(crate) fn with(
     memory: &OwnedFd,
     plug: impl FnOnce(&mut Board<'_>) -> Result<(), BoardError>,
 ) -> Option<Machine> {
-    let (kernel, initramfs) = (open(KERNEL)?, open(INITRAMFS)?);
+    with_kernel(kvm, KERNEL, vcpus, memory, plug)
+}
+
+/// The same with another kernel.
+pub(crate) fn with_kernel(
+    kvm: &Kvm,
+    kernel: &str,
+    vcpus: u8,
+    memory: &OwnedFd,
+    plug: impl FnOnce(&mut Board<'_>) -> Result<(), BoardError>,
+) -> Option<Machine> {
+    let (kernel, initramfs) = (open(kernel)?, open(INITRAMFS)?);
     let layout = Layout::new(MEMORY_MIB, vcpus).unwrap();
     let boot = Boot {
         kernel: kernel.as_fd(),

@@ -17,10 +17,12 @@ use spore_vmm::machine::save::SaveError;
 use spore_vmm::machine::saved::SavedMachine;
 use spore_vmm::machine::{Machine, StartError};
 use spore_vmm::memory::{Gpa, Sharing};
+use spore_vmm::snapshot::format::Tag;
+use spore_vmm::snapshot::kind::Kind;
 use spore_wire::cause::chain;
 use spore_wire::launch::Incarnation;
 
-use crate::boot::{BYTES, Host, LIMIT, NO_NETWORK, is_its_end, says, text, with};
+use crate::boot::{BYTES, Host, LIMIT, NO_NETWORK, is_its_end, says, text, with, with_kernel};
 use crate::{file, usable};
 
 const FORKS: u8 = 10;
@@ -287,6 +289,62 @@ fn a_machine_of_another_size_or_memory_of_another_is_refused() {
     stop(&fork, b'p');
 }
 
+/// Changes a section of a saved machine, and its checksum with it.
+fn changed(state: &[u8], tag: Tag, change: impl FnOnce(&mut [u8])) -> Vec<u8> {
+    let (mut state, mut at) = (state.to_vec(), 12);
+    loop {
+        let number = |at: usize| u32::from_le_bytes(state[at..at + 4].try_into().unwrap());
+        let end = at + 12 + usize::try_from(number(at + 4)).unwrap();
+        if state[at..at + 2] == [tag.kind, tag.number] {
+            change(&mut state[at + 12..end]);
+            let crc = crc32fast::hash(&state[at + 12..end]);
+            state[at + 8..at + 12].copy_from_slice(&crc.to_le_bytes());
+            return state;
+        }
+        at = end;
+    }
+}
+
+#[test]
+fn a_guest_that_wants_what_this_host_has_not_is_refused_with_the_reason() {
+    let Some(kvm) = usable() else { return };
+    let (source, memory) = tiny(&kvm, 1);
+    source.pause(LIMIT).unwrap();
+    let state = source.save().unwrap();
+    let refused = |state: &[u8]| chain(&restore(&kvm, state, &memory, [1; 16]).unwrap_err());
+    // The first leaf's vendor; each leaf is function, index, flags, then four registers.
+    let said = refused(&changed(&state, Kind::Vcpu.of(0), |bytes| {
+        assert_eq!(bytes[4..8], [0; 4]);
+        bytes[20] ^= 1;
+    }));
+    assert!(said.contains("another vendor"), "{said}");
+    let said = refused(&changed(&state, Kind::Vcpu.of(0), |bytes| {
+        let leaf = bytes[4..].chunks_exact_mut(40);
+        let mut leaf = leaf.skip_while(|leaf| leaf[..8] != [7, 0, 0, 0, 0, 0, 0, 0]);
+        leaf.next().unwrap()[16..20].fill(0xff);
+    }));
+    assert!(said.contains("of ebx in CPUID leaf 0x7"), "{said}");
+    // An MSR that may be saved and that no processor has.
+    let said = refused(&changed(&state, Kind::Vcpu.of(0), |bytes| {
+        let at = bytes.len() - 64 - 16;
+        bytes[at..at + 4].copy_from_slice(&0xdead_0000_u32.to_le_bytes());
+    }));
+    assert!(
+        said.contains("KVM_SET_MSRS stopped at MSR 0xdead0000"),
+        "{said}"
+    );
+    let slow = changed(&state, Kind::Machine.only(), |bytes| {
+        bytes[5..9].copy_from_slice(&1_000_000_u32.to_le_bytes());
+    });
+    if kvm.caps().tsc_control {
+        restore(&kvm, &slow, &memory, [1; 16]).unwrap();
+    } else {
+        let said = refused(&slow);
+        let rates = "runs at 1000000 kHz and this host's at ";
+        assert!(said.contains(rates), "{said}");
+    }
+}
+
 /// The times that a kernel says at the beginning of its lines.
 fn times(said: &str) -> Vec<Duration> {
     let times = said.lines().filter_map(|line| {
@@ -295,6 +353,25 @@ fn times(said: &str) -> Vec<Duration> {
         Some(Duration::from_secs_f64(seconds))
     });
     times.collect()
+}
+
+/// What the guest has not read of its events.
+fn events(machine: &Machine) -> u8 {
+    machine.pause(LIMIT).unwrap();
+    let state = machine.save().unwrap();
+    SavedMachine::read(&state).unwrap().devices.power.events
+}
+
+/// Lets it run until its event device has read that there is a new generation.
+fn hears(machine: &Machine) {
+    assert_eq!(events(machine), 1);
+    let start = Monotonic.now();
+    while events(machine) != 0 {
+        assert!(Monotonic.now() - start < LIMIT, "the event was not read");
+        machine.resume();
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    machine.resume();
 }
 
 /// Boots, is saved as it looks for its devices, and goes on in two other machines.
@@ -336,7 +413,7 @@ fn debian(vcpus: u8) {
         );
         let fork = fork.unwrap();
         println!("there after {:?}", Monotonic.now() - start);
-        fork.resume();
+        hears(&fork);
         says(&fork, NO_NETWORK);
         let went = Monotonic.now() - start;
         let end = fork.wait();
@@ -353,6 +430,40 @@ fn debian(vcpus: u8) {
             let slack = Duration::from_millis(500);
             assert!(*end <= last + ran + went + slack, "{end:?} after {last:?}");
         }
+    }
+}
+
+/// Debian's kernel for any machine, whose driver for generations is built in. The one for clouds
+/// has none.
+fn generic_kernel() -> Option<String> {
+    let kernels = std::fs::read_dir("/var/lib/spore-deps/rig").ok()?;
+    let mut paths = kernels.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+    let kernel = paths.find_map(|path| Some(path.join("vmlinux")).filter(|path| path.is_file()));
+    kernel.map(|path| path.display().to_string())
+}
+
+#[test]
+fn a_kernel_that_knows_generations_renews_its_randomness_in_each_fork() {
+    const RESEEDED: &str = "crng reseeded due to virtual machine fork";
+    let Some(kvm) = usable() else { return };
+    let Some(kernel) = generic_kernel() else {
+        println!("SKIPPED: there is no generic kernel; `make deps` fetches it");
+        return;
+    };
+    let memory = file(BYTES);
+    let Some(source) = with_kernel(&kvm, &kernel, 1, &memory, |_board| Ok(())) else {
+        return;
+    };
+    source.resume();
+    says(&source, "Run /init as init process");
+    source.pause(LIMIT).unwrap();
+    let state = source.save().unwrap();
+    assert!(!text(&source).contains(RESEEDED));
+    drop(source);
+    for number in 2..4 {
+        let fork = restore(&kvm, &state, &memory, [number; 16]).unwrap();
+        fork.resume();
+        says(&fork, RESEEDED);
     }
 }
 
