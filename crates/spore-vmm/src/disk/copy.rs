@@ -2,7 +2,7 @@
 //!
 //! What the copy is over is the caller's to know: a copy of the layers that came since the disk was
 //! made has every cluster of theirs, and one of everything has what is not zeros. One cluster is in
-//! memory at a time, and a bit for each cluster of the disk.
+//! memory at a time, and a bit for each cluster of the disk. Layers are merged in the same way.
 
 use std::io;
 
@@ -41,17 +41,17 @@ pub enum CopyError {
         #[source]
         source: io::Error,
     },
-    /// The copy cannot be written.
-    #[error("the copy of the disk cannot be written at byte {at}")]
+    /// The layer cannot be written.
+    #[error("the layer cannot be written at byte {at} of the disk")]
     Write {
-        /// Where on the disk.
+        /// Where.
         at: u64,
         /// What the kernel said.
         #[source]
         source: io::Error,
     },
     /// It cannot be made to last.
-    #[error("the copy of the disk cannot be flushed")]
+    #[error("the layer cannot be flushed")]
     Flush(#[source] io::Error),
 }
 
@@ -64,6 +64,36 @@ pub fn copy(
 ) -> Result<(), CopyError> {
     let mut from = source.open().map_err(CopyError::Open)?;
     let clusters = clusters(&from, &is_wanted)?;
+    let below = match source.is_all() {
+        true => Content::NotZeros,
+        false => Content::Any,
+    };
+    transfer(
+        &clusters,
+        |at, cluster| from.read(at, cluster),
+        to,
+        below,
+        is_wanted,
+    )
+}
+
+/// Which clusters need not be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// None of them.
+    Any,
+    /// Those of zeros: they are what is below.
+    NotZeros,
+}
+
+/// Puts clusters into a layer and flushes it. Asks between two of them whether that is still wanted.
+pub(super) fn transfer(
+    clusters: &Map,
+    mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+    to: &mut Layer,
+    content: Content,
+    is_wanted: impl Fn() -> bool,
+) -> Result<(), CopyError> {
     let mut cluster = Vec::new();
     let (mut next, mut unflushed) = (0, 0);
     while let Some(index) = clusters.next(next) {
@@ -71,11 +101,10 @@ pub fn copy(
             return Err(CopyError::Unwanted);
         }
         let at = index * CLUSTER_BYTES;
-        let whole = CLUSTER_BYTES.min(from.bytes() - at);
+        let whole = CLUSTER_BYTES.min(to.bytes() - at);
         cluster.resize(usize::try_from(whole).unwrap_or(0), 0);
-        let read = from.read(at, &mut cluster);
-        read.map_err(|source| CopyError::Read { at, source })?;
-        if !source.is_all() || cluster.iter().any(|byte| *byte != 0) {
+        read(at, &mut cluster).map_err(|source| CopyError::Read { at, source })?;
+        if content == Content::Any || cluster.iter().any(|byte| *byte != 0) {
             let written = to.write(at, &cluster);
             written.map_err(|source| CopyError::Write { at, source })?;
             unflushed += 1;

@@ -19,9 +19,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zeroize::Zeroizing;
 
+use super::copy::{Content, CopyError, transfer};
 use super::locked::{KEY_BYTES, Locked};
 use super::overlay::layer::Layer;
-use super::overlay::{BaseName, CLUSTER_BYTES, LayerError, Overlay};
+use super::overlay::{BaseName, LayerError, Overlay};
 use super::stack::{Base, Stack};
 use super::zeros::Zeros;
 use super::{Access, Disk, Raw};
@@ -44,7 +45,7 @@ pub enum SwitchError {
     Layer(#[from] LayerError),
     /// It has [`LAYERS_MAX`] of its own.
     #[error("the disk has {LAYERS_MAX} frozen layers of its own, which are not merged yet")]
-    Deep(#[source] Option<Arc<LayerError>>),
+    Deep(#[source] Option<Arc<CopyError>>),
 }
 
 /// A layer's file and what opens it; clones are the same one.
@@ -144,7 +145,7 @@ struct Files {
     given: usize,
     own: LayerFile,
     /// Why its layers could not be merged the last time.
-    unmerged: Option<Arc<LayerError>>,
+    unmerged: Option<Arc<CopyError>>,
 }
 
 impl Files {
@@ -247,7 +248,7 @@ impl Scratch {
     /// Called by one thread, and while nobody reads a [`Source`] that was made before the upper one
     /// was frozen: what is only in the lower one for them is written over. Ended by `is_wanted`
     /// between two clusters, it has done nothing, as after an error.
-    pub fn merge(&self, is_wanted: impl Fn() -> bool) -> Result<(), Arc<LayerError>> {
+    pub fn merge(&self, is_wanted: impl Fn() -> bool) -> Result<(), Arc<CopyError>> {
         let (at, lower, upper) = {
             let files = self.files();
             let at = files.given;
@@ -261,40 +262,26 @@ impl Scratch {
         let merged = self.merged(&lower, &upper, is_wanted).map_err(Arc::new);
         let mut files = self.files();
         files.unmerged = merged.as_ref().err().map(Arc::clone);
-        if let Some(merged) = merged? {
-            // Frozen layers are only ever added behind these, but by the one thread that is here.
-            self.disk().base_mut().merge(at, merged);
-            files.frozen.remove(at + 1);
-        }
+        // Frozen layers are only ever added behind these, but by the one thread that is here.
+        self.disk().base_mut().merge(at, merged?);
+        files.frozen.remove(at + 1);
         Ok(())
     }
 
-    /// The lower layer with the upper one's clusters, on the disk; `None` when it is not wanted
-    /// any more.
+    /// The lower layer with the upper one's clusters, on the disk.
     fn merged(
         &self,
         lower: &LayerFile,
         upper: &LayerFile,
         is_wanted: impl Fn() -> bool,
-    ) -> Result<Option<Layer>, LayerError> {
-        let mut lower = lower.open(self.bytes, Access::ReadWrite)?;
-        let mut upper = upper.open(self.bytes, Access::ReadOnly)?;
-        let mut cluster = Vec::new();
-        let mut next = 0;
-        while let Some(index) = upper.map().next(next) {
-            if !is_wanted() {
-                return Ok(None);
-            }
-            let at = index * CLUSTER_BYTES;
-            let whole = CLUSTER_BYTES.min(self.bytes - at);
-            cluster.resize(usize::try_from(whole).unwrap_or(0), 0);
-            upper.read(at, &mut cluster)?;
-            lower.write(at, &cluster)?;
-            next = index + 1;
-            std::thread::yield_now();
-        }
-        lower.flush()?;
-        Ok(Some(lower))
+    ) -> Result<Layer, CopyError> {
+        let open = |file: &LayerFile, access| file.open(self.bytes, access);
+        let mut lower = open(lower, Access::ReadWrite).map_err(CopyError::Open)?;
+        let mut upper = open(upper, Access::ReadOnly).map_err(CopyError::Open)?;
+        let clusters = upper.map().clone();
+        let read = |at, cluster: &mut [u8]| upper.read(at, cluster);
+        transfer(&clusters, read, &mut lower, Content::Any, is_wanted)?;
+        Ok(lower)
     }
 
     fn files(&self) -> MutexGuard<'_, Files> {
@@ -477,7 +464,7 @@ mod tests {
         assert!(why.contains("not merged"), "{why}");
         assert!(why.contains("not permitted"), "{why}");
         assert_eq!(read(&mut disk, 0), switches);
-        disk.merge(|| false).unwrap();
+        assert!(disk.merge(|| false).is_err());
         assert_eq!(disk.files().own_frozen(), LAYERS_MAX);
     }
 }

@@ -140,7 +140,10 @@ fn a_copy_without_room_says_so_and_the_guest_goes_on() {
         .begin_in(target(None), Below::Source, UpTo::Written);
     begun.unwrap();
     let why = copied.wait().unwrap_err();
-    assert!(why.contains("cannot be written at byte 0"), "{why}");
+    assert!(
+        why.contains("the layer cannot be written at byte 0"),
+        "{why}"
+    );
     assert!(why.contains("No space left"), "{why}");
     copied.disk.write(512, &[2; 512]).unwrap();
     copied.disk.flush().unwrap();
@@ -310,6 +313,37 @@ fn layers_are_merged_beside_no_copy_and_a_disk_that_is_switched_for_ever_stays()
     let mut read = [0; 1024];
     copied.disk.read(0, &mut read).unwrap();
     assert_eq!((read[0], read[512]), (1, 39));
+}
+
+#[test]
+fn a_copy_that_waits_comes_before_layers_are_merged() {
+    let mut copied = Copied::with_ones();
+    let (to, came, go) = gated();
+    copied
+        .copies
+        .begin_in(to, Below::Source, UpTo::Written)
+        .unwrap();
+    came.recv().unwrap();
+    copied.copies.switch(new(None).0).unwrap();
+    let (to, _file) = new(None);
+    copied
+        .copies
+        .begin(&to, Below::Source, UpTo::Frozen)
+        .unwrap();
+    for fill in 2..=u8::try_from(LAYERS_MAX).unwrap() {
+        copied.disk.write(0, &[fill; 512]).unwrap();
+        copied.copies.switch(new(None).0).unwrap();
+    }
+    assert!(copied.disk.is_deep());
+    drop(go);
+    copied.wait().unwrap();
+    let mut copy = Scratch::new(NOTHING, vec![to], new(None).0).unwrap();
+    let mut read = [0; 512];
+    copy.read(0, &mut read).unwrap();
+    assert_eq!(read, [1; 512]);
+    while copied.disk.is_deep() {
+        std::thread::yield_now();
+    }
 }
 
 #[test]

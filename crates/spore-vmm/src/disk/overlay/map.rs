@@ -5,7 +5,7 @@ use std::io;
 use super::layer::{PAGE_BYTES, map_bytes};
 
 /// A bit for each cluster.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Map {
     /// A bit for each cluster, the lowest first, in whole pages.
     bits: Vec<u8>,
