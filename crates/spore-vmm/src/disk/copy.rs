@@ -86,7 +86,8 @@ pub(super) enum Content {
     NotZeros,
 }
 
-/// Puts clusters into a layer and flushes it. Asks between two of them whether that is still wanted.
+/// Puts clusters into a layer and flushes it. Asks between two of them whether that is still
+/// wanted.
 pub(super) fn transfer(
     clusters: &Map,
     mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
