@@ -89,6 +89,9 @@ pub enum FromVmm {
         /// How far the copy of its scratch disk is.
         #[serde(default, skip_serializing_if = "CopyState::is_none")]
         copy: CopyState,
+        /// Layers that its scratch disk was launched with, without its own.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        layers: usize,
     },
     /// What was asked for is done.
     Done {
@@ -147,6 +150,11 @@ pub enum CopyState {
     UnderWay,
     /// [`FromVmm::Copied`] comes next, or after [`FromVmm::Ended`].
     Over,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+const fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 impl CopyState {

@@ -385,6 +385,10 @@ mod tests {
             ("hello paused", hello("paused")),
             ("hello running", hello("running")),
             ("hello ended", hello("ended")),
+            (
+                "hello of a fork",
+                json!({"type": "hello", "generation": 2, "state": "paused", "layers": 3}),
+            ),
             ("hello while copying", copying("under_way")),
             ("hello with a copy", copying("over")),
             ("copied", json!({"type": "copied", "why": null})),

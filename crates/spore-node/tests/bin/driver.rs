@@ -52,12 +52,8 @@ impl Driver {
             kernel_release: config.kernel_release,
             initramfs: config.initramfs,
             vmm: vmm(),
-            libraries: ["/lib64/ld-linux-x86-64.so.2", "/usr/lib/x86_64-linux-gnu"]
-                .map(PathBuf::from)
-                .to_vec(),
             device: "/dev/kvm".into(),
             boundary: Boundary::Kvm,
-            launcher: config.launcher,
             egress: config.egress,
         };
         Ok(Self::Kvm(Kvm::open(config).await?))

@@ -152,10 +152,10 @@ impl TestHost {
         processes_of(&self.uids())
     }
 
-    /// The uids of its VMs.
+    /// The uids of its VMs: the first of the range is that of what the node needs itself.
     pub(crate) fn uids(&self) -> Range<u32> {
         let room = &self.config.room;
-        room.uid_first..room.uid_first + room.uid_count
+        room.uid_first + 1..room.uid_first + room.uid_count
     }
 
     /// The names of namespaces, by file and by mount.

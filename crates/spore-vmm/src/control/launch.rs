@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
 use spore_wire::guest::PORT_NAME;
-use spore_wire::launch::{self, Begin, Launch, TAP_HEADER_BYTES};
+use spore_wire::launch::{self, Begin, Launch, MemoryOwner, TAP_HEADER_BYTES};
 use spore_wire::secret::SecretBytes;
 
 use super::files::{Files, FilesError};
@@ -22,13 +22,17 @@ use crate::disk::overlay::LayerError;
 use crate::disk::scratch::{LayerFile, Scratch};
 use crate::disk::stack::Base;
 use crate::disk::zeros::Zeros;
-use crate::disk::{Access, Disk, Raw};
+use crate::disk::{Access, Disk, Raw, read_at};
 use crate::kvm::Kvm;
 use crate::kvm::bell::Bell;
+use crate::machine::bare::Bare;
 use crate::machine::board::{Board, BoardError};
 use crate::machine::boot::Boot;
 use crate::machine::layout::{Layout, LayoutError, Slot};
+use crate::machine::saved::SavedMachine;
 use crate::machine::{Machine, StartError};
+use crate::memory::Sharing;
+use crate::snapshot::format::STATE_BYTES_MAX;
 
 /// Why there is no guest.
 #[derive(Debug, thiserror::Error)]
@@ -77,9 +81,9 @@ pub enum LaunchError {
     /// The kernel gave no thread.
     #[error("the thread that copies the scratch disk cannot be started")]
     Thread(#[source] io::Error),
-    /// It was saved.
-    #[error("this VMM cannot restore a machine")]
-    NoRestore,
+    /// What was saved of it is too long, or cannot be read.
+    #[error("the saved machine cannot be read")]
+    Read(#[source] io::Error),
     /// The machine cannot be put together.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -103,6 +107,8 @@ pub struct Launched {
     pub machine: Machine,
     /// Its scratch disk, if it has one, and the copies of it.
     pub copies: Option<Copies>,
+    /// Layers that the disk was launched with, without its own.
+    pub layers: usize,
 }
 
 /// Makes the guest of a blob. The bell is rung when a copy of its disk is over.
@@ -134,13 +140,40 @@ pub fn launch(
             let plug = |board: &mut Board<'_>| devices.plug(board);
             Machine::boot(kvm, &layout, memory.as_fd(), &boot, plug)?
         }
-        Begin::Restore { .. } => return Err(LaunchError::NoRestore),
+        Begin::Restore {
+            state,
+            memory: owner,
+        } => {
+            let state = files.take(*state)?;
+            files.finish()?;
+            let sharing = match owner {
+                MemoryOwner::Shared => Sharing::Private,
+                MemoryOwner::Own => Sharing::Shared,
+            };
+            let state = read(&state).map_err(LaunchError::Read)?;
+            let (file, incarnation) = (memory.as_fd(), blob.incarnation);
+            let plug = |board: &mut Board<'_>| devices.plug(board);
+            // The blob's size and not the saved one's: what was saved may say anything.
+            let saved = SavedMachine::read(&state).map_err(StartError::from)?;
+            let bare = Bare::new(kvm, &layout)?;
+            bare.restore(saved, file, sharing, incarnation, plug)?
+        }
     };
     // The last of the guest's threads.
     let start = |scratch| Copies::start(scratch, Arc::clone(copied));
     let copies = scratch.map(start).transpose();
     let copies = copies.map_err(LaunchError::Thread)?;
     Ok(Launched { machine, copies })
+}
+
+/// All of a saved machine's file, which has as much as one may have at most.
+fn read(file: &OwnedFd) -> io::Result<Vec<u8>> {
+    let bytes = rustix::fs::fstat(file)?.st_size.unsigned_abs();
+    let bytes = usize::try_from(bytes).ok();
+    let bytes = bytes.filter(|bytes| *bytes <= STATE_BYTES_MAX);
+    let mut state = vec![0; bytes.ok_or(io::ErrorKind::FileTooLarge)?];
+    read_at(file, 0, &mut state)?;
+    Ok(state)
 }
 
 fn using<T>(what: &'static str, made: io::Result<T>) -> Result<T, LaunchError> {

@@ -35,6 +35,7 @@ use crate::disk::scratch::{self, SwitchError, UpTo};
 use crate::end::End;
 use crate::kvm::bell::Bell;
 use crate::kvm::{Kvm, KvmError};
+use crate::machine::save::SaveError;
 use crate::worker::PauseError;
 
 /// Why a VMM cannot serve any more.
@@ -65,8 +66,8 @@ enum RequestError {
     Files(#[from] FilesError),
     #[error("the guest cannot be paused")]
     Pause(#[from] PauseError),
-    #[error("this VMM cannot save a machine")]
-    NoSave,
+    #[error("the machine cannot be saved")]
+    Save(#[from] SaveError),
     #[error("the guest has no scratch disk")]
     NoScratch,
     #[error("the scratch disk's layer cannot be switched")]
@@ -175,6 +176,10 @@ impl Control {
                 generation: GENERATION,
                 state: self.state(),
                 copy,
+                layers: match &self.guest {
+                    Guest::There(guest) => guest.layers,
+                    Guest::Parked(_) => 0,
+                },
             });
             if self.state() == VmmState::Ended {
                 self.tell_end();
@@ -232,8 +237,8 @@ impl Control {
                 0
             }
             ToVmm::Save => {
-                self.paused("save")?;
-                return Err(RequestError::NoSave);
+                let state = self.paused("save")?.machine.save()?;
+                answer(fds, &state)?
             }
             ToVmm::Switch { own } => {
                 self.switch(&own, fds)?;

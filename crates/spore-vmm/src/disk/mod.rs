@@ -141,7 +141,7 @@ fn rest(from: u64, end: u64) -> Option<Range<u64>> {
 }
 
 /// Reads all of a range of a file; its end comes too early.
-fn read_at(file: &OwnedFd, mut at: u64, mut into: &mut [u8]) -> io::Result<()> {
+pub(crate) fn read_at(file: &OwnedFd, mut at: u64, mut into: &mut [u8]) -> io::Result<()> {
     while !into.is_empty() {
         match rustix::io::pread(file, &mut *into, at) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

@@ -4,7 +4,7 @@
 
 use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -17,21 +17,17 @@ use spore_wire::launch::{
     Begin, FdIndex, Incarnation, LAYER_KEY_BYTES, Launch, Layer, MemoryOwner, Scratch, layer_bytes,
 };
 use spore_wire::secret::SecretBytes;
+use spore_wire::zygote::FdRole;
 
-use super::{CONTROL_SOCKET, MIB, Shared, limits};
-use crate::confine::limits::ProcessLimits;
+use super::{CONTROL_SOCKET, MIB, Shared};
 use crate::disk::Disks;
 use crate::disk::overlay::DiskKey;
 use crate::hypervisor::fork::{ForkFrom, ForkMemory};
 use crate::hypervisor::memory_image::MemoryDraft;
 use crate::hypervisor::monitored::AGENT_SOCKET;
 use crate::hypervisor::monitored::in_memory::{bounded_log, no_folder};
-use crate::hypervisor::{BootError, Machine, Prepared};
-use crate::jail::{self, Jail};
+use crate::hypervisor::{BootError, Machine};
 use crate::net::tap::GUEST_MAC;
-
-/// The descriptors of a VMM that waits: null, its output twice, its control socket, `/dev/kvm`.
-const FDS: usize = 5;
 
 /// Who may wait to speak with a VMM.
 const BACKLOG: i32 = 4;
@@ -58,48 +54,18 @@ impl Files {
 }
 
 impl Shared {
-    pub(super) fn jail(&self, vm: VmId, machine: &Machine, prepared: &Prepared) -> Jail {
-        let mut binds = vec![self.config.vmm.clone()];
-        binds.extend(self.config.libraries.iter().cloned());
-        Jail {
-            cgroup: self.rooms.cgroups().entrances(&vm.to_string()),
-            stage: self.rooms.stage(),
-            binds,
-            files: Vec::new(),
-            fds: FDS,
-            program: self.config.vmm.clone(),
-            arguments: vec!["serve".to_owned()],
-            uid: prepared.uid,
-            limits: ProcessLimits::vmm(u64::from(limits(machine).pids), file_bytes(machine)),
-        }
-    }
-
-    /// Starts a VMM that waits; gives its pid and its output.
-    pub(super) fn spawn(&self, vm: VmId, jail: &Jail) -> Result<(u32, OwnedFd), BootError> {
+    /// What a VMM that waits has, by role, and its output once more.
+    pub(super) fn open_waiting(
+        &self,
+        vm: VmId,
+    ) -> Result<(OwnedFd, Vec<(FdRole, OwnedFd)>), BootError> {
         let step = |what| move |source| BootError::Step { what, source };
-        let null = File::open("/dev/null").map_err(step("opening /dev/null"))?;
         let log = bounded_log().map_err(step("its output"))?;
         let control = listening(&self.rooms.folder(vm).join(CONTROL_SOCKET));
         let control = control.map_err(step("its control socket"))?;
-        let kvm = File::options()
-            .read(true)
-            .write(true)
-            .open(&self.config.device)
-            .map_err(step("opening /dev/kvm"))?;
-        let launch = jail::Launch {
-            launcher: &self.config.launcher,
-            jail,
-            fds: vec![
-                null.as_fd(),
-                log.as_fd(),
-                log.as_fd(),
-                control.as_fd(),
-                kvm.as_fd(),
-            ],
-        };
-        let pid = launch.start();
-        let pid = pid.map_err(|error| step("the jail")(io::Error::other(error)))?;
-        Ok((pid, log))
+        let output = log.try_clone().map_err(step("its output"))?;
+        let fds = vec![(FdRole::Control, control), (FdRole::Output, output)];
+        Ok((log, fds))
     }
 
     /// What a guest is made of.
@@ -232,7 +198,7 @@ pub(super) fn layer_key(key: &DiskKey) -> SecretBytes {
 }
 
 /// The most that a file of a machine's VMM may have: a layer, full, or a copy of one.
-fn file_bytes(machine: &Machine) -> u64 {
+pub(super) fn file_bytes(machine: &Machine) -> u64 {
     let disk = u64::from(machine.resources.disk_mib) * MIB;
     layer_bytes(disk).max(machine.resources.memory_bytes()) + FILE_BYTES_MIN
 }

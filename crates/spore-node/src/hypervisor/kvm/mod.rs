@@ -5,13 +5,15 @@
 //! descriptors. It opens nothing itself.
 //!
 //! ```text
-//!   boot: launcher ▶ VMM greets ▶ root emptied ▶ blob and files ▶ Resume ▶ Identity
+//!   boot: zygote ▶ VMM, jailed ▶ cgroup ▶ it greets ▶ blob and files ▶ Resume ▶ Identity
 //!   fork: the same with a source's memory, devices and disk, and without Resume
 //! ```
 
 mod client;
 mod files;
 mod monitor;
+mod packet;
+mod zygote;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -22,6 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use spore_wire::id::VmId;
 use spore_wire::node::Boundary;
 use spore_wire::snapshot::Shape;
@@ -30,11 +33,12 @@ use tokio::time::timeout;
 
 use self::client::Client;
 use self::monitor::KvmMonitor;
+use self::zygote::{Spawned, ZygoteConfig, Zygotes};
 use super::fork::{ForkError, ForkFrom};
 use super::monitored::capture::open_through;
 use super::monitored::tail::log_tail;
 use super::monitored::vm::{ENDING, How, MonitoredVm, Process, VmHost};
-use super::monitored::{allow_holes, pages};
+use super::monitored::{Ends, allow_holes, pages};
 use super::room::{RoomConfig, RoomError, Rooms, blocking, uncancelled};
 use super::tsc;
 use super::{
@@ -43,7 +47,6 @@ use super::{
 };
 use crate::cgroup::Limits;
 use crate::egress::launch::EgressLauncher;
-use crate::jail;
 use crate::snapshot::hash::Hash;
 use crate::sys;
 
@@ -81,14 +84,10 @@ pub struct KvmConfig {
     pub initramfs: PathBuf,
     /// `spore-vmm`, an absolute path.
     pub vmm: PathBuf,
-    /// Files and folders that it is loaded from, beside its program; none when it is static.
-    pub libraries: Vec<PathBuf>,
     /// `/dev/kvm`.
     pub device: PathBuf,
     /// What stands between guests and the host: [`Boundary::Kvm`] or [`Boundary::KvmNested`].
     pub boundary: Boundary,
-    /// Program and arguments that call [`jail::main`].
-    pub launcher: Vec<String>,
     /// What calls [`crate::egress::main`].
     pub egress: EgressLauncher,
 }
@@ -135,6 +134,7 @@ struct Shared {
     config: KvmConfig,
     caps: Caps,
     rooms: Arc<Rooms>,
+    zygotes: Zygotes,
     /// A digest of the host's processor: what a guest sees is made of it.
     cpu: String,
     tsc_khz: u32,
@@ -196,11 +196,17 @@ impl Kvm {
             snapshots: true,
         };
         let tsc_khz = u32::try_from(tsc_khz).unwrap_or(u32::MAX);
+        let zygotes = Zygotes::new(ZygoteConfig {
+            program: config.vmm.clone(),
+            device: config.device.clone(),
+            uids: (config.room.uid_first, config.room.uid_count),
+        });
         Ok(Self {
             shared: Arc::new(Shared {
                 config,
                 caps,
                 rooms,
+                zygotes,
                 cpu,
                 tsc_khz,
             }),
@@ -321,12 +327,15 @@ impl Hypervisor for Kvm {
                 open_memory,
                 new_layer: files::new_layer,
             },
+            ends: Some(Arc::clone(self.shared.zygotes.ends()) as Arc<dyn Ends>),
         };
         let process = Process {
             pid: identity.pid,
             pidfd,
         };
-        let monitor = KvmMonitor::connect(host.rooms.folder(vm).join(CONTROL_SOCKET));
+        let disks = host.rooms.disks().clone();
+        let socket = host.rooms.folder(vm).join(CONTROL_SOCKET);
+        let monitor = KvmMonitor::connect(socket, disks);
         let attached = MonitoredVm::attach(host, vm, prepared, process, monitor).await?;
         Ok(Arc::new(attached))
     }
@@ -389,7 +398,7 @@ impl Shared {
         let resumed = started.client.ask(&ToVmm::Resume, &[], Duration::ZERO);
         match resumed.await {
             Ok(_) => Ok(started.identity),
-            Err(error) => Err(started.refused(&error)),
+            Err(error) => Err(self.refused(&started, &error).await),
         }
     }
 
@@ -430,7 +439,7 @@ impl Shared {
         let launched = started.client.ask(&request, &fds, LAUNCH_TIMEOUT).await;
         match launched {
             Ok(_) => Ok(started),
-            Err(error) => Err(started.refused(&error)),
+            Err(error) => Err(self.refused(&started, &error).await),
         }
     }
 
@@ -442,24 +451,38 @@ impl Shared {
         prepared: &Prepared,
     ) -> Result<Started, BootError> {
         let step = |what| move |source| BootError::Step { what, source };
-        let (this, jail) = (Arc::clone(self), self.jail(vm, machine, prepared));
-        let launched = {
-            let jail = jail.clone();
-            blocking(move || this.spawn(vm, &jail)).await
-        };
-        let (pid, log) = launched.map_err(step("a worker thread"))??;
+        let this = Arc::clone(self);
+        let files = blocking(move || this.open_waiting(vm)).await;
+        let (log, fds) = files.map_err(step("a worker thread"))??;
+        let spawned = self.zygotes.spawn(prepared.uid, fds).await;
+        let Spawned { pid, init } = spawned.map_err(step("the zygote"))?;
+        let placed = self.place(vm, machine, &[init, pid]);
+        placed.map_err(step("putting it into its cgroup"))?;
         let identity = process::identity(pid, &vm.to_string());
         let identity = identity.map_err(|_gone| BootError::Ended(log_tail(&log)))?;
         let client = self.await_greeting(vm, &identity, &log).await?;
-        let emptied = blocking(move || jail::empty_root(pid, &jail)).await;
-        emptied
-            .and_then(|done| done)
-            .map_err(step("emptying its root"))?;
         Ok(Started {
             identity,
             client,
             log,
         })
+    }
+
+    /// Puts the processes of a VM where they are limited, before there is a guest in them.
+    fn place(&self, vm: VmId, machine: &Machine, pids: &[u32]) -> io::Result<()> {
+        let entrances = self.rooms.cgroups().entrances(&vm.to_string());
+        for pid in pids {
+            for path in &entrances {
+                std::fs::write(path, pid.to_string())?;
+            }
+            let raw = i32::try_from(*pid).ok().and_then(Pid::from_raw);
+            let limit = Rlimit {
+                current: Some(files::file_bytes(machine)),
+                maximum: Some(files::file_bytes(machine)),
+            };
+            prlimit(raw, Resource::Fsize, limit)?;
+        }
+        Ok(())
     }
 
     /// Waits until the VMM greets, or ends.
@@ -489,13 +512,20 @@ impl Shared {
     }
 }
 
-impl Started {
-    fn refused(&self, error: &io::Error) -> BootError {
-        let log = log_tail(&self.log);
-        match log.is_empty() {
-            true => BootError::Refused(error.to_string()),
-            false => BootError::Refused(format!("{error}; {log}")),
+impl Shared {
+    /// Why there is no guest in a VMM: what it said, or how it ended.
+    async fn refused(&self, started: &Started, error: &io::Error) -> BootError {
+        let mut why = error.to_string();
+        if error.kind() == io::ErrorKind::NotConnected
+            && let Some(how) = self.zygotes.ends().how(started.identity.pid).await
+        {
+            why = format!("it {how}");
         }
+        let log = log_tail(&started.log);
+        if !log.is_empty() {
+            why = format!("{why}; {log}");
+        }
+        BootError::Refused(why)
     }
 }
 

@@ -75,6 +75,14 @@ pub(super) trait Monitor: Send + 'static {
     async fn end_old_copy(&mut self) -> io::Result<()>;
 }
 
+/// Knows how VMMs ended that are not this process's children.
+#[async_trait]
+pub(super) trait Ends: Send + Sync + core::fmt::Debug {
+    /// How the process of a pid ended, which has ended, as in "ended with code 3"; `None` when
+    /// that is not known.
+    async fn how(&self, pid: u32) -> Option<String>;
+}
+
 /// A part of what a console said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Said {

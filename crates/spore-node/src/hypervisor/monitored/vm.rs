@@ -31,7 +31,7 @@ use tokio::time::timeout;
 
 use super::capture::Ready;
 use super::tail::{Tail, log_tail};
-use super::{AGENT_SOCKET, Handed, Monitor};
+use super::{AGENT_SOCKET, Ends, Handed, Monitor};
 use crate::cgroup::kill_process;
 use crate::disk::Disks;
 use crate::disk::overlay::DiskKey;
@@ -52,6 +52,8 @@ pub(in crate::hypervisor) struct VmHost {
     pub(in crate::hypervisor) rooms: Arc<Rooms>,
     pub(in crate::hypervisor) egress: EgressLauncher,
     pub(in crate::hypervisor) how: How,
+    /// Where VMMs are another process's children.
+    pub(in crate::hypervisor) ends: Option<Arc<dyn Ends>>,
 }
 
 /// In what a driver's VMMs differ, seen from outside.
@@ -127,7 +129,12 @@ impl MonitoredVm {
         connect: impl Future<Output = io::Result<M>> + Send,
     ) -> Result<Self, AttachError> {
         let silent = |what| move |source| AttachError::Silent { what, source };
-        let VmHost { rooms, egress, how } = host;
+        let VmHost {
+            rooms,
+            egress,
+            how,
+            ends,
+        } = host;
         let machine = rooms.machine(vm).map_err(silent("record"))?;
         let proxy = prepared.egress_uid.map(|uid| EgressProxy {
             launcher: egress,
@@ -158,6 +165,8 @@ impl MonitoredVm {
         let watcher = Watcher {
             rooms: Arc::clone(&rooms),
             vm,
+            pid,
+            ends,
             pidfd: Arc::clone(&pidfd),
             monitor: monitor.map_err(silent("monitor"))?,
             log,
@@ -284,6 +293,8 @@ impl Vm for MonitoredVm {
 struct Watcher<M> {
     rooms: Arc<Rooms>,
     vm: VmId,
+    pid: u32,
+    ends: Option<Arc<dyn Ends>>,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     monitor: M,
     log: OwnedFd,
@@ -315,7 +326,7 @@ impl<M: Monitor> Watcher<M> {
                 Some(order) = self.asked.recv() => self.obey(order).await,
             }
         }
-        let exit = self.exit();
+        let exit = self.exit().await;
         publish.send_replace(Some(exit));
     }
 
@@ -378,14 +389,21 @@ impl<M: Monitor> Watcher<M> {
         }
     }
 
-    fn exit(&self) -> VmExit {
+    async fn exit(&mut self) -> VmExit {
         let name = self.vm.to_string();
         let out_of_memory = self
             .rooms
             .cgroups()
             .was_out_of_memory(&name)
             .unwrap_or(false);
-        let mut reason = how_it_ended("the VMM", &self.pidfd);
+        let told = match &self.ends {
+            Some(ends) => ends.how(self.pid).await,
+            None => None,
+        };
+        let mut reason = match told {
+            Some(how) => format!("the VMM {how}"),
+            None => how_it_ended("the VMM", &self.pidfd),
+        };
         if let Some(cause) = &*self.cause.borrow() {
             reason = format!("{cause}; {reason}");
         }

@@ -350,6 +350,7 @@ impl Hypervisor for Qemu {
                 open_memory,
                 new_layer: Disks::new_layer,
             },
+            ends: None,
         };
         let process = Process {
             pid: identity.pid,
