@@ -163,7 +163,12 @@ pub fn launch(
     let start = |scratch| Copies::start(scratch, Arc::clone(copied));
     let copies = scratch.map(start).transpose();
     let copies = copies.map_err(LaunchError::Thread)?;
-    Ok(Launched { machine, copies })
+    let layers = blob.scratch.as_ref().map_or(0, |disk| disk.layers.len());
+    Ok(Launched {
+        machine,
+        copies,
+        layers,
+    })
 }
 
 /// All of a saved machine's file, which has as much as one may have at most.

@@ -86,7 +86,11 @@ impl KvmMonitor {
 
     /// The VMM, connected anew where the last request to it was given up.
     async fn client(&mut self) -> io::Result<&mut Client> {
-        if self.client.as_ref().is_some_and(|client| !client.is_in_step()) {
+        if self
+            .client
+            .as_ref()
+            .is_some_and(|client| !client.is_in_step())
+        {
             self.client = None;
             let client = Client::connect(&self.socket, GREETING_TIMEOUT).await?;
             if self.copy == Copying::UnderWay && client.greeting().copy.is_none() {
@@ -194,7 +198,9 @@ impl Monitor for KvmMonitor {
             io::Result::Ok(PreparedScratch { to, below, own })
         });
         let scratch = scratch.transpose()?;
-        let below = scratch.as_ref().map_or(Below::Nothing, |scratch| scratch.below);
+        let below = scratch
+            .as_ref()
+            .map_or(Below::Nothing, |scratch| scratch.below);
         let state = handed.state;
         self.ready = Some(Prepared { state, scratch });
         // What a copy needs is known when it is made, and a guest does not wait for it.
