@@ -12,7 +12,7 @@ use spore_wire::secret::SecretBytes;
 use super::files::{Files, FilesError};
 use crate::clock::Monotonic;
 use crate::device::rate::Limit;
-use crate::device::virtio::blk::Blk;
+use crate::device::virtio::blk::{Blk, Exchange};
 use crate::device::virtio::console::{Console, Listener};
 use crate::device::virtio::net::{Net, Tap};
 use crate::device::virtio::rng::{self, Rng};
@@ -244,15 +244,13 @@ impl Devices {
     /// Puts them into their places.
     fn plug(self, board: &mut Board<'_>) -> Result<(), BoardError> {
         let clock = || Box::new(Monotonic);
-        let mut disks: Vec<(Slot, Box<dyn Disk>, &str)> = vec![
-            (Slot::Image, Box::new(self.image), "image"),
-            (Slot::Folder, Box::new(self.folder), "folder"),
-        ];
+        let disk = |disk: Box<dyn Disk>, id| Blk::new(disk, id, Limit::default(), clock());
+        board.plug(Slot::Image, disk(Box::new(self.image), "image"))?;
+        // A guest may be forked for whichever app: it takes hold of this one's disk anew.
+        let folder = disk(Box::new(self.folder), "folder").exchanged(Exchange::AnySize);
+        board.plug(Slot::Folder, folder)?;
         if let Some(scratch) = self.scratch {
-            disks.push((Slot::Scratch, Box::new(scratch), "scratch"));
-        }
-        for (slot, disk, id) in disks {
-            board.plug(slot, Blk::new(disk, id, Limit::default(), clock()))?;
+            board.plug(Slot::Scratch, disk(Box::new(scratch), "scratch"))?;
         }
         let none = Limit::default;
         let net = Net::new(Box::new(self.wire), self.mac, none(), none(), clock());

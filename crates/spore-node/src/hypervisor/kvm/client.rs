@@ -1,8 +1,8 @@
 //! A client of a VMM's control socket (`spore_wire::vmm`).
 //!
 //! Used by the `kvm` driver. The VMM serves one client at a time, the newest. Everything that it
-//! says counts as written by a tenant who took it over: nothing is more than text and numbers. Never
-//! starts or kills a process.
+//! says counts as written by a tenant who took it over: nothing is more than text and numbers.
+//! Never starts or kills a process.
 
 use std::collections::VecDeque;
 use std::io;

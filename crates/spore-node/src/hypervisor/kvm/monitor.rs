@@ -41,6 +41,8 @@ pub(super) struct KvmMonitor {
     disks: Disks,
     /// `None` once it hung up.
     client: Option<Client>,
+    /// Whether the guest was told to stand still; `None` is not known.
+    stands: Option<bool>,
     /// What the next capture is written to.
     ready: Option<Prepared>,
     copy: Copying,
@@ -75,8 +77,10 @@ enum Copying {
 impl KvmMonitor {
     /// Connects to the VMM of a VM that runs.
     pub(super) async fn connect(socket: PathBuf, disks: Disks) -> io::Result<Self> {
+        let client = Client::connect(&socket, GREETING_TIMEOUT).await?;
         Ok(Self {
-            client: Some(Client::connect(&socket, GREETING_TIMEOUT).await?),
+            stands: Some(client.greeting().state == VmmState::Paused),
+            client: Some(client),
             socket,
             disks,
             ready: None,
@@ -154,13 +158,19 @@ impl Monitor for KvmMonitor {
 
     async fn pause(&mut self) -> io::Result<()> {
         let limit_ms = u64::try_from(PAUSE_LIMIT.as_millis()).unwrap_or(u64::MAX);
+        self.stands = None;
         let client = self.client().await?;
         let pause = ToVmm::Pause { limit_ms };
-        client.ask(&pause, &[], PAUSE_LIMIT).await.map(drop)
+        client.ask(&pause, &[], PAUSE_LIMIT).await?;
+        self.stands = Some(true);
+        Ok(())
     }
 
     async fn resume(&mut self) -> io::Result<()> {
-        self.ask(ToVmm::Resume, &[]).await.map(drop)
+        self.stands = None;
+        self.ask(ToVmm::Resume, &[]).await?;
+        self.stands = Some(false);
+        Ok(())
     }
 
     async fn console(&mut self) -> io::Result<Said> {
@@ -208,6 +218,9 @@ impl Monitor for KvmMonitor {
     }
 
     async fn capture(&mut self) -> Result<(), CaptureError> {
+        if self.stands == Some(false) {
+            return Err(CaptureError::NotPaused("running".to_owned()));
+        }
         let unprepared = || io::Error::other("nothing was prepared for a capture");
         let ready = self.ready.take().ok_or_else(unprepared);
         let ready = ready.map_err(step("saving its devices"))?;

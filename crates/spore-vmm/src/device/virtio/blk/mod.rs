@@ -120,6 +120,17 @@ pub struct BadState {
     pub found: State,
 }
 
+/// Which disks a restored guest may find in the place of the one that it was saved with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Exchange {
+    /// One of the same size: its driver has read that, and goes by it.
+    #[default]
+    SameSize,
+    /// Any. Its driver goes by the old size until it takes hold of the device anew, and whoever
+    /// put another disk there has the guest do that.
+    AnySize,
+}
+
 /// The device.
 pub struct Blk {
     disk: Box<dyn Disk>,
@@ -128,6 +139,8 @@ pub struct Blk {
     clock: Box<dyn Clock + Send>,
     chain: Chain,
     step: Box<[u8]>,
+    /// Whether a restored guest may find another disk here.
+    exchange: Exchange,
     /// The driver flushes by itself; for others each write is flushed.
     flushes: bool,
     /// When the next request is allowed.
@@ -189,15 +202,28 @@ impl Blk {
             clock,
             chain: Chain::default(),
             step: vec![0; STEP_BYTES].into(),
+            exchange: Exchange::default(),
             flushes: false,
             wait: None,
         }
     }
 
-    /// The same, if it is the disk that a guest was saved with, or another of the same size.
+    /// The same, of which a restored guest may find others.
+    #[must_use]
+    pub const fn exchanged(mut self, exchange: Exchange) -> Self {
+        self.exchange = exchange;
+        self
+    }
+
+    /// The same, if it is the disk that a guest was saved with, or another that may be there
+    /// instead.
     pub fn restore(self, saved: State) -> Result<Self, BadState> {
         let found = self.save();
-        if found == saved {
+        let fits = match self.exchange {
+            Exchange::SameSize => found == saved,
+            Exchange::AnySize => found.access == saved.access,
+        };
+        if fits {
             Ok(self)
         } else {
             Err(BadState { saved, found })

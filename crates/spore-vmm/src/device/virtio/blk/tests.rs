@@ -10,8 +10,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::{
-    Blk, DATA_BYTES_MAX, F_FLUSH, F_RO, HEADER_BYTES, ID_BYTES, SECTOR_BYTES, State, request,
-    status,
+    Blk, DATA_BYTES_MAX, Exchange, F_FLUSH, F_RO, HEADER_BYTES, ID_BYTES, SECTOR_BYTES, State,
+    request, status,
 };
 use crate::clock::tests::Hand;
 use crate::device::rate::{Bucket, Limit};
@@ -326,6 +326,11 @@ fn a_guest_is_restored_with_the_disk_that_it_knows() {
         let hand = Box::new(Hand::default());
         Blk::new(disk, "image", Limit::default(), hand).restore(saved)
     };
+    let larger = file(2 * SECTORS * 512).0;
+    let (disk, hand) = (Raw::new(larger, access).unwrap(), Hand::default());
+    let (disk, hand) = (Box::new(disk), Box::new(hand));
+    let other = Blk::new(disk, "folder", Limit::default(), hand).exchanged(Exchange::AnySize);
+    assert_eq!(other.restore(saved).unwrap().save().sectors, 2 * SECTORS);
     let again = restore(SECTORS * 512 + 1, Access::ReadWrite).unwrap();
     assert_eq!(again.save(), saved);
     assert!(restore(SECTORS * 512 - 1, Access::ReadWrite).is_err());
