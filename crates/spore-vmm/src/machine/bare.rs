@@ -7,6 +7,7 @@ use kvm_bindings::CpuId;
 
 use super::StartError;
 use super::layout::Layout;
+use super::wires::Wires;
 use crate::kvm::vm::{Vcpu, Vm};
 use crate::kvm::x86_64::cpuid::Place;
 use crate::kvm::{Kvm, kick};
@@ -17,13 +18,15 @@ use crate::memory::Space;
 const XSAVE_BYTES: u32 = 4096;
 
 /// A machine of one size: its address space, without memory; its VM, with interrupt controller and
-/// memory slots; its processors, which do not know yet what they are.
+/// memory slots; its processors, which do not know yet what they are; the lines and bells of all
+/// slots.
 #[derive(Debug)]
 pub struct Bare {
     pub(super) layout: Layout,
     pub(super) space: Arc<Space>,
     pub(super) vm: Vm,
     pub(super) vcpus: Vec<Vcpu>,
+    pub(super) wires: Wires,
     pub(super) host: Host,
 }
 
@@ -55,11 +58,13 @@ impl Bare {
         vm.set_memory(&layout.regions())?;
         let vcpus = (0..layout.vcpus()).map(|number| vm.create_vcpu(number));
         let vcpus = vcpus.collect::<Result<_, _>>()?;
+        let wires = Wires::new(&vm)?;
         Ok(Self {
             layout: layout.clone(),
             space,
             vm,
             vcpus,
+            wires,
             host: Host {
                 supported: kvm.supported_cpuid()?,
                 msrs: kvm.msr_indices()?,

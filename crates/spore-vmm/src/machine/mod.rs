@@ -17,6 +17,7 @@ pub mod layout;
 pub mod restore;
 pub mod save;
 pub mod saved;
+pub mod wires;
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -266,7 +267,8 @@ impl Bare {
             entry::begin(first, begin, START_INFO)?;
             msrs = state::readable(first, &self.host.msrs)?;
         }
-        let mut board = Board::new(&self.vm, &memory, Box::new(Monotonic))?;
+        let wired = self.wires.or(&self.vm);
+        let mut board = Board::new(&wired, &memory, Box::new(Monotonic))?;
         plug(&mut board)?;
         let parts = board.finish()?;
         Machine::start(self, memory, msrs, parts, Begin::Cold)

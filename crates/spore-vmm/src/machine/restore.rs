@@ -1,7 +1,7 @@
 //! From a saved machine to one that goes on: the path that a fork takes, top to bottom.
 //!
 //! ```text
-//!   ahead   Bare: VM, interrupt controller, memory slots, processors
+//!   ahead   Bare: VM, interrupt controller, memory slots, processors, lines and bells
 //!   then    1. may it go on here at all
 //!           2. memory, by a mapping; the guest's new generation, into it
 //!           3. processors, in the order of kvm/x86_64/state.rs; then chips and clock
@@ -56,8 +56,8 @@ impl Bare {
             vcpu.tell_paused()?;
         }
 
-        let clock = Box::new(Monotonic);
-        let mut board = Board::restored(&self.vm, &memory, clock, saved.devices)?;
+        let (wired, clock) = (self.wires.or(&self.vm), Box::new(Monotonic));
+        let mut board = Board::restored(&wired, &memory, clock, saved.devices)?;
         plug(&mut board)?;
         let (buses, plugged, panel) = board.finish()?;
 

@@ -253,6 +253,27 @@ fn a_fork_of_a_fork_goes_on_and_its_time_too() {
 }
 
 #[test]
+fn a_guest_whose_memory_is_its_own_goes_on_in_its_file() {
+    let Some(kvm) = usable() else { return };
+    let (source, memory) = tiny(&kvm, 1);
+    counts(&source);
+    source.pause(LIMIT).unwrap();
+    let state = source.save().unwrap();
+    drop(source);
+    let incarnation = Incarnation::from_bytes([7; 16]);
+    let memory = memory.as_fd();
+    let again = Machine::restore(&kvm, &state, memory, Sharing::Shared, incarnation, entropy);
+    let again = again.unwrap();
+    counts(&again);
+    stop(&again, b'o');
+    let mut bytes = [0; 16];
+    rustix::io::pread(memory, &mut bytes, GENERATION.0).unwrap();
+    assert_eq!(bytes, [7; 16]);
+    rustix::io::pread(memory, &mut bytes[..1], NAME.0).unwrap();
+    assert_eq!(bytes[0], b'o');
+}
+
+#[test]
 fn a_machine_of_another_size_or_memory_of_another_is_refused() {
     let Some(kvm) = usable() else { return };
     let (source, memory) = tiny(&kvm, 1);
@@ -400,19 +421,17 @@ fn debian(vcpus: u8) {
         std::thread::sleep(Duration::from_secs(5));
         let start = Monotonic.now();
         let incarnation = Incarnation::from_bytes([number; 16]);
-        let fork = Machine::restore(
-            &kvm,
-            &state,
-            memory.as_fd(),
-            Sharing::Private,
-            incarnation,
-            |board| {
-                board.plug(Slot::Rng, Rng::new(rng::host))?;
-                host.plug(board)
-            },
-        );
+        let saved = SavedMachine::read(&state).unwrap();
+        let bare = Bare::new(&kvm, &saved.layout).unwrap();
+        let parked = Monotonic.now();
+        let plug = |board: &mut Board<'_>| {
+            board.plug(Slot::Rng, Rng::new(rng::host))?;
+            host.plug(board)
+        };
+        let fork = bare.restore(saved, memory.as_fd(), Sharing::Private, incarnation, plug);
         let fork = fork.unwrap();
-        println!("there after {:?}", Monotonic.now() - start);
+        let (ahead, then) = (parked - start, Monotonic.now() - parked);
+        println!("{ahead:?} ahead, {then:?} then");
         hears(&fork);
         says(&fork, NO_NETWORK);
         let went = Monotonic.now() - start;
