@@ -119,6 +119,11 @@ impl Client {
             })?;
         let answer = answer?;
         self.is_out_of_step = false;
+        if answer.is_ok() && matches!(request, ToVmm::Copy { .. } | ToVmm::CancelCopy) {
+            // What was told of copies before the answer is of one that is gone.
+            let is_copied = |event: &FromVmm| matches!(event, FromVmm::Copied { .. });
+            self.events.retain(|event| !is_copied(event));
+        }
         answer.map_err(io::Error::other)
     }
 
@@ -144,4 +149,76 @@ impl Client {
 
 fn unexpected(message: &FromVmm) -> io::Error {
     io::Error::other(format!("the VMM said {message:?} where it should greet"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::time::Duration;
+
+    use rustix::net::{
+        AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    };
+    use serde_json::{Value, json};
+    use spore_wire::launch::{FdIndex, Layer};
+    use spore_wire::vmm::{Below, CopyOf, CopyState, FromVmm, ToVmm};
+
+    use super::Client;
+
+    /// What a VMM says, in the order in which it is asked.
+    fn say(socket: &OwnedFd, messages: &[Value]) {
+        for message in messages {
+            let message = message.to_string();
+            rustix::net::send(socket, message.as_bytes(), SendFlags::empty()).unwrap();
+        }
+    }
+
+    fn hear(socket: &OwnedFd) {
+        let (count, _) = rustix::net::recv(socket, &mut [0; 4096], RecvFlags::empty()).unwrap();
+        assert_ne!(count, 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_told_of_a_copy_that_is_gone_is_not_told_of_the_next_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmm");
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC;
+        let listener = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let vmm = std::thread::spawn(move || {
+            let socket = rustix::net::accept(&listener).unwrap();
+            let whole = json!({"type": "copied", "why": null});
+            let hello = json!({"type": "hello", "generation": 2, "state": "running",
+                "copy": "over"});
+            let done = json!({"type": "done", "bytes": 0});
+            say(&socket, &[hello, whole.clone()]);
+            hear(&socket);
+            say(&socket, std::slice::from_ref(&done));
+            hear(&socket);
+            let failed = json!({"type": "copied", "why": "no room"});
+            say(&socket, &[whole, done, failed]);
+        });
+        let mut client = Client::connect(&path, Duration::from_secs(10))
+            .await
+            .unwrap();
+        assert_eq!(client.greeting().copy, CopyState::Over);
+        let copy = ToVmm::Copy {
+            to: Layer {
+                file: FdIndex(0),
+                key: None,
+            },
+            below: Below::Source,
+            of: CopyOf::Frozen,
+        };
+        for request in [&ToVmm::CancelCopy, &copy] {
+            client.ask(request, &[], Duration::ZERO).await.unwrap();
+        }
+        match client.next_event().await.unwrap() {
+            FromVmm::Copied { why } => assert_eq!(why.as_deref(), Some("no room")),
+            other => panic!("{other:?}"),
+        }
+        vmm.join().unwrap();
+    }
 }
