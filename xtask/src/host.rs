@@ -55,8 +55,10 @@ pub(crate) fn up(dir: &Path) -> Result<()> {
         no_rig: true,
     })?;
     guest::run(dir)?;
-    let program = step("build spore (release)", build)?;
-    step("install to /usr/local/lib/spore", || install(&program, dir))?;
+    let programs = step("build spore (release)", build)?;
+    step("install to /usr/local/lib/spore", || {
+        install(&programs, dir)
+    })?;
     link_program()?;
     spore(&["up"])?;
     spore(&["deploy", EXAMPLE])?;
@@ -210,20 +212,32 @@ fn forget_token() -> Result<()> {
     command::run(remove.args(["-c", what]).arg(folder))
 }
 
-/// Builds the program and returns its path.
-fn build() -> Result<PathBuf> {
-    command::run(place::cargo().args([
-        "build",
-        "--quiet",
-        "--locked",
-        "--release",
-        "--package=spore",
-    ]))?;
-    Ok(place::target()?.join("release/spore"))
+/// What is built and installed.
+#[derive(Debug)]
+struct Programs {
+    spore: PathBuf,
+    /// The VMM, which ends at once on a panic: a profile of its own.
+    vmm: PathBuf,
 }
 
-/// Copies program, guest and images, owned by root and writable by nobody else.
-fn install(program: &Path, dir: &Path) -> Result<()> {
+fn build() -> Result<Programs> {
+    for (profile, package) in [("release", "spore"), ("vmm", "spore-vmm")] {
+        command::run(place::cargo().args(["build", "--quiet", "--locked"]).args([
+            "--profile",
+            profile,
+            "--package",
+            package,
+        ]))?;
+    }
+    let target = place::target()?;
+    Ok(Programs {
+        spore: target.join("release/spore"),
+        vmm: target.join("vmm/spore-vmm"),
+    })
+}
+
+/// Copies programs, guest and images, owned by root and writable by nobody else.
+fn install(programs: &Programs, dir: &Path) -> Result<()> {
     let installed = Path::new(INSTALLED);
     let folders = [
         installed.to_path_buf(),
@@ -237,7 +251,8 @@ fn install(program: &Path, dir: &Path) -> Result<()> {
             .args(&folders)
             .arg(&names),
     )?;
-    install_file(program, &installed.join("spore"), "0755")?;
+    install_file(&programs.spore, &installed.join("spore"), "0755")?;
+    install_file(&programs.vmm, &installed.join("spore-vmm"), "0755")?;
     for name in ["vmlinux", "initramfs.cpio", "release"] {
         install_file(
             &dir.join("guest").join(name),

@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use crate::document::{Document, DocumentError, Entry, Table};
 use crate::log::{self, LogConfig};
+use crate::server::HypervisorChoice;
 
 /// Where the daemon's configuration is.
 pub(crate) const SERVER_FILE: &str = "/etc/spore/spore.toml";
@@ -110,6 +111,10 @@ pub(crate) struct ServerConfig {
     pub(crate) snapshot_memory_mib: Option<u32>,
     /// The most that images of one account may take, in MiB.
     pub(crate) image_quota_mib: u64,
+    /// What hosts VMs.
+    pub(crate) hypervisor: HypervisorChoice,
+    /// The program of the `kvm` driver's VMMs.
+    pub(crate) vmm: PathBuf,
     /// The guest kernel, an ELF file.
     pub(crate) kernel: PathBuf,
     /// The guest's first file system.
@@ -292,6 +297,8 @@ impl Default for ServerConfig {
             templates: true,
             snapshot_memory_mib: None,
             image_quota_mib: 64 * 1024,
+            hypervisor: HypervisorChoice::default(),
+            vmm: "/usr/local/lib/spore/spore-vmm".into(),
             kernel: "/usr/local/lib/spore/guest/vmlinux".into(),
             initramfs: "/usr/local/lib/spore/guest/initramfs.cpio".into(),
             base_images: "/usr/local/lib/spore/images".into(),
@@ -302,7 +309,7 @@ impl Default for ServerConfig {
     }
 }
 
-const SERVER_KEYS: [&str; 22] = [
+const SERVER_KEYS: [&str; 24] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
@@ -318,6 +325,8 @@ const SERVER_KEYS: [&str; 22] = [
     "templates",
     "snapshot_memory",
     "image_quota",
+    "hypervisor",
+    "vmm",
     "kernel",
     "initramfs",
     "base_images",
@@ -389,6 +398,10 @@ impl ServerConfig {
         if let Some(entry) = table.get("templates") {
             config.templates = entry.flag()?;
         }
+        if let Some(entry) = table.get("hypervisor") {
+            let choice = entry.text()?.parse();
+            config.hypervisor = choice.map_err(|why: &str| entry.refused(why))?;
+        }
         if let Some(entry) = table.get("snapshot_memory") {
             config.snapshot_memory_mib = Some(entry.mib(0..=1024 * 1024)?);
         }
@@ -421,6 +434,7 @@ impl ServerConfig {
             ("runtime_dir", &mut self.runtime_dir),
             ("log_dir", &mut self.log_dir),
             ("config_dir", &mut self.config_dir),
+            ("vmm", &mut self.vmm),
             ("kernel", &mut self.kernel),
             ("initramfs", &mut self.initramfs),
             ("base_images", &mut self.base_images),
@@ -508,7 +522,7 @@ mod tests {
     use std::ffi::OsString;
     use std::time::Duration;
 
-    use super::{CliConfig, Colour, Desktop, Screen, ServerConfig};
+    use super::{CliConfig, Colour, Desktop, HypervisorChoice, Screen, ServerConfig};
     use crate::log::{LogConfig, LogFormat};
 
     fn with(pairs: &[(&str, &str)]) -> impl Fn(&str) -> Option<OsString> + use<> {
@@ -563,6 +577,8 @@ mod tests {
             templates = false
             snapshot_memory = "3GiB"
             image_quota = "2GiB"
+            hypervisor = "auto"
+            vmm = "/v"
             kernel = "/k"
             initramfs = "/i"
             base_images = "/b"
@@ -591,6 +607,8 @@ mod tests {
             templates: false,
             snapshot_memory_mib: Some(3072),
             image_quota_mib: 2048,
+            hypervisor: HypervisorChoice::Auto,
+            vmm: "/v".into(),
             kernel: "/k".into(),
             initramfs: "/i".into(),
             base_images: "/b".into(),
@@ -635,6 +653,7 @@ mod tests {
             ),
             ("log_format = \"xml\"", "must be `text` or `json`"),
             ("boot_timeout = \"1s\"", "from 10s to 1h"),
+            ("hypervisor = \"xen\"", "it must be auto, kvm or qemu"),
             ("resolvers = \"9.9.9.9:53\"", "a list"),
             ("resolvers = [\"9.9.9.9\"]", "such as 127.0.0.53:53"),
             ("resolvers = [\"0.0.0.0:53\"]", "such as 127.0.0.53:53"),

@@ -7,6 +7,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use spore_wire::node::Boundary;
+
 use super::{Finding, ProbeReport};
 use crate::tool::{self, ToolError};
 
@@ -49,6 +51,18 @@ pub(super) fn examine(probe: &[OsString], root: &Path) -> Finding {
             let says = format!("the guest that tells whether KVM is of use did not: {error}");
             Finding::advice(NAME, says, SWITCH_ON)
         }
+    }
+}
+
+/// What stands between guests and the host where KVM runs them; otherwise why it does not. Blocks.
+///
+/// # Errors
+/// Why KVM is of no use, for people.
+pub fn boundary(probe: &[OsString]) -> Result<Boundary, String> {
+    match report(probe)? {
+        ProbeReport::Usable { .. } if is_nested(Path::new("/")) => Ok(Boundary::KvmNested),
+        ProbeReport::Usable { .. } => Ok(Boundary::Kvm),
+        ProbeReport::Unusable { why } => Err(why),
     }
 }
 

@@ -10,7 +10,7 @@
 //! ```
 
 mod kernel;
-mod kvm;
+pub mod kvm;
 mod programs;
 #[cfg(test)]
 mod tests;

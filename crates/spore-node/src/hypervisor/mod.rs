@@ -45,6 +45,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use self::fork::{Afterwards, Below, Capture, CaptureError, ForkError, ForkFrom, PauseError, Turn};
+use self::kvm::Kvm;
+use self::qemu::Qemu;
+use self::room::Rooms;
 use crate::disk::overlay::DiskKey;
 use crate::egress::launch::LaunchError;
 
@@ -114,6 +117,40 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// # Errors
     /// [`ReleaseError`] when what there is cannot be listed.
     async fn sweep(&self, keep: &BTreeSet<VmId>) -> Result<Swept, ReleaseError>;
+}
+
+/// A driver whose VMMs are processes, and what they have of the host.
+#[derive(Clone)]
+pub struct Driver {
+    /// The driver.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// What VMs have of the host, for the parts of the node that enter a VM's namespace.
+    pub rooms: Arc<Rooms>,
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = self.hypervisor.caps().name;
+        f.debug_struct("Driver")
+            .field("name", &name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl From<Qemu> for Driver {
+    fn from(qemu: Qemu) -> Self {
+        let rooms = Arc::clone(qemu.rooms());
+        let hypervisor = Arc::new(qemu);
+        Self { hypervisor, rooms }
+    }
+}
+
+impl From<Kvm> for Driver {
+    fn from(kvm: Kvm) -> Self {
+        let rooms = Arc::clone(kvm.rooms());
+        let hypervisor = Arc::new(kvm);
+        Self { hypervisor, rooms }
+    }
 }
 
 /// A VM that runs, held by its actor.

@@ -10,7 +10,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use spore_node::hypervisor::Hypervisor;
 use spore_wire::node::StopMode;
 
 use super::lock::{DaemonLock, Holder};
@@ -147,15 +146,18 @@ async fn stop_vms(parts: NodeParts) -> Result<usize> {
         }
     }
     parts.node.detach().await;
-    let swept = parts.qemu.sweep(&std::collections::BTreeSet::new()).await;
+    let swept = parts
+        .driver
+        .hypervisor
+        .sweep(&std::collections::BTreeSet::new())
+        .await;
     let mut left = swept.context("list what is left")?.left;
     if let Some(first) = left.pop() {
         return Err(first.error).context("remove what is left");
     }
-    parts.qemu.close().context("remove what was made ahead")?;
-    parts
-        .qemu
-        .rooms()
+    let rooms = &parts.driver.rooms;
+    rooms.close().context("remove what was made ahead")?;
+    rooms
         .cgroups()
         .remove_parent()
         .context("remove the cgroup of all VMs")?;

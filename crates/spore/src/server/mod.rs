@@ -12,6 +12,7 @@
 mod daemon;
 mod door;
 mod down;
+mod driver;
 mod gateway_process;
 mod host;
 mod internal;
@@ -24,6 +25,7 @@ mod token;
 mod unit;
 mod up;
 
+pub(crate) use self::driver::HypervisorChoice;
 pub(crate) use daemon::{ServerOptions, serve};
 pub(crate) use down::down;
 pub(crate) use internal::{egress, gateway, image_pack, jail, keep_token};

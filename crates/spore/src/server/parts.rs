@@ -9,9 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use spore_node::config::{Config as NodeConfig, Images, VmLimits};
-use spore_node::egress::launch::EgressLauncher;
-use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
-use spore_node::hypervisor::room::RoomConfig;
+use spore_node::hypervisor::Driver;
 use spore_node::image::debian::DebianBuilder;
 use spore_node::image::packer::Packer;
 use spore_node::image::store::{Filing, ImageStore};
@@ -20,12 +18,10 @@ use spore_node::node::{Adoption, Node};
 use spore_wire::id::ImageId;
 use spore_wire::node::ImageInfo;
 
+use super::driver;
 use super::gateway_process::GatewayProcess;
 use super::up::make_folder;
 use crate::config::ServerConfig;
-
-/// Namespaces made ahead: a burst of wakes does not wait for them.
-const NAMESPACE_POOL: usize = 4;
 
 /// The user that builds images from packages.
 pub(crate) const BUILD_USER: &str = "spore-build";
@@ -37,7 +33,7 @@ const BUILD_SCRATCH: &str = "/var/tmp";
 #[derive(Debug)]
 pub(crate) struct NodeParts {
     /// The driver.
-    pub(crate) qemu: Qemu,
+    pub(crate) driver: Driver,
     /// The node on it.
     pub(crate) node: Node,
     /// What the node found.
@@ -94,17 +90,16 @@ pub(crate) fn gateway(config: &ServerConfig, program: &Path) -> GatewayProcess {
 /// When the host lacks something; the message says what and what to do.
 pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Parts> {
     let images = ImageStore::open(config.data_dir.join("images")).context("the image store")?;
-    let qemu = Qemu::open(qemu_config(config, &program))
-        .await
-        .context("the hypervisor")?;
+    let opened = driver::open(config, &program).await;
+    let opened = opened.context("the hypervisor")?;
     let files = Arc::new(ImageFiles(images.clone()));
     let NodeParts {
-        qemu,
+        driver,
         node,
         adoption,
-    } = open_node(config, qemu, files).await?;
+    } = open_node(config, opened, files).await?;
     // Work that an earlier daemon left was ended with the VMs that were not adopted.
-    let workshop = workshop(config, &program, &images, &qemu);
+    let workshop = workshop(config, &program, &images, &driver);
     workshop.sweep().context("the image store")?;
     Ok(Parts {
         program,
@@ -120,11 +115,15 @@ pub(crate) async fn open(config: &ServerConfig, program: PathBuf) -> Result<Part
 /// # Errors
 /// When what runs cannot be found out.
 pub(crate) async fn open_to_stop(config: &ServerConfig, program: &Path) -> Result<NodeParts> {
-    let qemu = Qemu::open_to_stop(qemu_config(config, program)).context("the hypervisor")?;
-    open_node(config, qemu, Arc::new(NoImages)).await
+    let opened = driver::open_to_stop(config, program).context("the hypervisor")?;
+    open_node(config, opened, Arc::new(NoImages)).await
 }
 
-async fn open_node(config: &ServerConfig, qemu: Qemu, files: Arc<dyn Images>) -> Result<NodeParts> {
+async fn open_node(
+    config: &ServerConfig,
+    driver: Driver,
+    files: Arc<dyn Images>,
+) -> Result<NodeParts> {
     let mut node_config = NodeConfig::new(
         config.runtime_dir.join("node"),
         config.log_dir.join("apps"),
@@ -137,41 +136,23 @@ async fn open_node(config: &ServerConfig, qemu: Qemu, files: Arc<dyn Images>) ->
         node_config.snapshots.memory_mib = mib.into();
     }
     node_config.capacity.memory_reserve_mib = u64::from(config.memory_reserve_mib);
-    let (node, adoption) = Node::open(node_config, Arc::new(qemu.clone()), files)
+    let (node, adoption) = Node::open(node_config, Arc::clone(&driver.hypervisor), files)
         .await
         .context("the node")?;
     Ok(NodeParts {
-        qemu,
+        driver,
         node,
         adoption,
     })
 }
 
-fn qemu_config(config: &ServerConfig, program: &Path) -> QemuConfig {
-    let launcher = [program.to_string_lossy().into_owned(), "jail".to_owned()];
-    QemuConfig {
-        room: RoomConfig {
-            // Not the journals' folder: what the driver removes of a VM must not take its journal.
-            runtime_dir: config.runtime_dir.join("host"),
-            data_dir: config.data_dir.clone(),
-            cgroup_parent: config.cgroup_parent.clone(),
-            uid_first: config.uid_first,
-            // The last is the image workers' own.
-            uid_count: config.uid_count - 1,
-            pool_size: NAMESPACE_POOL,
-        },
-        kernel: config.kernel.clone(),
-        kernel_release: kernel_release(&config.kernel),
-        initramfs: config.initramfs.clone(),
-        qemu: QemuConfig::DEBIAN_QEMU.into(),
-        libraries: QemuConfig::debian_libraries(),
-        launcher: launcher.to_vec(),
-        egress: EgressLauncher::new(program, verb("egress")).asking(config.resolvers.clone()),
-    }
-}
-
 /// How images are made here.
-fn workshop(config: &ServerConfig, program: &Path, images: &ImageStore, qemu: &Qemu) -> Workshop {
+fn workshop(
+    config: &ServerConfig,
+    program: &Path,
+    images: &ImageStore,
+    driver: &Driver,
+) -> Workshop {
     Workshop::new(WorkshopConfig {
         images: images.clone(),
         packer: Packer {
@@ -180,7 +161,7 @@ fn workshop(config: &ServerConfig, program: &Path, images: &ImageStore, qemu: &Q
             uid: Some(config.uid_first + config.uid_count - 1),
         },
         builder: builder(config),
-        cgroups: qemu.rooms().cgroups().clone(),
+        cgroups: driver.rooms.cgroups().clone(),
         bounds: Bounds::default(),
     })
 }
@@ -255,17 +236,6 @@ pub(crate) fn copy_installed(images: &ImageStore, from: &Path, info: &ImageInfo)
     let whole = copied.id == info.id;
     ensure!(whole, "{} is damaged: run `make up` again", path.display());
     Ok(())
-}
-
-/// The release beside the kernel, as the build wrote it; for people only.
-fn kernel_release(kernel: &Path) -> String {
-    let file = kernel.with_file_name("release");
-    let text = std::fs::read_to_string(file).unwrap_or_default();
-    if text.trim().is_empty() {
-        "unknown".to_owned()
-    } else {
-        text.trim().to_owned()
-    }
 }
 
 fn host_memory_mib() -> Result<u64> {
