@@ -1,6 +1,7 @@
 //! How a machine ends: whose doing it was, and what of it.
 
 use crate::fault::GuestFault;
+use crate::jail::seccomp::FilterError;
 use crate::kvm::KvmError;
 
 /// Why a machine does not run any more.
@@ -61,6 +62,9 @@ pub enum End {
     /// The host cannot wait for devices.
     #[error("the host cannot wait for the machine's devices")]
     Wait(#[source] std::io::Error),
+    /// A thread could not be confined, and has done nothing.
+    #[error(transparent)]
+    Unconfined(#[from] FilterError),
     /// A bug of ours.
     #[error("{worker} panicked")]
     Panic {

@@ -72,7 +72,7 @@ pub(crate) struct RigOptions {
 const TEST_LIMIT_S: u32 = 900;
 
 /// Programs of tests that need KVM: their packages, and their names there.
-const TESTS: [(&str, &str); 1] = [("spore-vmm", "machine")];
+const TESTS: [(&str, &str); 2] = [("spore-vmm", "machine"), ("spore-vmm", "jail")];
 
 /// Builds the tests that need KVM and runs them in the rig, one program after the other.
 pub(crate) fn test(folder: &Folder) -> Result<ExitCode> {

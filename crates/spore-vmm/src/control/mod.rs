@@ -33,6 +33,7 @@ use crate::disk::Access;
 use crate::disk::copies::{BeginError, Copies, Progress};
 use crate::disk::scratch::{self, SwitchError, UpTo};
 use crate::end::End;
+use crate::jail::seccomp::{self, Cell, FilterError};
 use crate::kvm::bell::Bell;
 use crate::kvm::{Kvm, KvmError};
 use crate::machine::save::SaveError;
@@ -60,6 +61,8 @@ enum RequestError {
     },
     #[error("the guest cannot be launched")]
     Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     #[error("this VMM was started without KVM")]
     NoKvm,
     #[error(transparent)]
@@ -273,6 +276,8 @@ impl Control {
         };
         let kvm = kvm.as_ref().ok_or(RequestError::NoKvm)?;
         let launched = launch::launch(kvm, blob, fds, &self.copied)?;
+        // All threads are there.
+        seccomp::enter(Cell::Running)?;
         launched.machine.ring_at_end(Arc::clone(&self.ended));
         self.guest = Guest::There(Box::new(launched));
         Ok(())
@@ -408,6 +413,7 @@ const fn ended_by(end: &End) -> EndedBy {
         | End::Unexpected { .. }
         | End::Kvm { .. }
         | End::Wait(_)
+        | End::Unconfined(_)
         | End::Panic { .. } => EndedBy::Host,
     }
 }

@@ -12,7 +12,7 @@ use spore_wire::cause::chain;
 use spore_wire::zygote::KVM_FD;
 
 use super::limits::Limits;
-use super::seccomp::{Cell, Filters};
+use super::seccomp::{self, Cell};
 use super::{Inherited, JailError, LIFE_FD, Run, UNJAILED, VMM_PID, check, step, sys};
 use crate::inherited::CONTROL_FD;
 
@@ -28,7 +28,6 @@ pub(super) struct Plan<'a> {
     pub(super) output: BorrowedFd<'a>,
     pub(super) control: BorrowedFd<'a>,
     pub(super) kvm: Option<BorrowedFd<'a>>,
-    pub(super) filters: &'a Filters,
     pub(super) run: Run,
 }
 
@@ -41,7 +40,7 @@ pub(super) fn sleeper(plan: &Plan<'_>, life: BorrowedFd<'_>) -> ! {
         // Copies that outlive their VMM become its children.
         sys::reap_none().map_err(step("children"))?;
         confine(plan.uid, Limits::SLEEPER)?;
-        plan.filters.install(Cell::Sleeper)?;
+        seccomp::enter(Cell::Sleeper)?;
         Ok::<(), JailError>(())
     })();
     if jailed.is_err() {
@@ -88,7 +87,6 @@ fn jail(plan: &Plan<'_>, life: BorrowedFd<'_>) -> Result<Inherited, JailError> {
     let inherited = Inherited {
         control: sys::placed(CONTROL_FD),
         kvm: plan.kvm.map(|_there| sys::placed(KVM_FD)),
-        filters: plan.filters.clone(),
     };
     rustix::thread::set_name(c"spore-vmm").map_err(step("name"))?;
     // A filter knows its process by this number.
@@ -99,7 +97,7 @@ fn jail(plan: &Plan<'_>, life: BorrowedFd<'_>) -> Result<Inherited, JailError> {
     )?;
     sys::all_signals().map_err(step("signals"))?;
     confine(plan.uid, Limits::VMM)?;
-    plan.filters.install(Cell::Starting)?;
+    seccomp::enter(Cell::Starting)?;
     Ok(inherited)
 }
 

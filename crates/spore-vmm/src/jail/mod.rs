@@ -47,7 +47,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use self::limits::LimitError;
-use self::seccomp::{FilterError, Filters};
+use self::seccomp::FilterError;
 
 /// A VMM's pid in its own namespace.
 pub const VMM_PID: u32 = 2;
@@ -60,15 +60,13 @@ pub const LIFE_FD: i32 = 5;
 /// The exit code of a VMM that could not be jailed.
 pub const UNJAILED: u8 = 5;
 
-/// What a VMM has.
+/// What a VMM has, beside its jail. Its first thread is in [`seccomp::Cell::Starting`].
 #[derive(Debug)]
 pub struct Inherited {
     /// The socket that listens for the node.
     pub control: OwnedFd,
     /// `/dev/kvm`; `None` when the zygote was started without.
     pub kvm: Option<OwnedFd>,
-    /// The lists of its threads. The first is in [`seccomp::Cell::Starting`].
-    pub filters: Filters,
 }
 
 /// What a VMM does in its jail; gives the process's exit code.

@@ -5,7 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::retry_on_intr;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
@@ -41,7 +41,13 @@ impl Node {
         let received = retry_on_intr(|| {
             let into = &mut [IoSliceMut::new(&mut bytes)];
             rustix::net::recvmsg(&self.0, into, &mut control, RecvFlags::CMSG_CLOEXEC)
-        })?;
+        });
+        let received = match received {
+            Ok(received) => received,
+            // It went without reading what it was told.
+            Err(Errno::CONNRESET) => return Ok(Received::Closed),
+            Err(error) => return Err(error.into()),
+        };
         let mut fds = Vec::new();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(more) = message {
@@ -61,7 +67,8 @@ impl Node {
         })
     }
 
-    /// Tells something; waits for a node that reads slowly.
+    /// Tells something; waits for a node that reads slowly. One that is gone is found so by
+    /// [`receive`](Self::receive).
     pub(super) fn tell(&self, message: &FromZygote, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let bytes = serde_json::to_vec(message)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -72,8 +79,10 @@ impl Node {
         }
         let from = &[IoSlice::new(&bytes)];
         let flags = SendFlags::NOSIGNAL;
-        retry_on_intr(|| rustix::net::sendmsg(&self.0, from, &mut control, flags))?;
-        Ok(())
+        match retry_on_intr(|| rustix::net::sendmsg(&self.0, from, &mut control, flags)) {
+            Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 

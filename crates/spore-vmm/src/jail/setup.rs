@@ -20,10 +20,11 @@ use spore_wire::zygote::{KVM_FD, SOCKET_FD};
 
 use super::child::{empty_bounding_set, set_capabilities};
 use super::limits::Limits;
-use super::seccomp::{Cell, Filters};
+use super::seccomp::{self, Cell};
 use super::sys::{self, Copied};
 use super::zygote::Ids;
 use super::{JailError, check, step};
+use crate::clock::{Clock as _, Monotonic};
 
 /// VMMs are killed for want of memory long before the daemon, whose score is 0 or less.
 const OOM_SCORE: &str = "500";
@@ -46,8 +47,6 @@ pub(super) struct Held {
     pub(super) kvm: Option<OwnedFd>,
     /// Tells of the ends of children.
     pub(super) children: OwnedFd,
-    /// For it and its children.
-    pub(super) filters: Filters,
 }
 
 /// Where `children` is.
@@ -62,8 +61,10 @@ pub(super) fn set_up(ids: Ids) -> Result<Held, JailError> {
         !sys::has_environment(),
     )?;
     sys::one_heap();
-    let filters = Filters::compile()?;
-    let mut held = descriptors(filters)?;
+    // The first time, rustix looks for the vDSO, in a file of `/proc` where prctl(2) tells it not.
+    let _now = Monotonic.now();
+    seccomp::prepare()?;
+    let mut held = descriptors()?;
     // One that leads its session's group already need not leave it.
     if let Err(error) = rustix::process::setsid()
         && error != rustix::io::Errno::PERM
@@ -90,12 +91,12 @@ pub(super) fn set_up(ids: Ids) -> Result<Held, JailError> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("dumpable"))?;
     // Last, since it is where this process says why it could not go on.
     held.null = null_streams(held.null)?;
-    held.filters.install(Cell::Zygote)?;
+    seccomp::enter(Cell::Zygote)?;
     Ok(held)
 }
 
 /// Takes what was given, makes what is missing, and closes everything else but standard error.
-fn descriptors(filters: Filters) -> Result<Held, JailError> {
+fn descriptors() -> Result<Held, JailError> {
     // Before anything that is opened here could take these numbers.
     check("descriptor 3 was not given", sys::is_open(SOCKET_FD))?;
     let given = sys::is_open(KVM_FD);
@@ -121,7 +122,6 @@ fn descriptors(filters: Filters) -> Result<Held, JailError> {
         socket: sys::placed(SOCKET_FD),
         kvm: given.then(|| sys::placed(KVM_FD)),
         children: sys::placed(CHILDREN_FD),
-        filters,
     };
     let kind = rustix::net::sockopt::socket_type(&held.socket);
     let kind = kind.map_err(step("descriptor 3 is no socket"))?;

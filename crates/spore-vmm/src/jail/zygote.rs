@@ -163,7 +163,6 @@ pub fn main(ids: Ids, run: Run) -> Result<(), ZygoteError> {
         socket,
         kvm,
         children,
-        filters,
     } = held;
     let mut zygote = Zygote {
         ids,
@@ -173,7 +172,6 @@ pub fn main(ids: Ids, run: Run) -> Result<(), ZygoteError> {
         node: Node::new(socket),
         stack,
         vms: BTreeMap::new(),
-        filters,
         run,
     };
     zygote.tell(&FromZygote::Ready {
@@ -191,7 +189,6 @@ struct Zygote {
     stack: Stack,
     /// By the pid of the sleeper.
     vms: BTreeMap<u32, Vm>,
-    filters: super::seccomp::Filters,
     run: Run,
 }
 
@@ -297,7 +294,6 @@ impl Zygote {
             output: given.get(FdRole::Output).unwrap_or(self.null.as_fd()),
             control,
             kvm: self.kvm.as_ref().map(|kvm| kvm.as_fd()),
-            filters: &self.filters,
             run: self.run,
         };
         let made = spawn(&mut self.stack, &plan, given.get(FdRole::Cgroup))?;

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::device::{Bus, Effect};
 use crate::end::End;
+use crate::jail::seccomp::{self, Cell};
 use crate::worker::{Kick, Order, Post, Workers};
 
 /// Why a processor came back.
@@ -86,6 +87,10 @@ pub fn start<P: Processor>(
 }
 
 fn work<P: Processor>(post: &Post, processor: &Mutex<P>, buses: &Buses) {
+    if let Err(error) = seccomp::enter(Cell::Vcpu) {
+        post.end(error.into());
+        return;
+    }
     // Before it is told to run, the processor is not yet what it will be.
     while post.stand() == Order::Run {
         let mut processor = processor.lock().unwrap_or_else(PoisonError::into_inner);

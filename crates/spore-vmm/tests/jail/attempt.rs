@@ -175,6 +175,11 @@ attempts! {
     "Devices" "devices_thread" => Killed: thread();
     "Devices" "devices_kvm" => Killed: call(libc::SYS_ioctl, [4, 0xae80, 0, 0, 0, 0]);
     "Devices" "devices_receive" => Killed: call(libc::SYS_recvmsg, [3, 0, 0, 0, 0, 0]);
+    "Disks" "disks_copy" => Killed: process(CHILD);
+    "Disks" "disks_thread" => Killed: thread();
+    "Disks" "disks_truncate" => Killed: call(libc::SYS_ftruncate, [3, 0, 0, 0, 0, 0]);
+    "Disks" "disks_kvm" => Killed: call(libc::SYS_ioctl, [4, 0xae80, 0, 0, 0, 0]);
+    "Disks" "disks_send" => Killed: call(libc::SYS_sendto, [3, 0, 0, 0, 0, 0]);
     "Vcpu" "vcpu_copy" => Killed: process(CHILD);
     "Vcpu" "vcpu_accept" => Killed: call(libc::SYS_accept4, [3, 0, 0, 0, 0, 0]);
     "Vcpu" "vcpu_disk" => Killed: call(libc::SYS_pwrite64, [3, 0, 0, 0, 0, 0]);

@@ -3,11 +3,10 @@
 
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use rustix::net::SocketFlags;
 use spore_vmm::jail::copy::{self, Copied};
-use spore_vmm::jail::seccomp::{Cell, Filters};
+use spore_vmm::jail::seccomp::{self, Cell};
 use spore_vmm::jail::{Inherited, zygote};
 
 use crate::attempt;
@@ -29,7 +28,6 @@ fn accept(listener: &OwnedFd) -> OwnedFd {
 }
 
 fn obey(inherited: Inherited) -> u8 {
-    let filters = Arc::new(inherited.filters);
     let test = accept(&inherited.control);
     let mut buffer = [0; 256];
     loop {
@@ -39,16 +37,16 @@ fn obey(inherited: Inherited) -> u8 {
         let answer = match *words.as_slice() {
             ["echo", word] => word.to_owned(),
             ["threads"] => {
-                thread(&filters, Cell::Devices);
-                thread(&filters, Cell::Vcpu);
+                thread(Cell::Devices);
+                thread(Cell::Vcpu);
                 "there".to_owned()
             }
             ["run"] => {
-                filters.install(Cell::Running).unwrap();
+                seccomp::enter(Cell::Running).unwrap();
                 "running".to_owned()
             }
-            ["copy"] => copy(&filters, &accept(&inherited.control)),
-            ["attempt", cell, name] => attempt_in(&filters, cell, name),
+            ["copy"] => copy(&accept(&inherited.control)),
+            ["attempt", cell, name] => attempt_in(cell, name),
             ["panic"] => panic!("as it was told to"),
             ["end", code] => return code.parse().unwrap(),
             _ => return 250,
@@ -58,11 +56,10 @@ fn obey(inherited: Inherited) -> u8 {
 }
 
 /// A thread that stays in its cell.
-fn thread(filters: &Arc<Filters>, cell: Cell) {
-    let filters = Arc::clone(filters);
+fn thread(cell: Cell) {
     let (tell, told) = std::sync::mpsc::channel();
     let body = move || {
-        filters.install(cell).unwrap();
+        seccomp::enter(cell).unwrap();
         tell.send(()).unwrap();
         loop {
             std::thread::park();
@@ -74,31 +71,31 @@ fn thread(filters: &Arc<Filters>, cell: Cell) {
 }
 
 /// A copy that writes until nobody reads.
-fn copy(filters: &Filters, to: &OwnedFd) -> String {
+fn copy(to: &OwnedFd) -> String {
     match copy::make().unwrap() {
         Copied::Source(pid) => pid.to_string(),
         Copied::Copy => {
-            let jailed = filters.install(Cell::Copy).is_ok();
+            let jailed = seccomp::enter(Cell::Copy).is_ok();
             while jailed && rustix::io::write(to, &[7; 512]).is_ok() {}
             copy::end(0)
         }
     }
 }
 
-fn attempt_in(filters: &Arc<Filters>, cell: &str, name: &str) -> String {
+fn attempt_in(cell: &str, name: &str) -> String {
     let attempt = attempt::ALL.iter().find(|attempt| attempt.name == name);
     let call = attempt.unwrap().call;
     let cell = match cell {
         "Starting" => return said(&call()),
         "Running" => Cell::Running,
         "Devices" => Cell::Devices,
+        "Disks" => Cell::Disks,
         "Vcpu" => Cell::Vcpu,
         "Copy" => Cell::Copy,
         other => panic!("no cell is called {other}"),
     };
-    let filters = Arc::clone(filters);
     let thread = std::thread::spawn(move || {
-        filters.install(cell).unwrap();
+        seccomp::enter(cell).unwrap();
         call()
     });
     said(&thread.join().unwrap())

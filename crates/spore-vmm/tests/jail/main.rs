@@ -9,6 +9,8 @@ mod attempt;
 #[cfg(test)]
 mod guest;
 #[cfg(test)]
+mod launch;
+#[cfg(test)]
 mod node;
 #[cfg(test)]
 mod process;

@@ -95,11 +95,7 @@ impl Zygote {
 
     /// Sends a packet as it is.
     pub(crate) fn sends(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
-        let from = &[IoSlice::new(bytes)];
-        rustix::net::sendmsg(&self.socket, from, &mut control, SendFlags::NOSIGNAL).unwrap();
+        send(&self.socket, bytes, fds);
     }
 
     pub(crate) fn asks(&self, uid: u32, fds: &[(FdRole, BorrowedFd<'_>)]) {
@@ -198,17 +194,30 @@ impl Zygote {
 
 /// A socket that listens for packets.
 pub(crate) fn listener() -> (SocketAddrUnix, OwnedFd) {
+    listener_of(SocketType::SEQPACKET)
+}
+
+/// A socket that listens.
+pub(crate) fn listener_of(kind: SocketType) -> (SocketAddrUnix, OwnedFd) {
     let name = format!("spore-jail-{}-{}", std::process::id(), next());
     let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
-    let listener = seqpacket();
+    let listener = socket(kind);
     rustix::net::bind(&listener, &address).unwrap();
     rustix::net::listen(&listener, 4).unwrap();
     (address, listener)
 }
 
-pub(crate) fn seqpacket() -> OwnedFd {
-    let flags = SocketFlags::CLOEXEC;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+pub(crate) fn socket(kind: SocketType) -> OwnedFd {
+    rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).unwrap()
+}
+
+/// Sends a packet as it is.
+fn send(socket: &OwnedFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
+    let from = &[IoSlice::new(bytes)];
+    rustix::net::sendmsg(socket, from, &mut control, SendFlags::NOSIGNAL).unwrap();
 }
 
 /// A VMM.
@@ -222,9 +231,7 @@ pub(crate) struct Vmm {
 
 impl Vmm {
     pub(crate) fn connect(&self) -> Talk {
-        let socket = seqpacket();
-        rustix::net::connect(&socket, &self.address).unwrap();
-        Talk(socket)
+        Talk::to(SocketType::SEQPACKET, &self.address)
     }
 
     pub(crate) fn kill(&self) {
@@ -236,14 +243,24 @@ impl Vmm {
 pub(crate) struct Talk(pub(crate) OwnedFd);
 
 impl Talk {
+    pub(crate) fn to(kind: SocketType, address: &SocketAddrUnix) -> Self {
+        let socket = socket(kind);
+        rustix::net::connect(&socket, address).unwrap();
+        Self(socket)
+    }
+
+    pub(crate) fn sends(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        send(&self.0, bytes, fds);
+    }
+
     pub(crate) fn says(&self, command: &str) {
-        rustix::net::send(&self.0, command.as_bytes(), SendFlags::NOSIGNAL).unwrap();
+        self.sends(command.as_bytes(), &[]);
     }
 
     /// `None` when it ended instead.
     pub(crate) fn hears(&self) -> Option<String> {
         wait_for(self.0.as_fd());
-        let mut answer = [0; 256];
+        let mut answer = [0; 4096];
         match rustix::net::recv(&self.0, &mut answer, RecvFlags::empty()) {
             Ok((0, _)) | Err(rustix::io::Errno::CONNRESET) => None,
             Ok((count, _)) => Some(String::from_utf8(answer[..count].to_vec()).unwrap()),

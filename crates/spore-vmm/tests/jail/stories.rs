@@ -5,11 +5,16 @@ use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::net::SocketType;
 use spore_wire::vmm::{FromVmm, VmmState};
 use spore_wire::zygote::{ExitedBy, FdRole};
 
 use crate::attempt::{self, Fate};
-use crate::node::{IDS, Vmm, Zygote, kill, listener, seqpacket, wait_for};
+use crate::launch::{
+    a_guest_runs_with_every_thread_in_its_cell,
+    a_paused_guest_is_saved_copied_and_restored_in_the_jail,
+};
+use crate::node::{IDS, Vmm, Zygote, kill, listener, socket, wait_for};
 use crate::{Story, attempt::Attempt};
 
 macro_rules! stories {
@@ -24,11 +29,14 @@ stories! {
     vmms_go_on_without_their_zygote,
     an_end_is_told_and_takes_all_of_the_vm_with_it,
     a_copy_outlives_its_vmm,
+    a_zygote_whose_node_reads_nothing_ends_with_it,
     thirty_vmms_leave_nothing_behind,
     wrong_requests_are_refused_and_the_zygote_goes_on,
     the_program_serves_its_control_socket_in_the_jail,
     what_a_vmm_says_at_its_end_is_in_its_output,
     a_vmm_is_born_in_its_cgroup,
+    a_guest_runs_with_every_thread_in_its_cell,
+    a_paused_guest_is_saved_copied_and_restored_in_the_jail,
     what_is_no_zygotes_start_ends_with_its_code,
 }
 
@@ -205,11 +213,23 @@ fn a_copy_outlives_its_vmm() {
     let (_, listens) = listener();
     zygote.asks(vmm.uid, &[(FdRole::Control, listens.as_fd())]);
     assert!(zygote.refuses().1.contains("another VM"));
-    // Nobody reads any more, so it ends.
+    // Nobody reads from it any more, so it ends.
     drop(reads);
     zygote.waits_gone(&vmm);
     assert!(!copy.is_alive());
     zygote.close();
+}
+
+fn a_zygote_whose_node_reads_nothing_ends_with_it() {
+    let zygote = Zygote::new();
+    let vmms: Vec<Vmm> = (1..=2).map(|number| zygote.spawn(number)).collect();
+    // It tells of this end, and is not heard.
+    vmms[0].kill();
+    vmms[0].init.wait_end();
+    wait_for(zygote.socket.as_fd());
+    zygote.close();
+    assert_eq!(vmms[1].connect().asks("echo still"), "still");
+    vmms[1].kill();
 }
 
 fn thirty_vmms_leave_nothing_behind() {
@@ -268,7 +288,7 @@ fn wrong_requests_are_refused_and_the_zygote_goes_on() {
     refused("no message");
     zygote.asks(uid, &[control, control]);
     refused("two descriptors are Control");
-    let talks = seqpacket();
+    let talks = socket(SocketType::SEQPACKET);
     for wrong in [null, talks.as_fd()] {
         zygote.asks(uid, &[(FdRole::Control, wrong)]);
         refused("no socket of packets that listens");
@@ -367,7 +387,8 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        std::fs::remove_dir(&self.0).unwrap();
+        let removed = std::fs::remove_dir(&self.0);
+        assert!(std::thread::panicking() || removed.is_ok(), "{removed:?}");
     }
 }
 
@@ -396,7 +417,9 @@ fn a_vmm_is_born_in_its_cgroup() {
     std::fs::write(zygotes.0.join("cgroup.procs"), pid).unwrap();
     let folder = std::fs::File::open(&own.0).unwrap();
     let vmm = zygote.spawn_with(1, &[(FdRole::Cgroup, folder.as_fd())]);
-    assert_eq!(vmm.connect().asks("echo there"), "there");
+    // While somebody is there it does not end.
+    let talk = vmm.connect();
+    assert_eq!(talk.asks("echo there"), "there");
     for process in [vmm.process, vmm.init] {
         assert_eq!(process.cgroup(), format!("/{name}/vm"));
     }

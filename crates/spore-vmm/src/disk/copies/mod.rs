@@ -28,6 +28,7 @@ use crate::disk::copy::{CopyError, copy};
 use crate::disk::overlay::LayerError;
 use crate::disk::overlay::layer::Layer;
 use crate::disk::scratch::{Below, LayerFile, Scratch, Source, SwitchError, UpTo};
+use crate::jail::seccomp::{self, Cell};
 use crate::kvm::bell::Bell;
 
 /// The lowest priority there is. The kernel takes that of its reads and writes from it
@@ -224,6 +225,10 @@ impl Shared {
     fn run(&self) {
         // A copy at any other priority is as good, only not as polite.
         let _as_it_was = rustix::process::setpriority_process(None, NICE);
+        if seccomp::enter(Cell::Disks).is_err() {
+            // The first thread meets the same at once, and the guest does not run.
+            return;
+        }
         loop {
             match self.next() {
                 Work::Copy(job) => self.copy(*job),

@@ -164,7 +164,6 @@ const CONTROL: &[Call] = &[
     always(libc::SYS_recvmsg),
     always(libc::SYS_sendmsg),
     always(libc::SYS_ppoll),
-    always(libc::SYS_close),
     always(libc::SYS_fstat),
     always(libc::SYS_lseek),
     always(libc::SYS_eventfd2),
@@ -172,7 +171,6 @@ const CONTROL: &[Call] = &[
         libc::SYS_fcntl,
         &[
             int(1, libc::F_GETFL),
-            int(1, libc::F_GETFD),
             int(1, libc::F_SETFD),
             int(1, libc::F_DUPFD_CLOEXEC),
         ],
@@ -191,6 +189,12 @@ const FILES: &[Call] = &[
     always(libc::SYS_fdatasync),
     always(libc::SYS_ftruncate),
     always(libc::SYS_getrandom),
+];
+
+/// A descriptor is closed: where assertions are on, Rust looks whether it was open.
+const CLOSE: &[Call] = &[
+    always(libc::SYS_close),
+    any(libc::SYS_fcntl, &[int(1, libc::F_GETFD)]),
 ];
 
 /// What the devices do for the guest.
@@ -212,8 +216,15 @@ const DEVICES: &[Call] = &[
     always(libc::SYS_recvfrom),
     always(libc::SYS_sendto),
     always(libc::SYS_shutdown),
-    always(libc::SYS_close),
     any(libc::SYS_ioctl, &[is(1, FIONBIO)]),
+];
+
+/// What disks are made of is copied and merged, from files to files that are open.
+const DISKS: &[Call] = &[
+    always(libc::SYS_pread64),
+    always(libc::SYS_pwrite64),
+    always(libc::SYS_fdatasync),
+    always(libc::SYS_fstat),
 ];
 
 /// What a processor's thread does: it runs the guest, and does what the guest writes to registers,
@@ -223,7 +234,6 @@ const VCPU: &[Call] = &[
     always(libc::SYS_read),
     always(libc::SYS_write),
     always(libc::SYS_shutdown),
-    always(libc::SYS_close),
 ];
 
 /// A machine is made, and its state is set.
@@ -347,18 +357,19 @@ const ZYGOTE: &[Call] = &[
 
 const SLEEPER_LISTS: &[&[Call]] = &[SLEEPING];
 const COPY_LISTS: &[&[Call]] = &[COPYING];
-const DEVICES_LISTS: &[&[Call]] = &[EVERY, MEMORY, ABORT, DEVICES];
-const VCPU_LISTS: &[&[Call]] = &[EVERY, MEMORY, ABORT, VCPU];
+const DEVICES_LISTS: &[&[Call]] = &[EVERY, MEMORY, ABORT, CLOSE, DEVICES];
+const DISKS_LISTS: &[&[Call]] = &[EVERY, MEMORY, ABORT, CLOSE, DISKS];
+const VCPU_LISTS: &[&[Call]] = &[EVERY, MEMORY, ABORT, CLOSE, VCPU];
 const RUNNING_LISTS: &[&[Call]] = &[
-    EVERY, MEMORY, ABORT, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING,
+    EVERY, MEMORY, ABORT, CLOSE, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING,
 ];
 const STARTING_LISTS: &[&[Call]] = &[
-    EVERY, MEMORY, ABORT, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING, THREADS, MAKE, DEVICES,
-    VCPU,
+    EVERY, MEMORY, ABORT, CLOSE, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING, THREADS, MAKE,
+    DEVICES, VCPU,
 ];
 const ZYGOTE_LISTS: &[&[Call]] = &[
-    EVERY, MEMORY, ABORT, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING, THREADS, MAKE, DEVICES,
-    VCPU, SLEEPING, ZYGOTE,
+    EVERY, MEMORY, ABORT, CLOSE, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING, THREADS, MAKE,
+    DEVICES, VCPU, SLEEPING, ZYGOTE,
 ];
 
 /// All that a cell may call; a call that is there more than once is let through by each.
@@ -369,6 +380,7 @@ pub(super) fn of(cell: Cell) -> Vec<Call> {
         Cell::Starting => STARTING_LISTS,
         Cell::Running => RUNNING_LISTS,
         Cell::Devices => DEVICES_LISTS,
+        Cell::Disks => DISKS_LISTS,
         Cell::Vcpu => VCPU_LISTS,
         Cell::Copy => COPY_LISTS,
     };

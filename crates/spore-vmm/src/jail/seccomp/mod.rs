@@ -7,8 +7,8 @@
 //!
 //! ```text
 //!   Zygote ─┬─▶ Sleeper
-//!           └─▶ Starting ─┬─▶ Devices, Vcpu     a thread each, made before the guest runs
-//!                         └─▶ Running ──▶ Copy  the first thread, and its copy for a checkpoint
+//!           └─▶ Starting ─┬─▶ Devices, Disks, Vcpu  threads that are made before the guest runs
+//!                         └─▶ Running ──▶ Copy      the first, and its copy for a checkpoint
 //! ```
 //!
 //! `clone3` does not exist for any of them (`ENOSYS`): its flags lie in memory, where no filter
@@ -19,6 +19,7 @@ mod lists;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::OnceLock;
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -40,18 +41,21 @@ pub enum Cell {
     Running,
     /// The thread of the devices.
     Devices,
+    /// The thread that copies and merges what disks are made of.
+    Disks,
     /// A thread of a processor.
     Vcpu,
     /// A frozen copy of a VMM, which writes the guest's memory to a file.
     Copy,
 }
 
-const CELLS: [Cell; 7] = [
+const CELLS: [Cell; 8] = [
     Cell::Zygote,
     Cell::Sleeper,
     Cell::Starting,
     Cell::Running,
     Cell::Devices,
+    Cell::Disks,
     Cell::Vcpu,
     Cell::Copy,
 ];
@@ -79,45 +83,48 @@ pub enum FilterError {
     },
 }
 
-/// The programs of all cells.
-#[derive(Clone)]
-pub struct Filters([BpfProgram; CELLS.len()]);
+/// The programs of all cells, once they are compiled. A process is in a jail or it is not: as with
+/// its ids, that is the process's, and no machine's to know.
+static PROGRAMS: OnceLock<Programs> = OnceLock::new();
 
-impl std::fmt::Debug for Filters {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let lengths = self.0.each_ref().map(Vec::len);
-        f.debug_tuple("Filters").field(&lengths).finish()
-    }
+type Programs = [BpfProgram; CELLS.len()];
+
+/// Compiles all lists, for this process and its copies. It changes nothing by itself.
+pub(super) fn prepare() -> Result<(), FilterError> {
+    let programs = programs()?;
+    let _programs = PROGRAMS.get_or_init(|| programs);
+    Ok(())
 }
 
-impl Filters {
-    /// Compiles them all.
-    pub fn compile() -> Result<Self, FilterError> {
-        let mut programs = [const { BpfProgram::new() }; CELLS.len()];
-        for (program, cell) in programs.iter_mut().zip(CELLS) {
-            let compiled = compile(&lists::of(cell), SeccompAction::KillProcess);
-            let mut compiled = compiled.map_err(|source| FilterError::Compile { cell, source })?;
-            // Only the zygote makes processes of which it wants a descriptor.
-            if cell != Cell::Zygote {
-                program.extend(without_clone3());
-            }
-            program.append(&mut compiled);
+fn programs() -> Result<Programs, FilterError> {
+    let mut programs = [const { BpfProgram::new() }; CELLS.len()];
+    for (program, cell) in programs.iter_mut().zip(CELLS) {
+        let compiled = compile(&lists::of(cell), SeccompAction::KillProcess);
+        let mut compiled = compiled.map_err(|source| FilterError::Compile { cell, source })?;
+        // Only the zygote makes processes of which it wants a descriptor.
+        if cell != Cell::Zygote {
+            program.extend(without_clone3());
         }
-        Ok(Self(programs))
+        program.append(&mut compiled);
     }
+    Ok(programs)
+}
 
-    /// Confines the calling thread for good, and the threads and processes that it will make.
-    pub fn install(&self, cell: Cell) -> Result<(), FilterError> {
-        let failed = |source| FilterError::Install { cell, source };
-        let program = CELLS.iter().zip(&self.0).find(|(of, _)| **of == cell);
-        let (_, program) = program.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
-        seccompiler::apply_filter(program).map_err(|error| {
-            failed(match error {
-                seccompiler::Error::Prctl(source) | seccompiler::Error::Seccomp(source) => source,
-                other => io::Error::other(other),
-            })
+/// Confines the calling thread for good, and the threads and processes that it will make. Does
+/// nothing in a process that was not made by a zygote, as tests and the probe are.
+pub fn enter(cell: Cell) -> Result<(), FilterError> {
+    let Some(programs) = PROGRAMS.get() else {
+        return Ok(());
+    };
+    let failed = |source| FilterError::Install { cell, source };
+    let program = CELLS.iter().zip(programs).find(|(of, _)| **of == cell);
+    let (_, program) = program.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    seccompiler::apply_filter(program).map_err(|error| {
+        failed(match error {
+            seccompiler::Error::Prctl(source) | seccompiler::Error::Seccomp(source) => source,
+            other => io::Error::other(other),
         })
-    }
+    })
 }
 
 /// A program that lets these calls through and answers all others so.
@@ -185,7 +192,7 @@ fn without_clone3() -> [sock_filter; 3] {
 #[cfg(test)]
 mod tests {
     use super::lists::{self, When};
-    use super::{CELLS, Cell, Filters};
+    use super::{CELLS, Cell, programs};
 
     /// What nobody in the jail may do, whatever the arguments.
     const NEVER: &[i64] = &[
@@ -265,8 +272,7 @@ mod tests {
 
     #[test]
     fn every_list_compiles_and_fits_a_program() {
-        let filters = Filters::compile().unwrap();
-        for program in &filters.0 {
+        for program in &programs().unwrap() {
             // BPF_MAXINSNS of <linux/bpf_common.h>.
             assert!((4..4096).contains(&program.len()), "{}", program.len());
         }

@@ -29,6 +29,7 @@ use crate::clock::Clock;
 use crate::device::virtio::{Driven, Interest};
 use crate::end::End;
 use crate::fault::GuestFault;
+use crate::jail::seccomp::{self, Cell};
 use crate::kvm::KvmError;
 use crate::kvm::bell::Bell;
 use crate::worker::{Kick, Order, Post, Workers};
@@ -176,6 +177,7 @@ impl Attend {
     }
 
     fn work(&mut self, post: &Post, begin: Begin) -> Result<(), End> {
+        seccomp::enter(Cell::Devices)?;
         if post.stand() == Order::End {
             return Ok(());
         }
