@@ -1,4 +1,4 @@
-//! Packs what the rig's kernel starts with: a shell, modules and the two scripts. Called by `rig`.
+//! Packs what the rig's kernel starts with: a shell, modules and the scripts. Called by `rig`.
 
 use std::fs;
 use std::io::{BufWriter, Write};
@@ -21,8 +21,9 @@ pub(super) fn pack(rig: &Rig, out: impl Write) -> Result<()> {
         Ok((name.to_owned(), 0o755, bytes))
     };
     let mut files = modules(&rig.modules)?;
-    files.push(program("init", &scripts.join("init"))?);
-    files.push(program("stage", &scripts.join("stage"))?);
+    for script in ["init", "stage", "limited", "tests"] {
+        files.push(program(script, &scripts.join(script))?);
+    }
     files.push(program("bin/busybox", &rig.busybox)?);
     files.extend(FOLDERS.iter().map(|name| folder(name)));
     files.sort();
