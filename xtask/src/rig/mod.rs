@@ -74,7 +74,7 @@ pub(crate) struct RigOptions {
 const TEST_LIMIT_S: u32 = 240;
 
 /// Seconds until all of them count as hung.
-const TESTS_LIMIT_S: u32 = 1800;
+const TESTS_LIMIT_S: u32 = 900;
 
 /// Programs of tests that need KVM: their packages, and their names there.
 const TESTS: [(&str, &str); 2] = [("spore-vmm", "machine"), ("spore-vmm", "jail")];
