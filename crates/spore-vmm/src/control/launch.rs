@@ -23,6 +23,7 @@ use crate::disk::scratch::{LayerFile, Scratch};
 use crate::disk::stack::Base;
 use crate::disk::zeros::Zeros;
 use crate::disk::{Access, Disk, Raw, read_at};
+use crate::jail::seccomp::FilterError;
 use crate::kvm::Kvm;
 use crate::kvm::bell::Bell;
 use crate::machine::bare::Bare;
@@ -81,6 +82,9 @@ pub enum LaunchError {
     /// The kernel gave no thread.
     #[error("the thread that copies the scratch disk cannot be started")]
     Thread(#[source] io::Error),
+    /// That thread is not confined.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     /// What was saved of it is too long, or cannot be read.
     #[error("the saved machine cannot be read")]
     Read(#[source] io::Error),
@@ -122,7 +126,9 @@ pub fn launch(
     let mut files = Files::new(fds);
     let memory = files.take(blob.memory)?;
     let devices = Devices::new(blob, &mut files)?;
-    let scratch = devices.scratch.clone();
+    let start = |scratch| Copies::start(scratch, Arc::clone(copied));
+    let copies = devices.scratch.clone().map(start).transpose();
+    let copies = copies.map_err(LaunchError::Thread)?;
     let machine = match &blob.begin {
         Begin::Boot {
             kernel,
@@ -159,10 +165,7 @@ pub fn launch(
             bare.restore(saved, file, sharing, incarnation, plug)?
         }
     };
-    // The last of the guest's threads.
-    let start = |scratch| Copies::start(scratch, Arc::clone(copied));
-    let copies = scratch.map(start).transpose();
-    let copies = copies.map_err(LaunchError::Thread)?;
+    copies.iter().try_for_each(Copies::ready)?;
     let layers = blob.scratch.as_ref().map_or(0, |disk| disk.layers.len());
     Ok(Launched {
         machine,

@@ -80,7 +80,7 @@ fn given(begin: Begin, memory: OwnedFd, begins: Vec<OwnedFd>) -> Given {
         folder: FdIndex(next + 1),
         scratch: Some(Scratch {
             bytes: SCRATCH_BYTES,
-            base: None,
+            base: Some(FdIndex(next + 5)),
             layers: Vec::new(),
             own: layer(next + 2),
         }),
@@ -96,6 +96,7 @@ fn given(begin: Begin, memory: OwnedFd, begins: Vec<OwnedFd>) -> Given {
         file(layer_bytes(SCRATCH_BYTES)),
         tap,
         agent,
+        file(SCRATCH_BYTES),
     ]);
     Given {
         fds,

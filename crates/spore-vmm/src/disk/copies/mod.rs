@@ -28,7 +28,7 @@ use crate::disk::copy::{CopyError, copy};
 use crate::disk::overlay::LayerError;
 use crate::disk::overlay::layer::Layer;
 use crate::disk::scratch::{Below, LayerFile, Scratch, Source, SwitchError, UpTo};
-use crate::jail::seccomp::{self, Cell};
+use crate::jail::seccomp::{self, Cell, FilterError};
 use crate::kvm::bell::Bell;
 
 /// The lowest priority there is. The kernel takes that of its reads and writes from it
@@ -90,6 +90,8 @@ impl Copy {
 
 #[derive(Debug)]
 struct State {
+    /// What became of the thread's cell, until somebody asks.
+    confined: Option<Result<(), FilterError>>,
     copy: Copy,
     /// The disk may have layers to be merged.
     is_deep: bool,
@@ -111,6 +113,8 @@ struct Shared {
     state: Mutex<State>,
     /// Told when the thread has something to do.
     work: Condvar,
+    /// Told when it is in its cell.
+    entered: Condvar,
     /// Set when it has nothing to do any more.
     quits: AtomicBool,
     /// Rung when a copy is over.
@@ -136,10 +140,12 @@ impl Copies {
         let shared = Arc::new(Shared {
             scratch,
             state: Mutex::new(State {
+                confined: None,
                 copy: Copy::None,
                 is_deep: false,
             }),
             work: Condvar::new(),
+            entered: Condvar::new(),
             quits: AtomicBool::new(false),
             over,
         });
@@ -148,6 +154,18 @@ impl Copies {
         // It has what it works with for itself, so nobody waits for its end.
         drop(thread.spawn(move || works.run())?);
         Ok(Self { shared })
+    }
+
+    /// Waits until the thread is in its cell; called once. After an error it does nothing.
+    pub fn ready(&self) -> Result<(), FilterError> {
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(confined) = state.confined.take() {
+                return confined;
+            }
+            let waited = self.shared.entered.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Begins a copy of the disk as it is now, in the place of the one that is there.
@@ -225,8 +243,11 @@ impl Shared {
     fn run(&self) {
         // A copy at any other priority is as good, only not as polite.
         let _as_it_was = rustix::process::setpriority_process(None, NICE);
-        if seccomp::enter(Cell::Disks).is_err() {
-            // The first thread meets the same at once, and the guest does not run.
+        let confined = seccomp::enter(Cell::Disks);
+        let is_confined = confined.is_ok();
+        self.lock().confined = Some(confined);
+        self.entered.notify_all();
+        if !is_confined {
             return;
         }
         loop {
