@@ -94,7 +94,7 @@ async fn a_vm_outlives_the_killed_daemon_and_the_next_one_takes_hold_of_it() {
 
     let driver = host.driver().await;
     driver.sweep(&BTreeSet::from([vm])).await.unwrap();
-    assert_eq!(host.processes(), [identity.pid]);
+    assert!(host.processes().contains(&identity.pid));
     let held = driver.attach(vm, &prepared, &identity).await.unwrap();
     said(&*held, WORD).await;
     held.open_network().await.unwrap();
