@@ -252,7 +252,7 @@ fn check_limits(limits: &str) {
     };
     assert_eq!(line("Max core file size"), ["1", "1"]);
     let (files, bytes) = match is_kvm() {
-        true => ("256", "151060480"),
+        true => ("256", "150994944"),
         false => ("128", "83951616"),
     };
     assert_eq!(line("Max open files"), [files, files]);
