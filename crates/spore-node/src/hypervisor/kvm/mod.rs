@@ -455,9 +455,13 @@ impl Shared {
         let files = blocking(move || this.open_waiting(vm)).await;
         let (log, fds) = files.map_err(step("a worker thread"))??;
         let spawned = self.zygotes.spawn(prepared.uid, fds).await;
-        let Spawned { pid, init } = spawned.map_err(step("the zygote"))?;
-        let placed = self.place(vm, machine, &[init, pid]);
-        placed.map_err(step("putting it into its cgroup"))?;
+        let spawned = spawned.map_err(step("the zygote"))?;
+        if let Err(source) = self.place(vm, machine, &spawned) {
+            // Whatever ends the VM's cgroup would not end this.
+            spawned.kill();
+            return Err(step("putting it into its cgroup")(source));
+        }
+        let pid = spawned.pid;
         let identity = process::identity(pid, &vm.to_string());
         let identity = identity.map_err(|_gone| BootError::Ended(log_tail(&log)))?;
         let client = self.await_greeting(vm, &identity, &log).await?;
@@ -469,13 +473,13 @@ impl Shared {
     }
 
     /// Puts the processes of a VM where they are limited, before there is a guest in them.
-    fn place(&self, vm: VmId, machine: &Machine, pids: &[u32]) -> io::Result<()> {
+    fn place(&self, vm: VmId, machine: &Machine, spawned: &Spawned) -> io::Result<()> {
         let entrances = self.rooms.cgroups().entrances(&vm.to_string());
-        for pid in pids {
+        for pid in [spawned.init, spawned.pid] {
             for path in &entrances {
                 std::fs::write(path, pid.to_string())?;
             }
-            let raw = i32::try_from(*pid).ok().and_then(Pid::from_raw);
+            let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
             let limit = Rlimit {
                 current: Some(files::file_bytes(machine)),
                 maximum: Some(files::file_bytes(machine)),

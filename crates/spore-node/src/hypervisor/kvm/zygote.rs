@@ -26,6 +26,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::packet::PacketSocket;
+use crate::cgroup::kill_process;
 use crate::hypervisor::monitored;
 
 /// How long a zygote may take until it is jailed, and to make a VMM; some milliseconds each.
@@ -54,6 +55,17 @@ pub(super) struct Spawned {
     pub(super) pid: u32,
     /// The first process of its pid namespace.
     pub(super) init: u32,
+    /// The VMM's.
+    pub(super) pidfd: OwnedFd,
+}
+
+impl Spawned {
+    /// Ends it, of which there is no use.
+    pub(super) fn kill(&self) {
+        if let Err(error) = kill_process(&self.pidfd) {
+            tracing::error!(pid = self.pid, %error, "a VMM that is nobody's cannot be ended");
+        }
+    }
 }
 
 /// Zygotes, one at a time.
@@ -239,7 +251,7 @@ async fn serve(
     loop {
         tokio::select! {
             heard = socket.receive::<FromZygote>() => match heard {
-                Ok((message, _pidfd)) => hear(message, &mut asked, &ends),
+                Ok((message, pidfd)) => hear(message, pidfd, &mut asked, &ends),
                 Err(_gone) => break,
             },
             order = ordered.recv() => {
@@ -264,6 +276,7 @@ async fn serve(
 
 fn hear(
     message: FromZygote,
+    pidfd: Option<OwnedFd>,
     asked: &mut BTreeMap<u64, oneshot::Sender<io::Result<Spawned>>>,
     ends: &Ends,
 ) {
@@ -271,9 +284,15 @@ fn hear(
         FromZygote::Spawned { request, pid, init } => {
             // The end of an earlier process with that number is nobody's any more.
             ends.forget(pid);
-            if let Some(answer) = asked.remove(&request) {
-                // Whoever asked may have given up.
-                drop(answer.send(Ok(Spawned { pid, init })));
+            let spawned = pidfd.map(|pidfd| Spawned { pid, init, pidfd });
+            let spawned = spawned.ok_or_else(|| io::Error::other("a VMM came without a pidfd"));
+            let unheard = match asked.remove(&request) {
+                Some(answer) => answer.send(spawned).err(),
+                None => Some(spawned),
+            };
+            // Whoever asked has given up: it is in no VM's cgroup, and nobody's.
+            if let Some(Ok(spawned)) = unheard {
+                spawned.kill();
             }
         }
         FromZygote::Refused { request, why } => {
