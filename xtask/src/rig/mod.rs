@@ -108,6 +108,11 @@ const TESTS: [Tests; 3] = [
             "folder::",
             "secrets::",
             "recovery::",
+            "network::",
+            "thaw::",
+            "suspends::",
+            "takes::a_running_app",
+            "takes::flipped_byte",
         ],
     },
 ];
