@@ -26,6 +26,7 @@ use clap::{Parser, Subcommand};
 use crate::fuzz::FuzzOptions;
 use crate::place::DEPS_DEFAULT;
 use crate::rig::RigOptions;
+use crate::rig::lists::RigTestOptions;
 
 /// What to do.
 #[derive(Debug, Parser)]
@@ -67,7 +68,7 @@ enum Task {
     /// Runs a command on a Linux with real KVM, which QEMU emulates; needs no KVM here
     Rig(RigOptions),
     /// Runs the tests that need KVM in the rig
-    RigTest(Folder),
+    RigTest(RigTestOptions),
     /// Boots a Debian with systemd under QEMU and looks at Spore there (after `deps --systemd`)
     SystemdTest(Folder),
     /// What is looked at in that machine; started there only
@@ -138,7 +139,7 @@ fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Test => suite::run(),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Rig(options) => return rig::run(&options),
-        Task::RigTest(folder) => return rig::test(&folder),
+        Task::RigTest(options) => return rig::lists::test(&options),
         Task::SystemdTest(folder) => systemd::run(&folder.dir),
         Task::SystemdStory => systemd::story::run(),
         Task::Up(folder) => host::up(&folder.dir),

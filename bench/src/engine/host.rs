@@ -80,7 +80,7 @@ impl Host {
             .context("the image debian/python3 is missing: run `make deps`")?;
         let image = deps.join(format!("images/{}.img", name.trim()));
         let root = Path::new("/run").join(format!("spore-bench-{}", std::process::id()));
-        let program = spore_e2e::platform::program();
+        let program = spore_e2e::platform::program("spore");
         let qemu = Qemu::open(QemuConfig {
             room: RoomConfig {
                 runtime_dir: root.join("host"),

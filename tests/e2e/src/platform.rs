@@ -144,18 +144,68 @@ pub fn skipped(reason: &str) {
     println!("SKIPPED: {reason}");
 }
 
+/// What VMs run on: `qemu`, or `kvm` where `SPORE_TEST_DRIVER` says so. Each story is told, and
+/// none finds out by itself: what it found, it would prove nothing of the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    /// QEMU in software.
+    Qemu,
+    /// Spore's own VMM.
+    Kvm,
+}
+
+impl Driver {
+    /// With what the name of a VM's process begins.
+    #[must_use]
+    pub const fn vmm(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Kvm => "spore-vmm",
+        }
+    }
+}
+
+impl Driver {
+    /// What its daemons are told: where KVM is, they find it.
+    const fn choice(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Kvm => "auto",
+        }
+    }
+
+    /// With what the boundary begins that its daemons name: on a machine that is a guest itself,
+    /// that is `kvm-nested`.
+    #[must_use]
+    pub const fn boundary(self) -> &'static str {
+        match self {
+            Self::Qemu => "none",
+            Self::Kvm => "kvm",
+        }
+    }
+}
+
+/// What the VMs of this run's stories run on.
+#[must_use]
+pub fn driver() -> Driver {
+    match std::env::var_os("SPORE_TEST_DRIVER") {
+        Some(driver) if driver == "kvm" => Driver::Kvm,
+        _ => Driver::Qemu,
+    }
+}
+
 /// Where `make deps` puts the guest's kernel, initramfs and images.
 #[must_use]
 pub fn deps() -> PathBuf {
     std::env::var_os("SPORE_DEPS").map_or_else(|| "/var/lib/spore-deps".into(), PathBuf::from)
 }
 
-/// The program under test, built beside this test.
+/// A program under test, built beside this test.
 ///
 /// # Panics
 /// When it was not built.
 #[must_use]
-pub fn program() -> PathBuf {
+pub fn program(name: &str) -> PathBuf {
     let running = std::env::current_exe().expect("a running program has a path");
     // A test is in `target/debug/deps`, a benchmark beside the program.
     let folder = running.parent().expect("a program is in a folder");
@@ -163,10 +213,10 @@ pub fn program() -> PathBuf {
         Some(above) if folder.ends_with("deps") => above,
         _ => folder,
     };
-    let program = folder.join("spore");
+    let program = folder.join(name);
     assert!(
         program.exists(),
-        "{} is missing: `cargo build -p spore` first",
+        "{} is missing: `cargo build -p {name}` first",
         program.display()
     );
     program
@@ -197,6 +247,14 @@ impl Platform {
             .lay_out(&site)
             .context("lay out the platform's folders")?;
         platform.start_daemon().await?;
+        let (found, wanted) = (
+            platform.client().status().await?.boundary,
+            driver().boundary(),
+        );
+        ensure!(
+            found.starts_with(wanted),
+            "the boundary is {found} and not {wanted}"
+        );
         Ok(platform)
     }
 
@@ -328,10 +386,9 @@ impl Platform {
     /// When `/proc` cannot be read.
     pub fn vm_processes(&self) -> Result<Vec<String>> {
         let all = leftovers::processes(Path::new("/nonexistent"), self.slot.first_uid(), UIDS)?;
-        Ok(all
-            .into_iter()
-            .filter(|line| line.contains("qemu"))
-            .collect())
+        let vmm = driver().vmm();
+        let name = |line: &String| line.contains(&format!(" Name:\t{vmm}"));
+        Ok(all.into_iter().filter(name).collect())
     }
 
     /// Pids of every process of this platform: VMs, proxies, gateway, daemon, helpers.
@@ -590,9 +647,13 @@ impl Platform {
     pub fn install(&self) -> Result<()> {
         // Copied by another process: were the file open for writing here while a story beside this
         // one starts a process, that would inherit it, and nobody could run the program.
+        let mut programs = vec![program("spore")];
+        if driver() == Driver::Kvm {
+            programs.push(program("spore-vmm"));
+        }
         let mut copy = Command::new("cp");
-        copy.arg("--remove-destination").arg(program());
-        let status = copy.arg(self.home().join("bin/spore")).status()?;
+        copy.arg("--remove-destination").args(programs);
+        let status = copy.arg(self.home().join("bin")).status()?;
         ensure!(status.success(), "cp ended with {status}");
         Ok(())
     }
@@ -629,7 +690,8 @@ impl Platform {
              gateway_uid = {gateway_uid}\n\
              cgroup_parent = \"{cgroup}\"\n\
              log = \"info,spore_gateway=debug,spore_control=debug,spore_node=debug\"\n\
-             boot_timeout = \"10m\"\ntemplates = {templates}\n{more}",
+             boot_timeout = \"10m\"\ntemplates = {templates}\n\
+             hypervisor = \"{driver}\"\nvmm = \"{home}/bin/spore-vmm\"\n{more}",
             home = home.display(),
             deps = deps().display(),
             gateway = self.slot.gateway(),
@@ -638,6 +700,7 @@ impl Platform {
             count = UIDS - 1,
             gateway_uid = self.slot.first_uid(),
             cgroup = self.slot.cgroup(),
+            driver = driver().choice(),
             more = site.config,
             templates = site.templates,
         );

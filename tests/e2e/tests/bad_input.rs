@@ -141,7 +141,7 @@ fn a_wrong_manifest_is_refused_with_its_line_and_what_is_right() -> Result<()> {
 
 /// No daemon is needed to refuse these, so none is there.
 fn deploy_here(folder: &Path) -> Result<Run> {
-    let mut command = Command::new(program());
+    let mut command = Command::new(program("spore"));
     command
         .args(["--host", "unix:/nonexistent/api.sock", "deploy"])
         .arg(folder);

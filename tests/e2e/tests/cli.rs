@@ -5,7 +5,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
-use spore_e2e::{AppFolder, Platform, available, platform, until};
+use spore_e2e::platform::{self, Driver, driver};
+use spore_e2e::{AppFolder, Platform, available, until};
 
 const BROKEN: &str = "print('these are my last words', flush=True)\nraise SystemExit(7)\n";
 
@@ -30,10 +31,14 @@ async fn an_app_is_deployed_looked_at_put_to_sleep_and_removed() -> Result<()> {
         "{listed}"
     );
     let status = platform.cli(&["status"])?;
-    ensure!(status.contains("none (qemu-tcg)"), "{status}");
+    let text = match driver() {
+        Driver::Qemu => "none (qemu-tcg)",
+        Driver::Kvm => "kvm",
+    };
+    ensure!(status.contains(text), "{status}");
     let status = platform.cli(&["status", "portrait"])?;
     ensure!(
-        status.contains("boundary") && status.contains("none"),
+        status.contains("boundary") && status.contains(driver().boundary()),
         "{status}"
     );
     ensure!(status.contains("live") && status.contains(&url), "{status}");

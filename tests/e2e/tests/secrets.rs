@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use spore_e2e::app::{SELF_PORTRAIT, STAYS_AWAKE};
+use spore_e2e::platform::driver;
 use spore_e2e::search::Words;
 use spore_e2e::{AppFolder, Platform, available, until};
 
@@ -294,7 +295,7 @@ fn sightings(platform: &Platform) -> Result<Vec<String>> {
     }
     // Daemon, gateway and VM at least: else the search looks at too little.
     ensure!(
-        pids.len() >= 3 && names.iter().any(|name| name.starts_with("qemu")),
+        pids.len() >= 3 && names.iter().any(|name| name.starts_with(driver().vmm())),
         "only {names:?} run"
     );
     found.extend(CANARIES.processes(&pids));

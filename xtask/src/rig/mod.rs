@@ -16,6 +16,7 @@
 
 mod boot;
 mod initramfs;
+pub(crate) mod lists;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -28,8 +29,8 @@ use rustix::fs::FlockOperation;
 
 use self::boot::{Boot, Ended};
 use crate::deps::rig;
-use crate::progress::{say, step};
-use crate::{Folder, command, place};
+use crate::progress::say;
+use crate::{Folder, place};
 
 /// Folders of the rig's own, as guest/rig/init mounts them: what this machine has there is unseen.
 const OWN_FOLDERS: [&str; 4] = ["/tmp", "/run", "/var/lib/spore", "/var/lib/spore-e2e"];
@@ -69,117 +70,17 @@ pub(crate) struct RigOptions {
     command: Vec<OsString>,
 }
 
-/// Seconds that one test may take: far longer than any does. Longer also than what the tests
-/// themselves give a guest, so that they can say what it did.
-const TEST_LIMIT_S: u32 = 240;
-
-/// Seconds until all of them count as hung.
-const TESTS_LIMIT_S: u32 = 3000;
-
-/// A program of tests that need KVM.
-#[derive(Debug)]
-struct Tests {
-    package: &'static str,
-    name: &'static str,
-    /// Which of them; all where none is named.
-    filters: &'static [&'static str],
-}
-
-/// All of them. Those of a node run on its driver for KVM; what is not named here has not been
-/// seen to pass on it, or takes too long on an emulated processor.
-const TESTS: [Tests; 3] = [
-    Tests {
-        package: "spore-vmm",
-        name: "machine",
-        filters: &[],
-    },
-    Tests {
-        package: "spore-vmm",
-        name: "jail",
-        filters: &[],
-    },
-    Tests {
-        package: "spore-node",
-        name: "qemu",
-        filters: &[
-            "life::",
-            "confinement::",
-            "fork::",
-            "folder::",
-            "secrets::",
-            "recovery::",
-            "network::",
-            "thaw::",
-            "suspends::",
-            "takes::a_running_app",
-            "takes::flipped_byte",
-        ],
-    },
-];
-
-/// Builds the tests that need KVM and runs them in the rig, each by itself.
-pub(crate) fn test(folder: &Folder) -> Result<ExitCode> {
-    // The node's tests look for it beside their own programs.
-    step("build spore-vmm", || {
-        command::run(place::cargo().args(["build", "--quiet", "--locked", "--package=spore-vmm"]))
-    })?;
-    let mut script = OsString::from("export SPORE_TEST_DRIVER=kvm\nfailed=0\n");
-    for Tests {
-        package,
-        name,
-        filters,
-    } in TESTS
-    {
-        let program = step(&format!("build {name} of {package}"), || {
-            program(package, name)
-        })?;
-        script.push(format!("/run/rig/tests {TEST_LIMIT_S} "));
-        script.push(quoted(program.as_os_str()));
-        for filter in filters {
-            script.push(" ");
-            script.push(filter);
-        }
-        script.push(" || failed=1\n");
-    }
-    script.push("exit $failed\n");
-    run(&RigOptions {
-        folder: folder.clone(),
-        cpus: CPUS,
-        memory_mib: MEMORY_MIB,
-        limit_s: TESTS_LIMIT_S,
-        out: None,
-        command: vec!["sh".into(), "-c".into(), script],
-    })
-}
-
-/// Builds a program of tests; gives its path.
-fn program(package: &str, name: &str) -> Result<PathBuf> {
-    let text = command::output(
-        place::cargo()
-            .args(["test", "--quiet", "--locked", "--no-run"])
-            .args(["--message-format=json-render-diagnostics"])
-            .args(["--package", package, "--test", name]),
-    )?;
-    executable(&text, name)
-        .with_context(|| format!("cargo built no program for the tests {name} of {package}"))
-}
-
-/// The program of a target, in what cargo says of a build.
-fn executable(messages: &str, name: &str) -> Option<PathBuf> {
-    messages.lines().find_map(|line| {
-        let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        let path = message["executable"].as_str()?;
-        (message["target"]["name"] == name).then(|| PathBuf::from(path))
-    })
-}
-
-/// Boots the rig and runs the command; gives its exit code.
+/// Boots the rig and runs the command in this folder; gives its exit code.
 pub(crate) fn run(options: &RigOptions) -> Result<ExitCode> {
-    let rig = rig::current(&options.folder.dir)?;
     let folder = std::env::current_dir().context("cannot tell the current folder")?;
-    check_seen(&folder)?;
+    run_in(&folder, options)
+}
+
+fn run_in(folder: &Path, options: &RigOptions) -> Result<ExitCode> {
+    let rig = rig::current(&options.folder.dir)?;
+    check_seen(folder)?;
     let (out, _alone) = results(options.out.as_deref())?;
-    let script = script(&folder, &options.command);
+    let script = script(folder, &options.command);
     fs::write(out.join("command"), script.as_bytes())?;
     let archive = tempfile::NamedTempFile::new()?;
     initramfs::pack(&rig, &archive)?;
@@ -286,7 +187,7 @@ mod tests {
     use std::path::Path;
     use std::process::Command;
 
-    use super::{OWN_FOLDERS, check_seen, executable, results, script};
+    use super::{OWN_FOLDERS, check_seen, results, script};
     use crate::place;
 
     #[test]
@@ -299,18 +200,6 @@ mod tests {
             .output()
             .unwrap();
         assert_eq!(output.stdout, b"it's|$HOME|two words||a\nb|");
-    }
-
-    #[test]
-    fn a_test_program_is_found_in_what_cargo_says() {
-        let said = "{\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"spore_vmm\"},\
-                    \"executable\":null}\n\
-                    {\"reason\":\"compiler-artifact\",\"target\":{\"name\":\"machine\"},\
-                    \"executable\":\"/target/debug/deps/machine-1\"}\n\
-                    {\"reason\":\"build-finished\",\"success\":true}\n";
-        let found = executable(said, "machine").unwrap();
-        assert_eq!(found, Path::new("/target/debug/deps/machine-1"));
-        assert_eq!(executable(said, "others"), None);
     }
 
     #[test]

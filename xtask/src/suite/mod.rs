@@ -9,18 +9,21 @@ mod tally;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{ChildStdout, Stdio};
+use std::process::{ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use self::tally::Tally;
 use crate::progress::{say, step};
-use crate::{command, deps, fuzz, guest, place, tidy};
+use crate::{command, deps, fuzz, guest, place, rig, tidy};
 
 /// Runs the suite.
 pub(crate) fn run() -> Result<()> {
     let mut tally = Tally::default();
-    say("runs: fmt, tidy, clippy, deny, guest, tests of all crates and of tests/, fuzz, leftovers");
+    say(
+        "runs: fmt, tidy, clippy, deny, guest, tests of all crates and of tests/, rig, fuzz, \
+         leftovers",
+    );
     check(&mut tally, "fmt", || {
         command::run(place::cargo().args(["fmt", "--all", "--check"]))
     });
@@ -49,14 +52,10 @@ pub(crate) fn run() -> Result<()> {
         command::run(place::cargo().arg("test").args(what))
     });
     say("==> tests");
-    let outcome = tests(&mut tally);
-    if let Err(error) = outcome {
-        say(format!("FAILED: {error:#}"));
-        // A test program that ended by a signal, or was not built, has said no number.
-        if tally.failed == 0 {
-            tally.failed = 1;
-            tally.broken.push("tests".to_owned());
-        }
+    count(&mut tally, "tests", tests);
+    match rig::lists::missing() {
+        Some(missing) => skip(&mut tally, &format!("rig: {missing}")),
+        None => count(&mut tally, "rig", smoke),
     }
     match fuzz::missing() {
         Some(missing) => skip(&mut tally, &format!("fuzz: {missing}")),
@@ -64,6 +63,19 @@ pub(crate) fn run() -> Result<()> {
     }
     check(&mut tally, "leftovers", nothing_is_left);
     finish(&tally)
+}
+
+/// Does what runs tests, which are counted one by one as they say how they ended.
+fn count(tally: &mut Tally, name: &str, work: impl FnOnce(&mut Tally) -> Result<()>) {
+    let before = tally.failed;
+    if let Err(error) = work(tally) {
+        say(format!("FAILED: {error:#}"));
+        // A test program that ended by a signal, or was not built, has said no number.
+        if tally.failed == before {
+            tally.failed += 1;
+            tally.broken.push(name.to_owned());
+        }
+    }
 }
 
 /// Does one step and counts it.
@@ -100,11 +112,24 @@ fn tests(tally: &mut Tally) -> Result<()> {
     cargo
         .args(["test", "--locked", "--workspace", "--no-fail-fast"])
         // Tests that skip themselves say so on their output, which is hidden unless asked for.
-        .args(["--", "--format=pretty", "--show-output"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped());
-    let mut child = cargo.spawn().context("cannot start `cargo test`")?;
-    let stdout = child.stdout.take().context("`cargo test` has no output")?;
+        .args(["--", "--format=pretty", "--show-output"]);
+    shown(cargo, tally)
+}
+
+/// Stories of the platform on Spore's own VMM and real KVM, likewise.
+fn smoke(tally: &mut Tally) -> Result<()> {
+    say("==> stories on KVM, in the rig");
+    let mut itself = Command::new(std::env::current_exe()?);
+    itself.args(["rig-test", "--smoke"]);
+    shown(itself, tally)
+}
+
+/// Runs what runs tests, whose output is shown as it comes, and counted.
+fn shown(mut command: Command, tally: &mut Tally) -> Result<()> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let child = command.spawn();
+    let mut child = child.with_context(|| format!("cannot start {command:?}"))?;
+    let stdout = child.stdout.take().context("it has no output")?;
     let status = std::thread::scope(|scope| {
         let ended = scope.spawn(|| leftovers::wait_for(&mut child));
         show(stdout, tally)?;
@@ -112,7 +137,7 @@ fn tests(tally: &mut Tally) -> Result<()> {
         ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;
     if !status.success() {
-        bail!("`cargo test` failed: {status}");
+        bail!("{command:?} failed: {status}");
     }
     Ok(())
 }

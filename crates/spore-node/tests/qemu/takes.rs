@@ -65,12 +65,14 @@ impl Daemon {
         self.qemu.close().unwrap();
     }
 
+    /// Waits for a phase or, where it never comes to that, for the end, which says why.
     pub(crate) async fn settled(&self, vm: VmId, at_least: VmPhase) -> VmStatus {
         let mut watch = self.node.watch();
         let settled = async {
             loop {
                 let NodeEvent::Vm(status) = watch.next().await;
-                if status.vm == vm && status.phase >= at_least {
+                let settled = status.phase == at_least || status.phase.is_over();
+                if status.vm == vm && settled {
                     return status;
                 }
             }

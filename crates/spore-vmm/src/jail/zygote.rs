@@ -156,6 +156,8 @@ struct Vm {
 /// Becomes a zygote and serves until its socket is closed. In a process that was just started and
 /// has one thread.
 pub fn main(ids: Ids, run: Run) -> Result<(), ZygoteError> {
+    // Its copies are told apart from it by theirs.
+    rustix::thread::set_name(c"spore-zygote").map_err(wait("its name"))?;
     let held = setup::set_up(ids)?;
     let stack = Stack::new().map_err(wait("no stack for its children"))?;
     let Held {
