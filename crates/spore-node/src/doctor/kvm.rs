@@ -36,10 +36,7 @@ pub(super) fn examine(probe: &[OsString], root: &Path) -> Finding {
             return Finding::advice(NAME, format!("/dev/kvm does not open: {error}"), SWITCH_ON);
         }
     }
-    let level = match is_nested(root) {
-        true => "kvm-nested",
-        false => "kvm",
-    };
+    let level = level(root);
     match report(probe) {
         Ok(ProbeReport::Usable { rounds_per_s }) => {
             let millions = rounds_per_s / 1_000_000;
@@ -51,6 +48,14 @@ pub(super) fn examine(probe: &[OsString], root: &Path) -> Finding {
             let says = format!("the guest that tells whether KVM is of use did not: {error}");
             Finding::advice(NAME, says, SWITCH_ON)
         }
+    }
+}
+
+/// The boundary of guests that KVM runs, as everything of Spore calls it.
+pub(super) fn level(root: &Path) -> &'static str {
+    match is_nested(root) {
+        true => "kvm-nested",
+        false => "kvm",
     }
 }
 

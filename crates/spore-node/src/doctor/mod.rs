@@ -85,8 +85,12 @@ pub struct Examination {
     /// What runs the guest that tells whether KVM is of use, and prints what it found
     /// ([`ProbeReport`]).
     pub probe: Vec<OsString>,
-    /// QEMU's program.
+    /// Whether VMs are emulated, whatever KVM can.
+    pub emulates: bool,
+    /// QEMU's program, where VMs are emulated.
     pub qemu: PathBuf,
+    /// `spore-vmm`, where they are not.
+    pub vmm: PathBuf,
     /// The guest's kernel.
     pub kernel: PathBuf,
     /// The guest's first file system.
@@ -125,19 +129,37 @@ impl Examination {
     fn below(&self, root: &Path) -> Vec<Finding> {
         let kvm = kvm::examine(&self.probe, root);
         let is_usable = kvm.verdict == Verdict::Good;
-        let mut findings = vec![kvm, boundary()];
+        let hosts = is_usable && !self.emulates;
+        let boundary = boundary(root, is_usable, self.emulates);
+        let mut findings = vec![kvm, boundary];
+        findings.push(match hosts {
+            true => programs::vmm(self, root),
+            false => programs::qemu(self, root),
+        });
         findings.extend(programs::examine(self, root));
         findings.extend(kernel::examine(self, root, is_usable));
         findings
     }
 }
 
-/// What stands between the VMs of this version and their host.
-fn boundary() -> Finding {
-    Finding::advice(
-        "boundary",
-        "VMs run in QEMU's software emulation, in a jail each: none (qemu-tcg), which is no \
-         boundary of hardware",
-        "run only programs here whose authors you trust, until Spore has a driver for KVM",
-    )
+/// What stands between VMs and this host.
+fn boundary(root: &Path, is_usable: bool, emulates: bool) -> Finding {
+    let emulated = "VMs run in QEMU's software emulation, in a jail each: none (qemu-tcg), which \
+                    is no boundary of hardware";
+    match (is_usable, emulates) {
+        (true, false) => {
+            let says = format!("VMs run on KVM, in a jail each: {}", kvm::level(root));
+            Finding::good("boundary", says)
+        }
+        (true, true) => Finding::advice(
+            "boundary",
+            emulated,
+            "KVM runs guests here: take `hypervisor = \"qemu\"` out of the configuration",
+        ),
+        (false, _) => Finding::advice(
+            "boundary",
+            emulated,
+            "run only programs here whose authors you trust, until KVM is of use (above)",
+        ),
+    }
 }

@@ -16,8 +16,7 @@ const TOOLS: [(&str, &str, &str, &str); 2] = [
 ];
 
 pub(super) fn examine(asked: &Examination, root: &Path) -> Vec<Finding> {
-    let mut findings = vec![qemu(asked, root)];
-    findings.extend(TOOLS.map(|(name, program, package, what_for)| {
+    let mut findings = Vec::from(TOOLS.map(|(name, program, package, what_for)| {
         let found = FOLDERS.map(|folder| root.join(folder).join(program));
         match found.iter().find(|path| is_program(path)) {
             Some(path) => Finding::good(name, shown(path, root)),
@@ -33,7 +32,7 @@ pub(super) fn examine(asked: &Examination, root: &Path) -> Vec<Finding> {
     findings
 }
 
-fn qemu(asked: &Examination, root: &Path) -> Finding {
+pub(super) fn qemu(asked: &Examination, root: &Path) -> Finding {
     let path = below(root, &asked.qemu);
     if is_program(&path) {
         return Finding::good("qemu", asked.qemu.display().to_string());
@@ -42,6 +41,18 @@ fn qemu(asked: &Examination, root: &Path) -> Finding {
         "qemu",
         format!("there is no program {}", asked.qemu.display()),
         "`apt-get install qemu-system-x86`",
+    )
+}
+
+pub(super) fn vmm(asked: &Examination, root: &Path) -> Finding {
+    let path = below(root, &asked.vmm);
+    if is_program(&path) {
+        return Finding::good("spore-vmm", asked.vmm.display().to_string());
+    }
+    Finding::missing(
+        "spore-vmm",
+        format!("there is no program {}", asked.vmm.display()),
+        "`make up` installs it; where it is elsewhere, name it as `vmm` in /etc/spore/spore.toml",
     )
 }
 

@@ -33,7 +33,8 @@ const FILES: [(&str, &str); 9] = [
     ("etc/subgid", "other:1:2\nspore-build:200000:65536\n"),
 ];
 
-const PROGRAMS: [&str; 4] = [
+const PROGRAMS: [&str; 5] = [
+    "usr/local/lib/spore/spore-vmm",
     "usr/bin/qemu-system-x86_64",
     "usr/sbin/nft",
     "sbin/mkfs.ext4",
@@ -51,7 +52,9 @@ impl Host {
             root: tempfile::tempdir().unwrap(),
             asked: Examination {
                 probe: says(r#"{"usable":{"rounds_per_s":1200000000}}"#),
+                emulates: false,
                 qemu: "/usr/bin/qemu-system-x86_64".into(),
+                vmm: "/usr/local/lib/spore/spore-vmm".into(),
                 kernel: "/guest/vmlinux".into(),
                 initramfs: "/guest/initramfs".into(),
                 data_dir: "/var/lib/spore".into(),
@@ -117,7 +120,7 @@ fn says(text: &str) -> Vec<OsString> {
 }
 
 #[test]
-fn a_good_host_has_nothing_to_mend_but_the_boundary() {
+fn a_good_host_has_nothing_to_mend() {
     let host = Host::new();
     let findings = host.asked.below(host.root.path());
     // The disk's room is this machine's.
@@ -126,7 +129,9 @@ fn a_good_host_has_nothing_to_mend_but_the_boundary() {
         .filter(|finding| finding.verdict != Verdict::Good && finding.name != "disk")
         .map(|finding| finding.name)
         .collect();
-    assert_eq!(wrong, ["boundary"], "{findings:#?}");
+    assert_eq!(wrong, Vec::<&str>::new(), "{findings:#?}");
+    host.assert("boundary", Verdict::Good, "VMs run on KVM");
+    host.assert("spore-vmm", Verdict::Good, "spore-vmm");
     host.assert(
         "kvm",
         Verdict::Good,
@@ -135,12 +140,27 @@ fn a_good_host_has_nothing_to_mend_but_the_boundary() {
 }
 
 #[test]
+fn where_vms_are_emulated_that_is_said_and_qemu_is_needed() {
+    let mut host = Host::new();
+    host.remove("usr/local/lib/spore/spore-vmm");
+    host.asked.emulates = true;
+    host.assert("boundary", Verdict::Advice, "none (qemu-tcg)");
+    host.assert("qemu", Verdict::Good, "/usr/bin/qemu-system-x86_64");
+    assert!(host.finding("boundary").remedy.contains("hypervisor"));
+    host.asked.emulates = false;
+    host.remove("dev/kvm");
+    host.remove("usr/bin/qemu-system-x86_64");
+    host.assert("boundary", Verdict::Advice, "none (qemu-tcg)");
+    host.assert("qemu", Verdict::Missing, "/usr/bin/qemu-system-x86_64");
+}
+
+#[test]
 fn what_no_vm_runs_without_is_missing() {
     for (gone, name, says) in [
         (
-            "usr/bin/qemu-system-x86_64",
-            "qemu",
-            "/usr/bin/qemu-system-x86_64",
+            "usr/local/lib/spore/spore-vmm",
+            "spore-vmm",
+            "/usr/local/lib/spore/spore-vmm",
         ),
         ("usr/sbin/nft", "nftables", "`nft`"),
         ("sbin/mkfs.ext4", "e2fsprogs", "`mkfs.ext4`"),

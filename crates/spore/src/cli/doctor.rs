@@ -14,7 +14,7 @@ use spore_vmm::probe::probe;
 
 use super::output::{Format, Look, Output};
 use super::platform::ConfigFile;
-use crate::server::BUILD_USER;
+use crate::server::{BUILD_USER, HypervisorChoice};
 
 /// Say what this host lacks for VMs, and what to do
 #[derive(Debug, Args)]
@@ -35,7 +35,9 @@ impl Doctor {
         let program = std::env::current_exe().context("find this program's own file")?;
         let asked = Examination {
             probe: vec![program.into_os_string(), OsString::from("kvm-probe")],
+            emulates: config.hypervisor == HypervisorChoice::Qemu,
             qemu: QemuConfig::DEBIAN_QEMU.into(),
+            vmm: config.vmm,
             kernel: config.kernel,
             initramfs: config.initramfs,
             data_dir: config.data_dir,

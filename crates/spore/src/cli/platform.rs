@@ -13,13 +13,15 @@ use serde_json::json;
 use super::output::{Format, Output};
 use crate::config::{ServerConfig, environment, invoker, supervisor};
 use crate::log::{LogConfig, LogFormat};
-use crate::server;
+use crate::server::{self, HypervisorChoice};
 
 /// Start Spore on this host, unless it runs
 #[derive(Debug, Args)]
 pub(crate) struct Up {
     #[command(flatten)]
     file: ConfigFile,
+    #[command(flatten)]
+    hypervisor: Hypervisor,
 }
 
 /// Stop every VM, the gateway and the daemon
@@ -37,6 +39,8 @@ pub(crate) struct Server {
     /// A user besides root who may use the API's socket, and gets a copy of the token
     #[arg(long, value_name = "UID")]
     admit_uid: Option<u32>,
+    #[command(flatten)]
+    hypervisor: Hypervisor,
 }
 
 /// The door (started by the daemon)
@@ -72,6 +76,26 @@ pub(crate) struct KeepToken {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Hypervisor {
+    /// What hosts VMs: `kvm`, `qemu`, or `auto`, which is `kvm` where KVM runs guests [default:
+    /// what the configuration says]
+    #[arg(
+        id = "hypervisor",
+        long = "hypervisor",
+        value_name = "NAME",
+        hide_possible_values = true
+    )]
+    forced: Option<HypervisorChoice>,
+}
+
+impl Hypervisor {
+    fn over(&self, mut config: ServerConfig) -> ServerConfig {
+        config.hypervisor = self.forced.unwrap_or(config.hypervisor);
+        config
+    }
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct ConfigFile {
     /// The configuration [default: /etc/spore/spore.toml, if it is there]
     #[arg(long, value_name = "FILE")]
@@ -86,9 +110,13 @@ impl ConfigFile {
 
 impl Up {
     pub(crate) fn run(&self, output: &Output) -> Result<u8> {
-        let config = self.file.read()?;
-        let invoker = invoker(&environment);
-        let up = server::up(&config, self.file.config.as_deref(), invoker)?;
+        let config = self.hypervisor.over(self.file.read()?);
+        let started_with = server::StartOptions {
+            file: self.file.config.as_deref(),
+            invoker: invoker(&environment),
+            hypervisor: self.hypervisor.forced,
+        };
+        let up = server::up(&config, started_with)?;
         if output.format() == Format::Json {
             output.json(&json!({ "started": up.started, "status": up.status }))?;
             return Ok(0);
@@ -134,7 +162,7 @@ impl Down {
 
 impl Server {
     pub(crate) fn run(&self) -> Result<u8> {
-        let config = self.file.read()?;
+        let config = self.hypervisor.over(self.file.read()?);
         let options = server::ServerOptions {
             admit_uid: self.admit_uid,
             supervisor: supervisor(&environment),

@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -24,27 +25,35 @@ use crate::config::ServerConfig;
 const NAMESPACE_POOL: usize = 4;
 
 /// What hosts VMs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum HypervisorChoice {
     /// `kvm` where KVM runs guests, and else `qemu`.
+    #[default]
     Auto,
     /// Spore's own VMM on KVM.
     Kvm,
     /// QEMU in software.
-    #[default]
     Qemu,
+}
+
+impl HypervisorChoice {
+    /// What it is called where it is chosen, and by what is chosen.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Kvm => "kvm",
+            Self::Qemu => "qemu",
+        }
+    }
 }
 
 impl FromStr for HypervisorChoice {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "kvm" => Ok(Self::Kvm),
-            "qemu" => Ok(Self::Qemu),
-            _ => Err("it must be auto, kvm or qemu"),
-        }
+        let mut all = [Self::Auto, Self::Kvm, Self::Qemu].into_iter();
+        let named = all.find(|choice| choice.name() == text);
+        named.ok_or("it must be auto, kvm or qemu")
     }
 }
 
@@ -53,7 +62,8 @@ impl FromStr for HypervisorChoice {
 /// # Errors
 /// When the host lacks something; the message says what and what to do.
 pub(super) async fn open(config: &ServerConfig, program: &Path) -> Result<Driver> {
-    let driver = match boundary(config, program).await? {
+    let choice = choose(config.hypervisor, hosting(config)?)?;
+    let driver = match boundary(choice, program).await? {
         Some(boundary) => Kvm::open(kvm_config(config, program, boundary))
             .await?
             .into(),
@@ -84,18 +94,46 @@ fn chosen(config: &ServerConfig) -> PathBuf {
     config.runtime_dir.join("hypervisor")
 }
 
+/// The driver of VMs that are there, which the daemon before this one left running.
+fn hosting(config: &ServerConfig) -> Result<Option<HypervisorChoice>> {
+    let vms = room(config).runtime_dir.join("vms");
+    let is_there = match fs::read_dir(&vms) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(error).with_context(|| vms.display().to_string()),
+    };
+    let name = fs::read_to_string(chosen(config));
+    Ok(name
+        .ok()
+        .filter(|_| is_there)
+        .and_then(|name| name.parse().ok()))
+}
+
+/// What hosts VMs from now on. No driver takes up another's VMs, so what hosts some goes on.
+fn choose(choice: HypervisorChoice, hosting: Option<HypervisorChoice>) -> Result<HypervisorChoice> {
+    match hosting {
+        Some(hosting) if choice == HypervisorChoice::Auto => Ok(hosting),
+        Some(hosting) if choice != hosting => bail!(
+            "VMs of `{hosting}` run here, and `hypervisor` is to be `{choice}`, which cannot take \
+             them over: end them with `spore down`, or go on with `{hosting}`",
+            hosting = hosting.name(),
+            choice = choice.name(),
+        ),
+        Some(_) | None => Ok(choice),
+    }
+}
+
 /// What stands between guests and the host, where they are to run on KVM.
-async fn boundary(config: &ServerConfig, program: &Path) -> Result<Option<Boundary>> {
-    if config.hypervisor == HypervisorChoice::Qemu {
+async fn boundary(choice: HypervisorChoice, program: &Path) -> Result<Option<Boundary>> {
+    if choice == HypervisorChoice::Qemu {
         return Ok(None);
     }
     let probe = vec![program.into(), OsString::from("kvm-probe")];
     let probed = tokio::task::spawn_blocking(move || kvm::boundary(&probe)).await?;
-    match (probed, config.hypervisor) {
+    match (probed, choice) {
         (Ok(boundary), _) => Ok(Some(boundary)),
         (Err(why), HypervisorChoice::Kvm) => bail!(
-            "`hypervisor = \"kvm\"` is asked for, and KVM runs no guests here: {why}; see \
-             `spore doctor`"
+            "VMs are to be hosted by `kvm`, and KVM runs no guests here: {why}; see `spore doctor`"
         ),
         (Err(why), _) => {
             tracing::info!(why, "KVM runs no guests here: VMs are emulated");
@@ -156,5 +194,34 @@ fn kernel_release(kernel: &Path) -> String {
         "unknown".to_owned()
     } else {
         text.trim().to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::HypervisorChoice::{Auto, Kvm, Qemu};
+    use super::choose;
+
+    #[test]
+    fn what_hosts_vms_is_not_changed_under_them() {
+        for choice in [Auto, Kvm, Qemu] {
+            assert_eq!(choose(choice, None).unwrap(), choice);
+        }
+        for hosting in [Kvm, Qemu] {
+            assert_eq!(choose(Auto, Some(hosting)).unwrap(), hosting);
+            assert_eq!(choose(hosting, Some(hosting)).unwrap(), hosting);
+        }
+        let refused = choose(Kvm, Some(Qemu)).unwrap_err().to_string();
+        assert!(refused.contains("VMs of `qemu` run here"), "{refused}");
+        assert!(refused.contains("spore down"), "{refused}");
+        assert!(choose(Qemu, Some(Kvm)).is_err());
+    }
+
+    #[test]
+    fn a_choice_is_read_as_it_is_called() {
+        for choice in [Auto, Kvm, Qemu] {
+            assert_eq!(choice.name().parse(), Ok(choice));
+        }
+        assert_eq!("KVM".parse::<super::HypervisorChoice>().ok(), None);
     }
 }

@@ -30,4 +30,4 @@ pub(crate) use daemon::{ServerOptions, serve};
 pub(crate) use down::down;
 pub(crate) use internal::{egress, gateway, image_pack, jail, keep_token};
 pub(crate) use parts::BUILD_USER;
-pub(crate) use up::up;
+pub(crate) use up::{StartOptions, up};

@@ -14,6 +14,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::up::StartOptions;
 use crate::config::SYSTEMD;
 
 /// Where units of the administrator are.
@@ -47,10 +48,13 @@ impl Unit {
     ///
     /// # Errors
     /// When systemd refuses; the message says what to look at.
-    pub(crate) fn start(self, program: &Path, admit_uid: Option<u32>) -> Result<()> {
-        let admit = admit_uid.map_or_else(String::new, |uid| format!(" --admit-uid {uid}"));
-        let daemon = include_str!("../../../../packaging/spore.service")
-            .replace(PACKAGED, &format!("{} server{admit}", program.display()));
+    pub(crate) fn start(self, program: &Path, options: StartOptions<'_>) -> Result<()> {
+        let mut start = format!("{} server", program.display());
+        for argument in options.arguments() {
+            start.push(' ');
+            start.push_str(&argument);
+        }
+        let daemon = include_str!("../../../../packaging/spore.service").replace(PACKAGED, &start);
         let vms = include_str!("../../../../packaging/spore-vms.service").to_owned();
         for (name, text) in [(DAEMON, daemon), (VMS, vms)] {
             let path = Path::new(FOLDER).join(name);

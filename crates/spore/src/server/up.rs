@@ -16,6 +16,7 @@ use spore_api::client::{Client, Endpoint};
 use spore_api::status::Status;
 
 use super::down::stop_daemon;
+use super::driver::HypervisorChoice;
 use super::lock::{DaemonLock, Holder};
 use super::unit::Unit;
 use crate::config::ServerConfig;
@@ -38,12 +39,38 @@ pub(crate) struct Up {
     pub(crate) status: Status,
 }
 
-/// Starts the daemon unless it runs, and waits until it answers. `invoker` is the user besides root
-/// who may use the API's socket; `None` is root alone.
+/// What a daemon is started with, beside what its configuration says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StartOptions<'a> {
+    /// The configuration, where it is not the host's own.
+    pub(crate) file: Option<&'a Path>,
+    /// The user besides root who may use the API's socket; `None` is root alone.
+    pub(crate) invoker: Option<u32>,
+    /// What hosts VMs, whatever the configuration says.
+    pub(crate) hypervisor: Option<HypervisorChoice>,
+}
+
+impl StartOptions<'_> {
+    /// As arguments of `spore server`; without the file.
+    pub(super) fn arguments(self) -> Vec<String> {
+        let mut arguments = Vec::new();
+        if let Some(uid) = self.invoker {
+            arguments.extend(["--admit-uid".to_owned(), uid.to_string()]);
+        }
+        if let Some(choice) = self.hypervisor {
+            arguments.extend(["--hypervisor".to_owned(), choice.name().to_owned()]);
+        }
+        arguments
+    }
+}
+
+/// Starts the daemon unless it runs, and waits until it answers.
 ///
 /// # Errors
-/// When it cannot be started or does not answer; the message has the last lines of its log.
-pub(crate) fn up(config: &ServerConfig, file: Option<&Path>, invoker: Option<u32>) -> Result<Up> {
+/// When it cannot be started or does not answer; the message has the last lines of its log. When
+/// one runs whose VMs are hosted by something else than what is asked for.
+pub(crate) fn up(config: &ServerConfig, options: StartOptions<'_>) -> Result<Up> {
+    let file = options.file;
     ensure!(
         rustix::process::geteuid().is_root(),
         "Spore's daemon needs root for namespaces, cgroups and disks: run `sudo spore up`"
@@ -61,19 +88,35 @@ pub(crate) fn up(config: &ServerConfig, file: Option<&Path>, invoker: Option<u32
     let started = match (runs, Unit::of(file)) {
         (true, _) => Started::Earlier,
         (false, Some(unit)) => {
-            unit.start(&program, invoker)?;
+            unit.start(&program, options)?;
             Started::ByUnit(unit)
         }
         (false, None) => {
             make_folder(&config.log_dir, 0o750)?;
-            Started::Here(start_detached(config, file, &program, invoker)?)
+            Started::Here(start_detached(config, &program, options)?)
         }
     };
     let status = wait(config, started)?;
+    if runs {
+        check_hypervisor(&status.hypervisor, options.hypervisor)?;
+    }
     Ok(Up {
         started: !runs,
         status,
     })
+}
+
+/// Whether a daemon that runs has what is asked for: it is not changed under its VMs.
+fn check_hypervisor(has: &str, wanted: Option<HypervisorChoice>) -> Result<()> {
+    match wanted {
+        None | Some(HypervisorChoice::Auto) => Ok(()),
+        Some(wanted) if has == wanted.name() => Ok(()),
+        Some(wanted) => bail!(
+            "Spore is up and hosts VMs with `{has}`, not `{wanted}`: end them with `spore down` \
+             first, then `spore up --hypervisor {wanted}`",
+            wanted = wanted.name()
+        ),
+    }
 }
 
 /// Who started the daemon, and so tells that it ended and where its log is.
@@ -167,22 +210,19 @@ pub(crate) fn make_folder(path: &Path, mode: u32) -> Result<()> {
 
 fn start_detached(
     config: &ServerConfig,
-    file: Option<&Path>,
     program: &Path,
-    invoker: Option<u32>,
+    options: StartOptions<'_>,
 ) -> Result<Child> {
     let mut log = log::open(&daemon_log(config))?;
     writeln!(log).context("write the daemon's log")?;
     let mut command = Command::new(program);
     command.arg("server");
-    if let Some(file) = file {
+    if let Some(file) = options.file {
         command
             .arg("--config")
             .arg(file.canonicalize().context("the configuration's path")?);
     }
-    if let Some(uid) = invoker {
-        command.args(["--admit-uid", &uid.to_string()]);
-    }
+    command.args(options.arguments());
     command.env_clear().current_dir("/").process_group(0);
     command
         .stdin(Stdio::null())
@@ -233,4 +273,34 @@ fn last_lines(path: &Path) -> String {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
     read().unwrap_or_else(|error| format!("({} cannot be read: {error})", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{StartOptions, check_hypervisor};
+    use crate::server::HypervisorChoice::{Auto, Kvm, Qemu};
+
+    #[test]
+    fn a_daemon_is_started_with_what_up_was_asked_for() {
+        let mut options = StartOptions {
+            file: None,
+            invoker: None,
+            hypervisor: None,
+        };
+        assert_eq!(options.arguments(), Vec::<String>::new());
+        options.invoker = Some(1000);
+        options.hypervisor = Some(Kvm);
+        let all = ["--admit-uid", "1000", "--hypervisor", "kvm"];
+        assert_eq!(options.arguments(), all);
+    }
+
+    #[test]
+    fn up_does_not_pass_over_a_daemon_that_hosts_vms_with_something_else() {
+        for fine in [None, Some(Auto), Some(Qemu)] {
+            check_hypervisor("qemu", fine).unwrap();
+        }
+        let refused = check_hypervisor("qemu", Some(Kvm)).unwrap_err().to_string();
+        assert!(refused.contains("hosts VMs with `qemu`"), "{refused}");
+        assert!(refused.contains("spore up --hypervisor kvm"), "{refused}");
+    }
 }
