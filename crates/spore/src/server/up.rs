@@ -106,8 +106,10 @@ pub(crate) fn up(config: &ServerConfig, options: StartOptions<'_>) -> Result<Up>
     })
 }
 
-/// Whether a daemon that runs has what is asked for: it is not changed under its VMs.
+/// Whether a daemon that runs has what is asked for: it is not changed under its VMs. What it has
+/// is followed by a version.
 fn check_hypervisor(has: &str, wanted: Option<HypervisorChoice>) -> Result<()> {
+    let has = has.split(' ').next().unwrap_or(has);
     match wanted {
         None | Some(HypervisorChoice::Auto) => Ok(()),
         Some(wanted) if has == wanted.name() => Ok(()),
@@ -297,7 +299,7 @@ mod tests {
     #[test]
     fn up_does_not_pass_over_a_daemon_that_hosts_vms_with_something_else() {
         for fine in [None, Some(Auto), Some(Qemu)] {
-            check_hypervisor("qemu", fine).unwrap();
+            check_hypervisor("qemu QEMU emulator version 7.2", fine).unwrap();
         }
         let refused = check_hypervisor("qemu", Some(Kvm)).unwrap_err().to_string();
         assert!(refused.contains("hosts VMs with `qemu`"), "{refused}");
