@@ -75,17 +75,35 @@ const ALL: &[Tests] = &[
 ];
 
 /// Stories of the whole platform, whose daemon finds KVM by itself.
-const SMOKE: &[Tests] = &[Tests {
-    package: "spore-e2e",
-    name: "hosting",
-    filters: &[],
-}];
+const SMOKE: &[Tests] = &[
+    story("hypervisor", &[]),
+    story("hosting", &[]),
+    story("visitors", &["fifty_waiters"]),
+    story("forks", &["an_app_is_checkpointed"]),
+];
+
+/// Stories that were seen to pass there, and for which the suite has no time.
+const STORIES: &[Tests] = &[
+    story("suspend", &["what_goes_on_keeps"]),
+    story("cli", &["an_app_is_deployed"]),
+    story("secrets", &["a_secret_is"]),
+    story("boundary", &["agent_is"]),
+    story("zero_left", &[]),
+];
+
+const fn story(name: &'static str, filters: &'static [&'static str]) -> Tests {
+    Tests {
+        package: "spore-e2e",
+        name,
+        filters,
+    }
+}
 
 /// Builds the tests and runs them in the rig, each by itself.
 pub(crate) fn test(options: &RigTestOptions) -> Result<ExitCode> {
-    let (lists, limit_s) = match options.smoke {
-        true => ([&[], SMOKE, &[]], SMOKE_LIMIT_S),
-        false => ([ALL, SMOKE, STORIES], ALL_LIMIT_S),
+    let (lists, limit_s): (&[&[Tests]], _) = match options.smoke {
+        true => (&[SMOKE], SMOKE_LIMIT_S),
+        false => (&[ALL, SMOKE, STORIES], ALL_LIMIT_S),
     };
     // Tests look for these beside their own programs.
     step("build spore and spore-vmm", || {
@@ -98,7 +116,7 @@ pub(crate) fn test(options: &RigTestOptions) -> Result<ExitCode> {
         package,
         name,
         filters,
-    } in lists.into_iter().flatten()
+    } in lists.iter().copied().flatten()
     {
         let program = step(&format!("build {name} of {package}"), || {
             program(package, name)
