@@ -9,6 +9,8 @@
 //!   node                                     VMM
 //!    │                                        │  waits, with nothing of any guest
 //!    │ ◀──────────── Hello{generation, state} │  whoever connects is told first
+//!    │ Park ───────────────────────────────▶  │  ahead of need, if at all
+//!    │ ◀──────────── Done | Failed            │
 //!    │ Launch + fds ───────────────────────▶  │
 //!    │ ◀──────────── Done | Failed            │  the guest is there, paused
 //!    │ Resume ─────────────────────────────▶  │
@@ -38,6 +40,15 @@ pub const PACKET_BYTES_MAX: usize = 64 * 1024;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ToVmm {
+    /// Makes a machine of this size, before it is known for which guest: a launch of the same size
+    /// takes it, and one of another makes its own. From now on, until there is a guest, whoever
+    /// asked must stay: a VMM that nobody is connected to ends. Legal once, without a guest.
+    Park {
+        /// Memory of the machine.
+        memory_mib: u32,
+        /// Its processors.
+        vcpus: u8,
+    },
     /// Makes the guest, paused. Legal once. Carries all that the blob names.
     Launch(Box<Launch>),
     /// Lets the guest run. Idempotent.

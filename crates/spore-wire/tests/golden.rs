@@ -346,6 +346,10 @@ mod tests {
         let forked = json!({"bytes": 4096, "base": null, "own": locked,
             "layers": [{"file": 6, "key": null}, {"file": 7, "key": "AAEC"}]});
         checked::<ToVmm>(vec![
+            (
+                "park",
+                json!({"type": "park", "memory_mib": 128, "vcpus": 2}),
+            ),
             ("launch a boot", launch(boot, new)),
             ("launch a fork", launch(shared, forked)),
             ("launch one that goes on", launch(own, Value::Null)),

@@ -64,6 +64,9 @@ pub enum RoomError {
     Cgroup(#[from] CgroupError),
 }
 
+/// Whose uid it is that no VM has yet: nobody's, once its daemon is gone.
+const PARKED: &str = "parked";
+
 /// All rooms of this daemon.
 #[derive(Debug)]
 pub struct Rooms {
@@ -88,7 +91,7 @@ impl Rooms {
             let path = path.to_owned();
             move |source| RoomError::Folder { path, source }
         };
-        for name in ["", "vms", "uids", "netns", "stage"] {
+        for name in ["", "vms", "uids", "netns", "stage", "parked"] {
             let path = config.runtime_dir.join(name);
             fs::create_dir_all(&path).map_err(failed(&path))?;
             fs::set_permissions(&path, Permissions::from_mode(0o700)).map_err(failed(&path))?;
@@ -153,7 +156,8 @@ impl Rooms {
         lock.lock_owned().await
     }
 
-    /// Makes the room of `vm`. The caller holds its lock.
+    /// Makes the room of `vm`. The caller holds its lock. `made_ahead` is the uid of a VMM that
+    /// waits ([`claim_parked_uid`](Self::claim_parked_uid)), which becomes the VM's.
     ///
     /// # Errors
     /// [`PrepareError`]; the caller releases.
@@ -162,6 +166,7 @@ impl Rooms {
         vm: VmId,
         machine: &Machine,
         limits: Limits,
+        made_ahead: Option<u32>,
     ) -> Result<Prepared, PrepareError> {
         let step = |what| move |source| PrepareError::Step { what, source };
         let folder = self.folder(vm);
@@ -176,8 +181,14 @@ impl Rooms {
         let disk_mib = machine.resources.disk_mib;
         let has_grants = !machine.egress.is_empty();
         let work = move || {
-            let uid = this.claim_uid(vm).map_err(step("a uid"))?;
-            let egress_uid = has_grants.then(|| this.claim_uid(vm)).transpose();
+            let uid = match made_ahead {
+                Some(uid) => this.pass_uid(uid, vm),
+                None => this.claim_uid(&vm.to_string()),
+            };
+            let uid = uid.map_err(step("a uid"))?;
+            let egress_uid = has_grants
+                .then(|| this.claim_uid(&vm.to_string()))
+                .transpose();
             let egress_uid = egress_uid.map_err(step("a uid"))?;
             this.cgroups
                 .create(&vm.to_string(), &limits)
@@ -210,16 +221,46 @@ impl Rooms {
         )?)?)
     }
 
-    fn claim_uid(&self, vm: VmId) -> io::Result<u32> {
+    /// A uid for a VMM that waits for a guest, which no VM has, and a path for its socket.
+    pub(super) fn claim_parked_uid(&self) -> io::Result<(u32, PathBuf)> {
+        let uid = self.claim_uid(PARKED)?;
+        let socket = self.config.runtime_dir.join("parked").join(uid.to_string());
+        // Of a VMM that an earlier daemon had waiting, which ended with it.
+        remove_if_there(fs::remove_file(&socket))?;
+        Ok((uid, socket))
+    }
+
+    /// Frees the uid of a VMM that waited for a guest, and is gone.
+    pub(super) fn free_parked_uid(&self, uid: u32) -> io::Result<()> {
+        remove_if_there(fs::remove_file(self.uid_file(uid)))
+    }
+
+    /// Gives a VM the uid of a VMM that waited for a guest.
+    fn pass_uid(&self, uid: u32, vm: VmId) -> io::Result<u32> {
+        let draft = self
+            .config
+            .runtime_dir
+            .join("parked")
+            .join(format!("{uid}.draft"));
+        fs::write(&draft, vm.to_string())?;
+        fs::rename(draft, self.uid_file(uid))?;
+        Ok(uid)
+    }
+
+    fn uid_file(&self, uid: u32) -> PathBuf {
+        self.config.runtime_dir.join("uids").join(uid.to_string())
+    }
+
+    fn claim_uid(&self, whose: &str) -> io::Result<u32> {
         let mut last = self.uid_last.lock().unwrap_or_else(PoisonError::into_inner);
         let count = self.config.uid_count.max(2) - 1;
         for step in 1..=count {
             let offset = (*last - self.config.uid_first + step - 1) % count + 1;
             let uid = self.config.uid_first + offset;
-            let path = self.config.runtime_dir.join("uids").join(uid.to_string());
+            let path = self.uid_file(uid);
             match File::options().write(true).create_new(true).open(path) {
                 Ok(mut file) => {
-                    file.write_all(vm.to_string().as_bytes())?;
+                    file.write_all(whose.as_bytes())?;
                     *last = uid;
                     return Ok(uid);
                 }

@@ -42,7 +42,11 @@ pub(crate) fn vmm() -> PathBuf {
 }
 
 impl Driver {
-    pub(crate) async fn open(config: QemuConfig) -> Result<Self, Box<dyn Error + Send + Sync>> {
+    /// With so many VMMs made ahead, where it makes any.
+    pub(crate) async fn open(
+        config: QemuConfig,
+        parked: usize,
+    ) -> Result<Self, Box<dyn Error + Send + Sync>> {
         if !is_kvm() {
             return Ok(Self::Qemu(Qemu::open(config).await?));
         }
@@ -54,6 +58,7 @@ impl Driver {
             vmm: vmm(),
             device: "/dev/kvm".into(),
             boundary: Boundary::Kvm,
+            parked,
             egress: config.egress,
         };
         Ok(Self::Kvm(Kvm::open(config).await?))
@@ -67,6 +72,9 @@ impl Driver {
     }
 
     pub(crate) fn close(&self) -> std::io::Result<()> {
+        if let Self::Kvm(kvm) = self {
+            kvm.close();
+        }
         self.rooms().close()
     }
 

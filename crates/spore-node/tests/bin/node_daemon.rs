@@ -47,7 +47,7 @@ async fn main() -> Outcome<()> {
         .init();
     let log = Arc::new(SightingFile::new(orders.sighting.clone()));
     let death = Arc::new(Death::default());
-    let qemu = Driver::open(driver_config(&orders)).await?;
+    let qemu = Driver::open(driver_config(&orders), 0).await?;
     let (runtime, logs) = (orders.runtime.clone(), orders.logs.clone());
     let snapshots = orders.room.data_dir.join("snapshots");
     let mut config = Config::new(runtime, logs, snapshots, 8192);

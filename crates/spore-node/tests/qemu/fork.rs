@@ -26,7 +26,7 @@ pub(crate) struct Running {
     pub(crate) agent: Agent,
 }
 
-async fn boot(driver: &Driver, machine: &Machine) -> Running {
+pub(crate) async fn boot(driver: &Driver, machine: &Machine) -> Running {
     let mut this = boot_only(driver, machine).await;
     this.agent.thaw(this.vm, "source").await.unwrap();
     this
@@ -45,7 +45,12 @@ pub(crate) async fn boot_only(driver: &Driver, machine: &Machine) -> Running {
     Running { vm, held, agent }
 }
 
-async fn fork(driver: &Driver, machine: &Machine, from: &ForkFrom, source: VmId) -> Running {
+pub(crate) async fn fork(
+    driver: &Driver,
+    machine: &Machine,
+    from: &ForkFrom,
+    source: VmId,
+) -> Running {
     let mut this = fork_only(driver, machine, from, source).await;
     let begun = Instant::now();
     this.agent

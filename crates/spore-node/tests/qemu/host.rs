@@ -31,6 +31,8 @@ static HOSTS: AtomicU32 = AtomicU32::new(0);
 /// One test's host.
 pub(crate) struct TestHost {
     pub(crate) config: QemuConfig,
+    /// VMMs that its driver makes ahead.
+    pub(crate) parked: usize,
     root: PathBuf,
 }
 
@@ -81,7 +83,11 @@ impl TestHost {
         };
         fs::create_dir_all(&root).unwrap();
         fs::write(&config.initramfs, initramfs(then)).unwrap();
-        Some(Self { config, root })
+        Some(Self {
+            config,
+            parked: 0,
+            root,
+        })
     }
 
     /// One whose guests have the agent and an image that it can serve, with the machine for it.
@@ -102,7 +108,9 @@ impl TestHost {
     }
 
     pub(crate) async fn driver(&self) -> Driver {
-        Driver::open(self.config.clone()).await.unwrap()
+        Driver::open(self.config.clone(), self.parked)
+            .await
+            .unwrap()
     }
 
     /// A machine with an image and a folder, which hold nothing that a guest could mount.

@@ -19,6 +19,7 @@ mod kill_points;
 mod life;
 mod load;
 mod network;
+mod parked;
 mod recovery;
 mod secrets;
 mod suspends;

@@ -115,14 +115,26 @@ pub struct Launched {
     pub layers: usize,
 }
 
-/// Makes the guest of a blob. The bell is rung when a copy of its disk is over.
+/// Makes the machine of a guest to come.
+pub fn park(kvm: &Kvm, memory_mib: u32, vcpus: u8) -> Result<Bare, LaunchError> {
+    Ok(Bare::new(kvm, &Layout::new(memory_mib, vcpus)?)?)
+}
+
+/// Makes the guest of a blob, in a machine that was made ahead if that has its size. The bell is
+/// rung when a copy of its disk is over.
 pub fn launch(
     kvm: &Kvm,
+    made: Option<Bare>,
     blob: &Launch,
     fds: Vec<OwnedFd>,
     copied: &Arc<Bell>,
 ) -> Result<Launched, LaunchError> {
+    // The blob's size and not the saved one's: what was saved may say anything.
     let layout = Layout::new(blob.memory_mib, blob.vcpus)?;
+    let bare = || match made {
+        Some(bare) if *bare.layout() == layout => Ok(bare),
+        _ => Bare::new(kvm, &layout),
+    };
     let mut files = Files::new(fds);
     let memory = files.take(blob.memory)?;
     let devices = Devices::new(blob, &mut files)?;
@@ -144,7 +156,7 @@ pub fn launch(
                 incarnation: blob.incarnation,
             };
             let plug = |board: &mut Board<'_>| devices.plug(board);
-            Machine::boot(kvm, &layout, memory.as_fd(), &boot, plug)?
+            bare()?.boot(memory.as_fd(), &boot, plug)?
         }
         Begin::Restore {
             state,
@@ -159,10 +171,8 @@ pub fn launch(
             let state = read(&state).map_err(LaunchError::Read)?;
             let (file, incarnation) = (memory.as_fd(), blob.incarnation);
             let plug = |board: &mut Board<'_>| devices.plug(board);
-            // The blob's size and not the saved one's: what was saved may say anything.
             let saved = SavedMachine::read(&state).map_err(StartError::from)?;
-            let bare = Bare::new(kvm, &layout)?;
-            bare.restore(saved, file, sharing, incarnation, plug)?
+            bare()?.restore(saved, file, sharing, incarnation, plug)?
         }
     };
     copies.iter().try_for_each(Copies::ready)?;

@@ -2,7 +2,7 @@
 //! end is told. Serves [`spore_wire::vmm`]; runs on the process's first thread.
 //!
 //! ```text
-//!   Parked ──Launch──▶ guest paused ◀──Pause, Resume──▶ guest runs ──▶ Ended ──Quit──▶ gone
+//!   Parked ─(Park)─Launch──▶ guest paused ◀──Pause, Resume──▶ guest runs ──▶ Ended ──Quit──▶ gone
 //! ```
 //!
 //! A connection that fails or speaks nonsense is closed, and the guest goes on: the next daemon
@@ -36,6 +36,7 @@ use crate::end::End;
 use crate::jail::seccomp::{self, Cell, FilterError};
 use crate::kvm::bell::Bell;
 use crate::kvm::{Kvm, KvmError};
+use crate::machine::bare::Bare;
 use crate::machine::save::SaveError;
 use crate::worker::PauseError;
 
@@ -85,6 +86,8 @@ enum RequestError {
 #[derive(Debug)]
 enum Guest {
     Parked(Option<Kvm>),
+    /// Likewise, with a machine that waits for one; `None` after a launch that failed.
+    Made(Kvm, Option<Box<Bare>>),
     There(Box<Launched>),
 }
 
@@ -139,6 +142,10 @@ impl Control {
             if comes {
                 self.admit();
             }
+            // Nobody else knows of it.
+            if matches!(self.guest, Guest::Made(..)) && self.connection.is_none() {
+                return Ok(());
+            }
         }
     }
 
@@ -181,7 +188,7 @@ impl Control {
                 copy,
                 layers: match &self.guest {
                     Guest::There(guest) => guest.layers,
-                    Guest::Parked(_) => 0,
+                    Guest::Parked(_) | Guest::Made(..) => 0,
                 },
             });
             if self.state() == VmmState::Ended {
@@ -219,6 +226,11 @@ impl Control {
 
     fn obey(&mut self, request: ToVmm, fds: Vec<OwnedFd>) -> Result<Next, RequestError> {
         let bytes = match request {
+            ToVmm::Park { memory_mib, vcpus } => {
+                Files::new(fds).finish()?;
+                self.park(memory_mib, vcpus)?;
+                0
+            }
             ToVmm::Launch(blob) => {
                 self.launch(&blob, fds)?;
                 0
@@ -266,16 +278,30 @@ impl Control {
         Ok(Next::Answer(FromVmm::Done { bytes }))
     }
 
+    fn park(&mut self, memory_mib: u32, vcpus: u8) -> Result<(), RequestError> {
+        let Guest::Parked(kvm) = &mut self.guest else {
+            return Err(self.unfit("park", "waits for its first request"));
+        };
+        let made = launch::park(kvm.as_ref().ok_or(RequestError::NoKvm)?, memory_mib, vcpus)?;
+        if let Some(kvm) = kvm.take() {
+            self.guest = Guest::Made(kvm, Some(Box::new(made)));
+        }
+        Ok(())
+    }
+
     fn launch(
         &mut self,
         blob: &spore_wire::launch::Launch,
         fds: Vec<OwnedFd>,
     ) -> Result<(), RequestError> {
-        let Guest::Parked(kvm) = &self.guest else {
-            return Err(self.unfit("launch", "is parked"));
+        let (kvm, made) = match &mut self.guest {
+            Guest::Parked(kvm) => (kvm.as_ref().ok_or(RequestError::NoKvm)?, None),
+            Guest::Made(kvm, made) => (&*kvm, made.take().map(|made| *made)),
+            Guest::There(_) => return Err(self.unfit("launch", "is parked")),
         };
-        let kvm = kvm.as_ref().ok_or(RequestError::NoKvm)?;
-        let launched = launch::launch(kvm, blob, fds, &self.copied)?;
+        let launched = launch::launch(kvm, made, blob, fds, &self.copied)?;
+        // Seen by operators, who look for VMs; whatever refuses that is of no consequence.
+        let _unnamed = rustix::thread::set_name(c"spore-vmm");
         // All threads are there.
         seccomp::enter(Cell::Running)?;
         launched.machine.ring_at_end(Arc::clone(&self.ended));
@@ -325,7 +351,7 @@ impl Control {
     fn there(&self, asked: &'static str) -> Result<&Launched, RequestError> {
         match &self.guest {
             Guest::There(guest) => Ok(guest),
-            Guest::Parked(_) => Err(self.unfit(asked, "has a guest")),
+            Guest::Parked(_) | Guest::Made(..) => Err(self.unfit(asked, "has a guest")),
         }
     }
 
@@ -349,7 +375,7 @@ impl Control {
 
     fn state(&self) -> VmmState {
         match &self.guest {
-            Guest::Parked(_) => VmmState::Parked,
+            Guest::Parked(_) | Guest::Made(..) => VmmState::Parked,
             Guest::There(guest) if guest.machine.ended().is_some() => VmmState::Ended,
             Guest::There(_) if self.runs => VmmState::Running,
             Guest::There(_) => VmmState::Paused,

@@ -189,9 +189,47 @@ fn a_vmm_without_kvm_has_no_guest() {
         "begin": {"by": "restore", "state": 5, "memory": "own"},
         "incarnation": "00112233445566778899aabbccddeeff", "image": 1, "folder": 2,
         "scratch": null, "tap": 3, "mac": [2, 0, 0, 0, 0, 1], "agent": 4});
-    let why = node.is_refused(&launch, &[]);
-    assert!(why.contains("without KVM"), "{why}");
+    let park = json!({"type": "park", "memory_mib": 128, "vcpus": 1});
+    for request in [launch, park] {
+        let why = node.is_refused(&request, &[]);
+        assert!(why.contains("without KVM"), "{why}");
+    }
     served.quit();
+}
+
+#[test]
+fn a_vmm_that_was_made_ahead_ends_with_whoever_had_it_made() {
+    let Some(kvm) = kvm() else { return };
+    let served = Served::with("ahead", Some(kvm));
+    let node = served.connect();
+    let why = node.is_refused(&json!({"type": "park", "memory_mib": 1, "vcpus": 1}), &[]);
+    assert!(why.contains("MiB"), "{why}");
+    // Nothing was made, so it waits for anybody.
+    drop(node);
+    let node = served.connect();
+    let park = json!({"type": "park", "memory_mib": 128, "vcpus": 2});
+    node.is_done(&park, &[]);
+    node.is_refused(&park, &[]);
+    // Somebody else takes its place, and is the one who counts.
+    let newer = served.connect();
+    drop(node);
+    newer.is_refused(&park, &[]);
+    drop(newer);
+    served.thread.join().unwrap();
+}
+
+fn kvm() -> Option<Kvm> {
+    let opened = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    match opened.map(|device| Kvm::new(device.into())) {
+        Ok(Ok(kvm)) => Some(kvm),
+        other => {
+            println!("SKIPPED: {other:?}");
+            None
+        }
+    }
 }
 
 fn copy(below: &str, of: &str) -> Value {
@@ -208,17 +246,7 @@ fn layer_file() -> OwnedFd {
 /// A VMM with a guest that is paused and has done nothing, its connection, and the base of its
 /// disk; `None` without KVM.
 fn launched(name: &str) -> Option<(Served, Node, OwnedFd)> {
-    let opened = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm");
-    let kvm = match opened.map(|device| Kvm::new(device.into())) {
-        Ok(Ok(kvm)) => kvm,
-        other => {
-            println!("SKIPPED: {other:?}");
-            return None;
-        }
-    };
+    let kvm = kvm()?;
     let served = Served::with(name, Some(kvm));
     let node = served.connect();
     let with = |content: &[u8]| {

@@ -88,7 +88,8 @@ fn jail(plan: &Plan<'_>, life: BorrowedFd<'_>) -> Result<Inherited, JailError> {
         control: sys::placed(CONTROL_FD),
         kvm: plan.kvm.map(|_there| sys::placed(KVM_FD)),
     };
-    rustix::thread::set_name(c"spore-vmm").map_err(step("name"))?;
+    // Until it has a guest.
+    rustix::thread::set_name(c"spore-parked").map_err(step("name"))?;
     // A filter knows its process by this number.
     let pid = rustix::process::getpid().as_raw_pid();
     check(

@@ -108,7 +108,7 @@ fn every_vmm_has_exactly_its_fds_uid_and_filter() {
     let limits = [of.limit("Max open files"), of.limit("Max processes")];
     assert_eq!(
         (of.status("Name"), limits),
-        ("spore-vmm".into(), ["256".into(), "16".into()])
+        ("spore-parked".into(), ["256".into(), "16".into()])
     );
     assert_eq!(of.limit("Max file size"), "unlimited");
 

@@ -24,6 +24,9 @@ use crate::config::ServerConfig;
 /// Namespaces made ahead: a burst of wakes does not wait for them.
 const NAMESPACE_POOL: usize = 4;
 
+/// VMMs made ahead, each some MiB: a wake or a fork does not wait for one.
+const PARKED_VMMS: usize = 2;
+
 /// What hosts VMs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum HypervisorChoice {
@@ -168,6 +171,7 @@ fn kvm_config(config: &ServerConfig, program: &Path, boundary: Boundary) -> KvmC
         vmm: config.vmm.clone(),
         device: "/dev/kvm".into(),
         boundary,
+        parked: PARKED_VMMS,
         egress: egress(config, program),
     }
 }

@@ -204,7 +204,7 @@ pub(super) fn file_bytes(machine: &Machine) -> u64 {
 }
 
 /// A socket for packets that listens, which only root can reach.
-fn listening(path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn listening(path: &Path) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;

@@ -13,6 +13,7 @@ mod client;
 mod files;
 mod monitor;
 mod packet;
+mod parked;
 mod zygote;
 
 use std::collections::BTreeSet;
@@ -33,6 +34,7 @@ use tokio::time::timeout;
 
 use self::client::Client;
 use self::monitor::KvmMonitor;
+use self::parked::{Parked, Parking, Size};
 use self::zygote::{Spawned, ZygoteConfig, Zygotes};
 use super::fork::{ForkError, ForkFrom};
 use super::monitored::capture::open_through;
@@ -88,6 +90,8 @@ pub struct KvmConfig {
     pub device: PathBuf,
     /// What stands between guests and the host: [`Boundary::Kvm`] or [`Boundary::KvmNested`].
     pub boundary: Boundary,
+    /// VMMs that are made ahead, at most.
+    pub parked: usize,
     /// What calls [`crate::egress::main`].
     pub egress: EgressLauncher,
 }
@@ -135,6 +139,7 @@ struct Shared {
     caps: Caps,
     rooms: Arc<Rooms>,
     zygotes: Zygotes,
+    parking: Parking,
     /// A digest of the host's processor: what a guest sees is made of it.
     cpu: String,
     tsc_khz: u32,
@@ -201,12 +206,14 @@ impl Kvm {
             device: config.device.clone(),
             uids: (config.room.uid_first, config.room.uid_count),
         });
+        let parking = Parking::new(config.parked);
         Ok(Self {
             shared: Arc::new(Shared {
                 config,
                 caps,
                 rooms,
                 zygotes,
+                parking,
                 cpu,
                 tsc_khz,
             }),
@@ -217,6 +224,11 @@ impl Kvm {
     #[must_use]
     pub fn rooms(&self) -> &Arc<Rooms> {
         &self.shared.rooms
+    }
+
+    /// Ends the VMMs that were made ahead. Blocks.
+    pub fn close(&self) {
+        self.shared.empty_parking();
     }
 }
 
@@ -264,7 +276,12 @@ impl Hypervisor for Kvm {
             source,
         };
         let work = async move {
-            let prepared = shared.rooms.prepare(vm, &machine, limits(&machine)).await;
+            let waits = shared.hand(vm, &machine);
+            let limits = limits(&machine);
+            let prepared = shared.rooms.prepare(vm, &machine, limits, waits).await;
+            if prepared.is_err() {
+                shared.forgo(vm);
+            }
             drop(guard);
             prepared
         };
@@ -341,10 +358,16 @@ impl Hypervisor for Kvm {
     }
 
     async fn release(&self, vm: VmId) -> Result<(), ReleaseError> {
-        let rooms = Arc::clone(&self.shared.rooms);
-        let guard = rooms.lock(vm).await;
+        let shared = Arc::clone(&self.shared);
+        let guard = shared.rooms.lock(vm).await;
         let work = async move {
-            let released = rooms.release(vm).await;
+            let this = Arc::clone(&shared);
+            // Its end is waited for.
+            let forgone = blocking(move || this.forgo(vm)).await;
+            if let Err(error) = forgone {
+                tracing::error!(%vm, %error, "a VMM that waited for a guest is left");
+            }
+            let released = shared.rooms.release(vm).await;
             drop(guard);
             released
         };
@@ -430,6 +453,7 @@ impl Shared {
         let tap = self.rooms.namespaces().open_tap(&prepared.namespace).await;
         let tap = tap.map_err(step("opening the tap"))?;
         let mut started = self.start(vm, machine, prepared).await?;
+        let size = Size::of(machine);
         let (this, machine) = (Arc::clone(self), machine.clone());
         let files = blocking(move || this.open_files(vm, &machine, tap, from.as_ref())).await;
         let (launch, files) = files.map_err(step("a worker thread"))??;
@@ -437,6 +461,7 @@ impl Shared {
         let fds = fds.collect::<Vec<_>>();
         let request = ToVmm::Launch(Box::new(launch));
         let launched = started.client.ask(&request, &fds, LAUNCH_TIMEOUT).await;
+        self.refill(size);
         match launched {
             Ok(_) => Ok(started),
             Err(error) => Err(self.refused(&started, &error).await),
@@ -451,6 +476,9 @@ impl Shared {
         prepared: &Prepared,
     ) -> Result<Started, BootError> {
         let step = |what| move |source| BootError::Step { what, source };
+        if let Some(parked) = self.parking.collect(vm) {
+            return self.take_over(vm, machine, parked);
+        }
         let this = Arc::clone(self);
         let files = blocking(move || this.open_waiting(vm)).await;
         let (log, fds) = files.map_err(step("a worker thread"))??;
@@ -465,6 +493,31 @@ impl Shared {
         let identity = process::identity(pid, &vm.to_string());
         let identity = identity.map_err(|_gone| BootError::Ended(log_tail(&log)))?;
         let client = self.await_greeting(vm, &identity, &log).await?;
+        Ok(Started {
+            identity,
+            client,
+            log,
+        })
+    }
+
+    /// A VMM that was made ahead becomes the VM's.
+    fn take_over(&self, vm: VmId, machine: &Machine, parked: Parked) -> Result<Started, BootError> {
+        let step = |what| move |source| BootError::Step { what, source };
+        let Parked {
+            spawned,
+            client,
+            log,
+            socket,
+            ..
+        } = parked;
+        let named = std::fs::rename(&socket, self.rooms.folder(vm).join(CONTROL_SOCKET));
+        let placed = named.and_then(|()| self.place(vm, machine, &spawned));
+        if let Err(source) = placed {
+            spawned.kill();
+            return Err(step("giving it the VMM that was made ahead")(source));
+        }
+        let identity = process::identity(spawned.pid, &vm.to_string());
+        let identity = identity.map_err(|_gone| BootError::Ended(log_tail(&log)))?;
         Ok(Started {
             identity,
             client,

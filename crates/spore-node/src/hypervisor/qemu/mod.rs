@@ -287,7 +287,10 @@ impl Hypervisor for Qemu {
             source,
         };
         let work = async move {
-            let prepared = shared.rooms.prepare(vm, &machine, limits(&machine)).await;
+            let prepared = shared
+                .rooms
+                .prepare(vm, &machine, limits(&machine), None)
+                .await;
             drop(guard);
             prepared
         };
