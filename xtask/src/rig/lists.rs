@@ -65,6 +65,7 @@ const ALL: &[Tests] = &[
             "folder::",
             "secrets::",
             "recovery::",
+            "parked::",
             "network::",
             "thaw::",
             "suspends::",
