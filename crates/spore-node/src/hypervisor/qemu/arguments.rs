@@ -41,6 +41,12 @@ pub(super) const CONSOLE: &str = "console";
 /// Its size; QEMU wants a power of two.
 pub(super) const CONSOLE_BYTES: usize = 64 * 1024;
 
+/// No packet that the guest is given is larger than one of its buffers. For one that needs several,
+/// QEMU before 9.1 can look for buffers while the guest adds some, find too few, and miss the
+/// notification that it waits for: the guest then gets no packet any more, and no connection.
+/// (QEMU's git: "virtio-net: Fix network stall at the host side waiting for kick".)
+const ONE_BUFFER_A_PACKET: &str = "guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off";
+
 /// The cache of translated code. A part of the driver's overhead beyond the guest's memory.
 const TRANSLATION_MIB: u32 = 64;
 
@@ -175,7 +181,7 @@ pub(super) fn arguments(
     line.option("-netdev", format!("tap,id=net,fd={FD_TAP},vhost=off"));
     line.option(
         "-device",
-        format!("virtio-net-device,netdev=net,mac={GUEST_MAC_TEXT}"),
+        format!("virtio-net-device,netdev=net,mac={GUEST_MAC_TEXT},{ONE_BUFFER_A_PACKET}"),
     );
     line.option("-device", "virtio-serial-device,max_ports=2");
     line.option(
