@@ -235,6 +235,11 @@ impl Rooms {
         remove_if_there(fs::remove_file(self.uid_file(uid)))
     }
 
+    /// Whether a uid is still that of a VMM that waits for a guest, and no VM's.
+    pub(super) fn is_parked_uid(&self, uid: u32) -> io::Result<bool> {
+        Ok(fs::read_to_string(self.uid_file(uid))? == PARKED)
+    }
+
     /// Gives a VM the uid of a VMM that waited for a guest.
     fn pass_uid(&self, uid: u32, vm: VmId) -> io::Result<u32> {
         let draft = self

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use spore_wire::cause::chain;
 use spore_wire::generation::GENERATION;
@@ -39,6 +39,10 @@ use crate::kvm::{Kvm, KvmError};
 use crate::machine::bare::Bare;
 use crate::machine::save::SaveError;
 use crate::worker::PauseError;
+
+/// How long a VMM without a guest waits for somebody to connect: longer than a node that made it
+/// takes to. One whose node was killed meanwhile is nobody's.
+const ALONE_MAX: Duration = Duration::from_secs(60);
 
 /// Why a VMM cannot serve any more.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +106,8 @@ enum Next {
 pub struct Control {
     listener: OwnedFd,
     connection: Option<Connection>,
+    /// [`ALONE_MAX`].
+    alone_max: Duration,
     guest: Guest,
     /// Whether the guest was told to run.
     runs: bool,
@@ -119,6 +125,7 @@ impl Control {
         Ok(Self {
             listener,
             connection: None,
+            alone_max: ALONE_MAX,
             guest: Guest::Parked(kvm),
             runs: false,
             ended: Arc::new(Bell::new()?),
@@ -129,7 +136,9 @@ impl Control {
     /// Serves until it is told to quit.
     pub fn serve(mut self) -> Result<(), ServeError> {
         loop {
-            let [ends, copied, comes, asks] = self.wait()?;
+            let Some([ends, copied, comes, asks]) = self.wait()? else {
+                return Ok(());
+            };
             if ends && self.ended.hear() {
                 self.tell_end();
             }
@@ -149,23 +158,28 @@ impl Control {
         }
     }
 
-    /// Waits until the guest ends, a copy is over, somebody comes, or asks.
-    fn wait(&self) -> Result<[bool; 4], ServeError> {
+    /// Waits until the guest ends, a copy is over, somebody comes, or asks; `None` when there is
+    /// neither a guest nor anybody, and nobody comes.
+    fn wait(&self) -> Result<Option<[bool; 4]>, ServeError> {
+        let is_alone = self.connection.is_none() && !matches!(self.guest, Guest::There(_));
+        let limit = is_alone.then(|| Timespec::try_from(self.alone_max));
+        let limit = limit.and_then(Result::ok);
         let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         let bells = [self.ended.as_fd(), self.copied.as_fd()];
         let mut watched: Vec<_> = bells.into_iter().map(watch).collect();
         watched.push(watch(self.listener.as_fd()));
         watched.extend(self.connection.as_ref().map(|asks| watch(asks.as_fd())));
-        match poll(&mut watched, None) {
+        match poll(&mut watched, limit.as_ref()) {
+            Ok(0) if is_alone => return Ok(None),
             Ok(_) => {}
-            Err(Errno::INTR) => return Ok([false; 4]),
+            Err(Errno::INTR) => return Ok(Some([false; 4])),
             Err(error) => return Err(ServeError::Wait(error.into())),
         }
         let is_ready = |at: usize| {
             let fd: Option<&PollFd<'_>> = watched.get(at);
             fd.is_some_and(|fd| !fd.revents().is_empty())
         };
-        Ok([0, 1, 2, 3].map(is_ready))
+        Ok(Some([0, 1, 2, 3].map(is_ready)))
     }
 
     /// Lets whoever waits take the place of whoever was there.

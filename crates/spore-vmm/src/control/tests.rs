@@ -218,6 +218,19 @@ fn a_vmm_that_was_made_ahead_ends_with_whoever_had_it_made() {
     served.thread.join().unwrap();
 }
 
+#[test]
+fn a_vmm_that_nobody_comes_to_ends() {
+    let listener = seqpacket();
+    let name = format!("spore-control-{}-nobody", std::process::id());
+    let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
+    rustix::net::bind(&listener, &address).unwrap();
+    rustix::net::listen(&listener, 4).unwrap();
+    let mut control = Control::new(listener, None).unwrap();
+    control.alone_max = std::time::Duration::from_millis(50);
+    let thread = std::thread::spawn(move || control.serve().unwrap());
+    thread.join().unwrap();
+}
+
 fn kvm() -> Option<Kvm> {
     let opened = std::fs::File::options()
         .read(true)

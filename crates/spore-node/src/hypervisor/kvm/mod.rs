@@ -280,7 +280,9 @@ impl Hypervisor for Kvm {
             let limits = limits(&machine);
             let prepared = shared.rooms.prepare(vm, &machine, limits, waits).await;
             if prepared.is_err() {
-                shared.forgo(vm);
+                let this = Arc::clone(&shared);
+                // Its end is waited for; a runtime that ends lets go of it too.
+                let _forgone = blocking(move || this.forgo(vm)).await;
             }
             drop(guard);
             prepared

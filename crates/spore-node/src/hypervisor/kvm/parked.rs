@@ -6,8 +6,8 @@
 //!   prepare: its uid becomes the VM's ──▶ handed ──start: its socket and log too──▶ a VM's VMM
 //! ```
 //!
-//! A VMM that waits ends by itself when its connection closes, so none outlives the daemon; its uid
-//! is nobody's then, and the next sweep frees it.
+//! A VMM that waits ends by itself when its connection closes, and one that nobody has connected to
+//! after a minute, so none outlives the daemon for longer; the next sweep frees its uid.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -158,12 +158,19 @@ impl Shared {
         }
     }
 
-    /// Ends the one that a VM was to have and never started with. Its uid is the VM's.
+    /// Ends the one that a VM was to have and never started with. Its uid is the VM's, or nobody's
+    /// where the VM's room was not made so far.
     pub(super) fn forgo(&self, vm: VmId) {
-        if let Some(parked) = self.parking.collect(vm) {
-            parked.spawned.kill();
-            let _ended = has_ended(&parked.spawned.pidfd, ENDING);
-            let _removed = std::fs::remove_file(parked.socket);
+        let Some(parked) = self.parking.collect(vm) else {
+            return;
+        };
+        match self.rooms.is_parked_uid(parked.uid) {
+            Ok(true) => self.end(parked),
+            _the_vms => {
+                parked.spawned.kill();
+                let _ended = has_ended(&parked.spawned.pidfd, ENDING);
+                let _removed = std::fs::remove_file(parked.socket);
+            }
         }
     }
 
