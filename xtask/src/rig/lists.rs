@@ -69,8 +69,7 @@ const ALL: &[Tests] = &[
             "network::",
             "thaw::",
             "suspends::",
-            "takes::a_running_app",
-            "takes::flipped_byte",
+            "takes::",
         ],
     },
 ];
