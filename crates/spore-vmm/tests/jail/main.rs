@@ -2,7 +2,8 @@
 //! VMM's place can do, and what is left of them.
 //!
 //! This program is the zygote of its own tests too, with `guest.rs` in the VMM's place. A zygote
-//! must have one thread, which is why libtest does not run these.
+//! must have one thread, which is why libtest does not run these. It is their warden as well, who
+//! ends what a test that is killed leaves behind.
 
 #[cfg(test)]
 mod attempt;
@@ -16,6 +17,8 @@ mod node;
 mod process;
 #[cfg(test)]
 mod stories;
+#[cfg(test)]
+mod warden;
 
 use std::process::ExitCode;
 
@@ -26,8 +29,11 @@ pub(crate) type Story = (&'static str, fn());
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
-    if arguments.next().as_deref() == Some("zygote") {
-        return guest::zygote(&arguments.next().unwrap_or_default());
+    match arguments.next().as_deref() {
+        Some("zygote") => return guest::zygote(&arguments.next().unwrap_or_default()),
+        Some(warden::WARDEN) => return warden::main(),
+        Some(warden::LEAVES) => return warden::leaves(),
+        _ => {}
     }
     let trials = stories::ALL.iter().map(|(name, story)| {
         let run = || {

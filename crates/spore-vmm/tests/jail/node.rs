@@ -18,6 +18,7 @@ use rustix::process::{Pid, Signal};
 use spore_wire::zygote::{ExitedBy, FdRole, FromZygote, ToZygote};
 
 use crate::process::Process;
+use crate::warden;
 
 /// How many ids each zygote of these tests has.
 pub(crate) const IDS: u32 = 64;
@@ -148,6 +149,7 @@ impl Zygote {
         self.asks(uid, &fds);
         match self.hears() {
             (FromZygote::Spawned { request, pid, init }, Some(pidfd)) => {
+                warden::watch(Process(init));
                 assert_eq!(request, u64::from(uid));
                 Vmm {
                     uid,

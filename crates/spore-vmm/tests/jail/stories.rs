@@ -15,6 +15,7 @@ use crate::launch::{
     a_paused_guest_is_saved_copied_and_restored_in_the_jail,
 };
 use crate::node::{IDS, Vmm, Zygote, kill, listener, socket, wait_for};
+use crate::warden::a_test_that_is_killed_leaves_nothing_behind;
 use crate::{Story, attempt::Attempt};
 
 macro_rules! stories {
@@ -38,6 +39,7 @@ stories! {
     a_guest_runs_with_every_thread_in_its_cell,
     a_paused_guest_is_saved_copied_and_restored_in_the_jail,
     what_is_no_zygotes_start_ends_with_its_code,
+    a_test_that_is_killed_leaves_nothing_behind,
 }
 
 /// Runs one, where it can run.
