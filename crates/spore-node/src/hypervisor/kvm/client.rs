@@ -22,6 +22,14 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Events that wait to be taken; more are forgotten, oldest first.
 const EVENTS_MAX: usize = 16;
 
+/// What a VMM may tell unasked between two answers: that its guest has ended, and that a copy is
+/// over, now and when somebody connects. One that was taken over could tell things as fast as it
+/// can, and whoever listens would do nothing else.
+const UNASKED_MAX: usize = 8;
+
+/// The characters of its words that are kept: they are in errors, which travel further.
+const WORDS_CHARS_MAX: usize = 1000;
+
 /// How a VMM was when somebody connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Greeting {
@@ -39,6 +47,8 @@ pub(super) struct Client {
     socket: PacketSocket,
     events: VecDeque<FromVmm>,
     greeting: Greeting,
+    /// How much it has told unasked since its last answer.
+    unasked: usize,
     /// A request was given up half way: what comes next belongs to it.
     is_out_of_step: bool,
 }
@@ -68,6 +78,7 @@ impl Client {
                 socket,
                 events: VecDeque::new(),
                 greeting,
+                unasked: 0,
                 is_out_of_step: false,
             })
         };
@@ -107,8 +118,11 @@ impl Client {
             loop {
                 match self.hear().await? {
                     FromVmm::Done { bytes } => return Ok(Ok(bytes)),
-                    FromVmm::Failed { why } => return Ok(Err(why)),
-                    event => self.remember(event),
+                    FromVmm::Failed { why } => return Ok(Err(plain(&why))),
+                    event => {
+                        self.count()?;
+                        self.remember(event);
+                    }
                 }
             }
         };
@@ -119,6 +133,7 @@ impl Client {
             })?;
         let answer = answer?;
         self.is_out_of_step = false;
+        self.unasked = 0;
         if answer.is_ok() && matches!(request, ToVmm::Copy { .. } | ToVmm::CancelCopy) {
             // What was told of copies before the answer is of one that is gone.
             let is_copied = |event: &FromVmm| matches!(event, FromVmm::Copied { .. });
@@ -127,16 +142,33 @@ impl Client {
         answer.map_err(io::Error::other)
     }
 
-    /// The next thing that the VMM tells unasked. Safe to cancel.
+    /// The next thing that the VMM tells unasked. Safe to cancel. An error is the connection's end.
     pub(super) async fn next_event(&mut self) -> io::Result<FromVmm> {
-        match self.events.pop_front() {
-            Some(event) => Ok(event),
-            None => self.hear().await,
+        if let Some(event) = self.events.pop_front() {
+            return Ok(event);
         }
+        let event = self.hear().await?;
+        self.count()?;
+        Ok(event)
     }
 
     async fn hear(&self) -> io::Result<FromVmm> {
-        Ok(self.socket.receive().await?.0)
+        Ok(match self.socket.receive().await?.0 {
+            FromVmm::Copied { why } => FromVmm::Copied {
+                why: why.map(|why| plain(&why)),
+            },
+            message => message,
+        })
+    }
+
+    /// Counts what was told unasked.
+    fn count(&mut self) -> io::Result<()> {
+        self.unasked += 1;
+        if self.unasked > UNASKED_MAX {
+            let text = format!("the VMM told more than {UNASKED_MAX} things that nobody asked for");
+            return Err(io::Error::other(text));
+        }
+        Ok(())
     }
 
     fn remember(&mut self, event: FromVmm) {
@@ -148,7 +180,16 @@ impl Client {
 }
 
 fn unexpected(message: &FromVmm) -> io::Error {
-    io::Error::other(format!("the VMM said {message:?} where it should greet"))
+    let said = plain(&format!("{message:?}"));
+    io::Error::other(format!("the VMM said {said} where it should greet"))
+}
+
+/// A VMM's words without what a terminal would obey, and not more than an error needs.
+fn plain(words: &str) -> String {
+    let words = words.chars().take(WORDS_CHARS_MAX);
+    words
+        .map(|letter| if letter.is_control() { ' ' } else { letter })
+        .collect()
 }
 
 #[cfg(test)]
@@ -176,6 +217,79 @@ mod tests {
     fn hear(socket: &OwnedFd) {
         let (count, _) = rustix::net::recv(socket, &mut [0; 4096], RecvFlags::empty()).unwrap();
         assert_ne!(count, 0);
+    }
+
+    /// A VMM in a thread, behind a socket; what it says is given by `speak`.
+    async fn connected(
+        speak: impl FnOnce(OwnedFd) + Send + 'static,
+    ) -> (Client, std::thread::JoinHandle<()>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmm");
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC;
+        let listener = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let vmm = std::thread::spawn(move || {
+            let socket = rustix::net::accept(&listener).unwrap();
+            let hello = json!({"type": "hello", "generation": 2, "state": "running"});
+            say(&socket, &[hello]);
+            speak(socket);
+        });
+        let client = Client::connect(&path, Duration::from_secs(10)).await;
+        (client.unwrap(), vmm)
+    }
+
+    /// Tells of copies until nobody listens.
+    fn flood(socket: &OwnedFd) {
+        let copied = json!({"type": "copied", "why": null}).to_string();
+        let flags = SendFlags::NOSIGNAL;
+        while rustix::net::send(socket, copied.as_bytes(), flags).is_ok() {}
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_never_stops_telling_is_not_listened_to() {
+        let (mut client, vmm) = connected(|socket| flood(&socket)).await;
+        let listen = async {
+            let mut heard = 0;
+            while client.next_event().await.is_ok() {
+                heard += 1;
+            }
+            heard
+        };
+        let heard = tokio::time::timeout(Duration::from_secs(5), listen).await;
+        assert_eq!(heard.unwrap(), super::UNASKED_MAX);
+        drop(client);
+        vmm.join().unwrap();
+
+        let (mut client, vmm) = connected(|socket| flood(&socket)).await;
+        let asked = client.ask(&ToVmm::Resume, &[], Duration::ZERO);
+        let asked = tokio::time::timeout(Duration::from_secs(5), asked).await;
+        let refused = asked.unwrap().unwrap_err().to_string();
+        assert!(refused.contains("nobody asked for"), "{refused}");
+        assert!(!client.is_in_step());
+        drop(client);
+        vmm.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_vmms_words_are_plain_and_short() {
+        let (mut client, vmm) = connected(|socket| {
+            hear(&socket);
+            let why = format!("\u{1b}]0;owned\u{7}\n{}", "x".repeat(20_000));
+            say(&socket, &[json!({"type": "failed", "why": why})]);
+            say(&socket, &[json!({"type": "copied", "why": "\u{9b}31mred"})]);
+        })
+        .await;
+        let refused = client.ask(&ToVmm::Resume, &[], Duration::ZERO).await;
+        let why = refused.unwrap_err().to_string();
+        assert!(why.starts_with(" ]0;owned  xxx"), "{why:.40}");
+        assert_eq!(why.chars().count(), super::WORDS_CHARS_MAX);
+        match client.next_event().await.unwrap() {
+            FromVmm::Copied { why } => assert_eq!(why.as_deref(), Some(" 31mred")),
+            other => panic!("{other:?}"),
+        }
+        vmm.join().unwrap();
     }
 
     #[tokio::test]
