@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 mod boot;
+mod hostile;
 mod restore;
 mod running;
 

@@ -50,8 +50,8 @@ const CODE: [u8; 31] = [
     0xf4, 0xeb, 0xfd,             // hlt; jmp back
 ];
 
-/// An ELF file with a PVH entry, of one segment.
-fn kernel() -> OwnedFd {
+/// An ELF file with a PVH entry, of one segment with some code.
+pub(crate) fn kernel(code: &[u8]) -> OwnedFd {
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
     bytes.resize(16, 0);
     bytes.extend([2, 0, 62, 0, 1, 0, 0, 0]);
@@ -60,9 +60,9 @@ fn kernel() -> OwnedFd {
     bytes.extend([0; 12]);
     bytes.extend([64, 0, 56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
     let note = 0x100_u64;
-    let code = 0x200_u64;
+    let start = 0x200_u64;
     for (kind, at, address, length) in [
-        (1_u32, code, u64::from(ENTRY), CODE.len() as u64),
+        (1_u32, start, u64::from(ENTRY), code.len() as u64),
         (4, note, 0, 20),
     ] {
         bytes.extend(kind.to_le_bytes());
@@ -77,7 +77,7 @@ fn kernel() -> OwnedFd {
         bytes.extend(number.to_le_bytes());
     }
     bytes.resize(0x200, 0);
-    bytes.extend(CODE);
+    bytes.extend(code);
     let kernel = file(0);
     rustix::io::pwrite(&kernel, &bytes, 0).unwrap();
     kernel
@@ -88,9 +88,9 @@ fn entropy(board: &mut Board<'_>) -> Result<(), BoardError> {
 }
 
 /// The tiny guest, and its memory.
-fn tiny(kvm: &Kvm, vcpus: u8) -> (Machine, OwnedFd) {
+pub(crate) fn tiny(kvm: &Kvm, vcpus: u8) -> (Machine, OwnedFd) {
     let layout = Layout::new(SMALL, vcpus).unwrap();
-    let (kernel, memory) = (kernel(), file(layout.memory_bytes()));
+    let (kernel, memory) = (kernel(&CODE), file(layout.memory_bytes()));
     let boot = Boot {
         kernel: kernel.as_fd(),
         initramfs: None,
@@ -102,14 +102,14 @@ fn tiny(kvm: &Kvm, vcpus: u8) -> (Machine, OwnedFd) {
 }
 
 /// The number there.
-fn word(machine: &Machine, at: Gpa) -> u32 {
+pub(crate) fn word(machine: &Machine, at: Gpa) -> u32 {
     let mut bytes = [0; 4];
     machine.memory().read(at, &mut bytes).unwrap();
     u32::from_le_bytes(bytes)
 }
 
 /// Lets it run until it has counted further.
-fn counts(machine: &Machine) {
+pub(crate) fn counts(machine: &Machine) {
     let before = word(machine, COUNT);
     let start = Monotonic.now();
     machine.resume();
