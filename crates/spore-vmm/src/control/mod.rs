@@ -44,6 +44,9 @@ use crate::worker::PauseError;
 /// takes to. One whose node was killed meanwhile is nobody's.
 const ALONE_MAX: Duration = Duration::from_secs(60);
 
+/// When to look again at who could not be let in: they would be there all the time.
+const ADMIT_AGAIN: Duration = Duration::from_millis(100);
+
 /// Why a VMM cannot serve any more.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -106,6 +109,8 @@ enum Next {
 pub struct Control {
     listener: OwnedFd,
     connection: Option<Connection>,
+    /// Somebody waits who cannot be let in: the host gives no descriptor.
+    is_full: bool,
     /// [`ALONE_MAX`].
     alone_max: Duration,
     guest: Guest,
@@ -125,6 +130,7 @@ impl Control {
         Ok(Self {
             listener,
             connection: None,
+            is_full: false,
             alone_max: ALONE_MAX,
             guest: Guest::Parked(kvm),
             runs: false,
@@ -162,15 +168,18 @@ impl Control {
     /// neither a guest nor anybody, and nobody comes.
     fn wait(&self) -> Result<Option<[bool; 4]>, ServeError> {
         let is_alone = self.connection.is_none() && !matches!(self.guest, Guest::There(_));
-        let limit = is_alone.then(|| Timespec::try_from(self.alone_max));
-        let limit = limit.and_then(Result::ok);
+        let (limit, listens) = match self.is_full {
+            true => (Some(ADMIT_AGAIN), PollFlags::empty()),
+            false => (is_alone.then_some(self.alone_max), PollFlags::IN),
+        };
+        let limit = limit.map(Timespec::try_from).and_then(Result::ok);
         let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
         let bells = [self.ended.as_fd(), self.copied.as_fd()];
         let mut watched: Vec<_> = bells.into_iter().map(watch).collect();
-        watched.push(watch(self.listener.as_fd()));
+        watched.push(PollFd::from_borrowed_fd(self.listener.as_fd(), listens));
         watched.extend(self.connection.as_ref().map(|asks| watch(asks.as_fd())));
         match poll(&mut watched, limit.as_ref()) {
-            Ok(0) if is_alone => return Ok(None),
+            Ok(0) if is_alone && !self.is_full => return Ok(None),
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Some([false; 4])),
             Err(error) => return Err(ServeError::Wait(error.into())),
@@ -179,13 +188,19 @@ impl Control {
             let fd: Option<&PollFd<'_>> = watched.get(at);
             fd.is_some_and(|fd| !fd.revents().is_empty())
         };
-        Ok(Some([0, 1, 2, 3].map(is_ready)))
+        let [ends, copied, comes, asks] = [0, 1, 2, 3].map(is_ready);
+        Ok(Some([ends, copied, comes || self.is_full, asks]))
     }
 
     /// Lets whoever waits take the place of whoever was there.
     fn admit(&mut self) {
-        // Whoever is gone by now was nobody; whatever else fails, they see the socket closed.
-        while let Ok(Some(connection)) = Connection::accept(self.listener.as_fd()) {
+        loop {
+            let accepted = Connection::accept(self.listener.as_fd());
+            self.is_full = accepted.is_err();
+            // Whoever is gone by now was nobody.
+            let Ok(Some(connection)) = accepted else {
+                return;
+            };
             self.connection = Some(connection);
             let copy = match self.progress() {
                 Progress::None => CopyState::None,
@@ -222,6 +237,11 @@ impl Control {
         let (request, fds) = match connection.receive() {
             Ok(request) => request,
             Err(PacketError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                return true;
+            }
+            // It was one request, and has one answer.
+            Err(error @ PacketError::Descriptors) => {
+                self.tell(&FromVmm::Failed { why: chain(&error) });
                 return true;
             }
             Err(_over) => {

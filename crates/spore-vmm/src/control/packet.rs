@@ -25,8 +25,14 @@ pub enum PacketError {
     #[error("the other side closed the control socket")]
     Closed,
     /// A packet was cut on its way.
-    #[error("a packet of over {PACKET_BYTES_MAX} bytes or {FDS_MAX} descriptors")]
+    #[error("a packet of over {PACKET_BYTES_MAX} bytes")]
     TooLarge,
+    /// Descriptors of a packet are missing, and nobody knows which.
+    #[error(
+        "not all descriptors of a packet came: there were over {FDS_MAX}, or the VMM may open no \
+         more"
+    )]
+    Descriptors,
     /// What came is no message of this generation.
     #[error("a packet that is no message of this generation")]
     Malformed(#[source] serde_json::Error),
@@ -65,11 +71,11 @@ impl Connection {
                 fds.extend(more);
             }
         }
-        if received
-            .flags
-            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-        {
+        if received.flags.contains(ReturnFlags::TRUNC) {
             return Err(PacketError::TooLarge);
+        }
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(PacketError::Descriptors);
         }
         if received.bytes == 0 {
             return Err(PacketError::Closed);

@@ -174,9 +174,18 @@ fn who_speaks_nonsense_is_not_heard_any_more_and_the_next_one_is() {
         node.sends(nonsense, &[null.as_fd()]);
         assert_eq!(node.hears(), None);
     }
-    let many = served.connect();
-    many.says(&json!({"type": "resume"}), &[null.as_fd(); 70]);
-    assert_eq!(many.hears(), None);
+    served.quit();
+}
+
+#[test]
+fn a_request_whose_descriptors_did_not_all_come_is_refused() {
+    let served = Served::new("many");
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let node = served.connect();
+    for _ in 0..2 {
+        let why = node.is_refused(&json!({"type": "resume"}), &[null.as_fd(); 70]);
+        assert!(why.contains("over 64"), "{why}");
+    }
     served.quit();
 }
 

@@ -179,13 +179,18 @@ impl Workers {
         // Held until the worker is in the list: it looks for itself there.
         let mut state = self.team.lock();
         let called = Arc::new(AtomicBool::new(true));
-        let post = Post {
-            team: Arc::clone(&self.team),
-            number: state.members.len(),
-            called: Arc::clone(&called),
-        };
+        let (team, number) = (Arc::clone(&self.team), state.members.len());
+        let its = Arc::clone(&called);
         let builder = thread::Builder::new().name(name.to_owned());
-        let thread = builder.spawn(move || work(post))?;
+        // The post is made in the thread: where the kernel gives none, what was to run there is
+        // dropped here, and a post would lock the state once more.
+        let thread = builder.spawn(move || {
+            work(Post {
+                team,
+                number,
+                called: its,
+            });
+        })?;
         state.members.push(Member {
             name: name.to_owned(),
             is: Is::Busy,

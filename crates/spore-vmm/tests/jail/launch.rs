@@ -19,7 +19,7 @@ use spore_wire::zygote::ExitedBy;
 
 use crate::node::{Talk, Vmm, Zygote, listener_of};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_spore-vmm");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_spore-vmm");
 
 const KERNEL: &str = "/var/lib/spore-deps/guest/vmlinux";
 const INITRAMFS: &str = "/var/lib/spore-deps/guest/initramfs.cpio";
@@ -30,7 +30,7 @@ const SCRATCH_BYTES: u64 = 64 << 20;
 /// A kernel takes a minute in the rig.
 const LIMIT: Duration = Duration::from_secs(300);
 
-fn file(bytes: u64) -> OwnedFd {
+pub(crate) fn file(bytes: u64) -> OwnedFd {
     let file = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, bytes).unwrap();
     file
@@ -44,7 +44,7 @@ fn layer(file: u8) -> Layer {
 }
 
 /// `/dev/kvm`, if it runs guests.
-fn usable() -> Result<File, String> {
+pub(crate) fn usable() -> Result<File, String> {
     let open = || File::options().read(true).write(true).open("/dev/kvm");
     let device = open().map_err(|error| format!("/dev/kvm: {error}"))?;
     let kvm = Kvm::new(device.into()).map_err(|error| error.to_string())?;
@@ -53,12 +53,22 @@ fn usable() -> Result<File, String> {
 }
 
 /// What a guest is launched with; the rest of it is the test's to hold.
-struct Given {
+pub(crate) struct Given {
     fds: Vec<OwnedFd>,
-    blob: Launch,
+    pub(crate) blob: Launch,
     /// The other end of what is the guest's tap.
     wire: OwnedFd,
     agent: Talk,
+}
+
+impl Given {
+    pub(crate) fn request(&self) -> ToVmm {
+        ToVmm::Launch(Box::new(self.blob.clone()))
+    }
+
+    pub(crate) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.fds.iter().map(|fd| fd.as_fd()).collect()
+    }
 }
 
 /// A guest that begins with the files behind its memory.
@@ -106,12 +116,12 @@ fn given(begin: Begin, memory: OwnedFd, begins: Vec<OwnedFd>) -> Given {
     }
 }
 
-fn memory() -> OwnedFd {
+pub(crate) fn memory() -> OwnedFd {
     file(u64::from(MEMORY_MIB) << 20)
 }
 
 /// One that boots Debian's kernel; `None` without it.
-fn boots(memory: OwnedFd) -> Option<Given> {
+pub(crate) fn boots(memory: OwnedFd) -> Option<Given> {
     let (Ok(kernel), Ok(initramfs)) = (File::open(KERNEL), File::open(INITRAMFS)) else {
         println!("SKIPPED: no kernel; `make deps` fetches it");
         return None;
@@ -125,8 +135,8 @@ fn boots(memory: OwnedFd) -> Option<Given> {
 }
 
 /// The node's side of a VMM that serves its control socket.
-struct Control<'a> {
-    talk: Talk,
+pub(crate) struct Control<'a> {
+    pub(crate) talk: Talk,
     zygote: &'a Zygote,
     /// How the guest ended.
     ended: Option<FromVmm>,
@@ -135,7 +145,7 @@ struct Control<'a> {
 }
 
 impl<'a> Control<'a> {
-    fn new(zygote: &'a Zygote, vmm: &Vmm) -> Self {
+    pub(crate) fn new(zygote: &'a Zygote, vmm: &Vmm) -> Self {
         let mut control = Self {
             talk: vmm.connect(),
             zygote,
@@ -146,9 +156,8 @@ impl<'a> Control<'a> {
         control
     }
 
-    fn launch(&mut self, given: &Given) -> Result<u64, String> {
-        let fds: Vec<BorrowedFd<'_>> = given.fds.iter().map(|fd| fd.as_fd()).collect();
-        self.tries(&ToVmm::Launch(Box::new(given.blob.clone())), &fds)
+    pub(crate) fn launch(&mut self, given: &Given) -> Result<u64, String> {
+        self.tries(&given.request(), &given.fds())
     }
 
     fn switch(&mut self) {
@@ -156,41 +165,55 @@ impl<'a> Control<'a> {
         self.asks(&ToVmm::Switch { own: layer(0) }, &[own.as_fd()]);
     }
 
-    fn quit(self, vmm: &Vmm) {
+    pub(crate) fn quit(self, vmm: &Vmm) {
         self.talk.says(&json!({"type": "quit"}).to_string());
         assert_eq!(self.zygote.waits(vmm), ExitedBy::Code { code: 0 });
     }
 
     /// The next message but that of the guest's end, which is kept.
     fn hears(&mut self) -> FromVmm {
+        let heard = self.hears_if_there();
+        heard.unwrap_or_else(|| panic!("the VMM is gone: {:?}", self.zygote.hears().0))
+    }
+
+    /// `None` when the VMM ended instead.
+    fn hears_if_there(&mut self) -> Option<FromVmm> {
         loop {
-            let Some(text) = self.talk.hears() else {
-                panic!("the VMM is gone: {:?}", self.zygote.hears().0);
-            };
+            let text = self.talk.hears()?;
             match serde_json::from_str(&text).unwrap() {
                 end @ FromVmm::Ended { .. } => self.ended = Some(end),
                 FromVmm::Copied { why } => {
                     assert_eq!(why, None);
                     self.copied = true;
                 }
-                other => return other,
+                other => return Some(other),
             }
         }
     }
 
-    fn asks(&mut self, what: &ToVmm, fds: &[BorrowedFd<'_>]) -> u64 {
+    pub(crate) fn asks(&mut self, what: &ToVmm, fds: &[BorrowedFd<'_>]) -> u64 {
         let done = self.tries(what, fds);
         done.unwrap_or_else(|why| panic!("{what:?}: {why}"))
     }
 
     /// As [`asks`](Self::asks), or why it was not done.
-    fn tries(&mut self, what: &ToVmm, fds: &[BorrowedFd<'_>]) -> Result<u64, String> {
+    pub(crate) fn tries(&mut self, what: &ToVmm, fds: &[BorrowedFd<'_>]) -> Result<u64, String> {
+        let done = self.tries_if_there(what, fds);
+        done.unwrap_or_else(|| panic!("the VMM is gone: {:?}", self.zygote.hears().0))
+    }
+
+    /// As [`tries`](Self::tries); `None` when the VMM ended instead.
+    pub(crate) fn tries_if_there(
+        &mut self,
+        what: &ToVmm,
+        fds: &[BorrowedFd<'_>],
+    ) -> Option<Result<u64, String>> {
         self.talk.sends(&serde_json::to_vec(what).unwrap(), fds);
-        match self.hears() {
+        Some(match self.hears_if_there()? {
             FromVmm::Done { bytes } => Ok(bytes),
             FromVmm::Failed { why } => Err(why),
             other => panic!("{what:?}: {other:?}"),
-        }
+        })
     }
 
     fn console(&mut self) -> String {
@@ -203,7 +226,7 @@ impl<'a> Control<'a> {
     }
 
     /// Waits until the guest has said something.
-    fn says(&mut self, what: &str) {
+    pub(crate) fn says(&mut self, what: &str) {
         let start = Monotonic.now();
         loop {
             let text = self.console();

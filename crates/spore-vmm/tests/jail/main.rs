@@ -16,6 +16,8 @@ mod node;
 #[cfg(test)]
 mod process;
 #[cfg(test)]
+mod scarce;
+#[cfg(test)]
 mod stories;
 #[cfg(test)]
 mod warden;

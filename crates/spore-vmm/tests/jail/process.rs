@@ -41,6 +41,12 @@ impl Process {
         self.wait_until("open", |process| process.open() == *open);
     }
 
+    /// Waits until it has no thread but its first: one that ends by itself is there for a moment.
+    pub(crate) fn wait_one_thread(self) {
+        let count = |process: Self| fs::read_dir(process.path("task")).unwrap().count();
+        self.wait_until("threads", |process| count(process) == 1);
+    }
+
     fn wait_until(self, what: &str, holds: impl Fn(Self) -> bool) {
         for _ in 0..1000 {
             if holds(self) {

@@ -15,6 +15,10 @@ use crate::launch::{
     a_paused_guest_is_saved_copied_and_restored_in_the_jail,
 };
 use crate::node::{IDS, Vmm, Zygote, kill, listener, socket, wait_for};
+use crate::scarce::{
+    a_vmm_at_its_limit_of_descriptors_refuses_and_goes_on,
+    a_vmm_that_gets_no_memory_refuses_or_ends_alone,
+};
 use crate::warden::a_test_that_is_killed_leaves_nothing_behind;
 use crate::{Story, attempt::Attempt};
 
@@ -38,6 +42,8 @@ stories! {
     a_vmm_is_born_in_its_cgroup,
     a_guest_runs_with_every_thread_in_its_cell,
     a_paused_guest_is_saved_copied_and_restored_in_the_jail,
+    a_vmm_at_its_limit_of_descriptors_refuses_and_goes_on,
+    a_vmm_that_gets_no_memory_refuses_or_ends_alone,
     what_is_no_zygotes_start_ends_with_its_code,
     a_test_that_is_killed_leaves_nothing_behind,
 }
