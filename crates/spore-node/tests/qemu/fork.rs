@@ -1,17 +1,21 @@
 //! VMs that begin where another stands: a booted one, a fork, one that ended for it.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use spore_node::hypervisor::fork::{Afterwards, CaptureError, ForkError, ForkFrom};
 use spore_node::hypervisor::memory_image::CapturedMemory;
 use spore_node::hypervisor::{Machine, Vm};
+use spore_wire::cause::chain;
 use spore_wire::guest::{Exit, Reply, Request};
 use spore_wire::id::VmId;
 use tokio::time::{Instant, timeout};
 
 use crate::agent::{Agent, shell};
-use crate::driver::Driver;
+use crate::driver::{Driver, is_kvm};
 use crate::guest::{Then, WORD};
 use crate::host::{HANG, TestHost, new_id, said};
 
@@ -247,15 +251,11 @@ async fn a_fork_is_forked_and_one_that_ended_for_it_lives_on_in_its_forks() {
     assert_eq!(host.left(), Vec::<String>::new());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_running_vm_is_not_captured_and_a_fork_of_another_shape_is_refused() {
-    let Some(host) = TestHost::new(Then::Wait) else {
-        return;
-    };
-    let driver = host.driver().await;
-    let (vm, machine) = (new_id(), host.machine());
-    let prepared = driver.prepare(vm, &machine).await.unwrap();
-    let identity = driver.boot(vm, &machine, &prepared).await.unwrap();
+/// Boots a guest that does nothing, and captures it where it waits. It goes on.
+async fn waiting(driver: &Driver, machine: &Machine) -> (VmId, ForkFrom) {
+    let vm = new_id();
+    let prepared = driver.prepare(vm, machine).await.unwrap();
+    let identity = driver.boot(vm, machine, &prepared).await.unwrap();
     let held = driver.attach(vm, &prepared, &identity).await.unwrap();
     said(&*held, WORD).await;
     let refused = held.capture(Afterwards::GoesOn).await.unwrap_err();
@@ -266,22 +266,91 @@ async fn a_running_vm_is_not_captured_and_a_fork_of_another_shape_is_refused() {
     held.resume().await.unwrap();
     held.resume().await.unwrap();
     let source = timeout(HANG, captured.into_source(None)).await.unwrap();
-    let source = source.unwrap();
+    (vm, source.unwrap())
+}
 
-    for change in [
-        |of: &mut Machine| of.resources.memory_mib *= 2,
-        |of: &mut Machine| of.resources.disk_mib += 1,
-    ] {
-        let (fork, mut other) = (new_id(), host.machine());
-        change(&mut other);
-        let prepared = driver.prepare(fork, &other).await.unwrap();
-        let refused = driver
-            .fork(fork, &other, &prepared, &source)
-            .await
-            .unwrap_err();
-        assert!(matches!(refused, ForkError::Shape { .. }), "{refused}");
-        driver.release(fork).await.unwrap();
+/// What is said of a fork that is refused.
+async fn refused(driver: &Driver, machine: &Machine, source: &ForkFrom) -> ForkError {
+    let fork = new_id();
+    let prepared = driver.prepare(fork, machine).await.unwrap();
+    let refused = driver.fork(fork, machine, &prepared, source).await;
+    driver.release(fork).await.unwrap();
+    let refused = refused.unwrap_err();
+    println!("{}", chain(&refused));
+    refused
+}
+
+/// The source with its saved machine changed: number `at` of 16 bits is one more.
+fn changed(source: &ForkFrom, at: u64) -> ForkFrom {
+    let mut bytes = vec![0; usize::try_from(source.state.metadata().unwrap().len()).unwrap()];
+    source.state.read_exact_at(&mut bytes, 0).unwrap();
+    let number = &mut bytes[usize::try_from(at).unwrap()..][..2];
+    let more = u16::from_le_bytes([number[0], number[1]]) + 1;
+    number.copy_from_slice(&more.to_le_bytes());
+    let state = File::from(memfd_create(c"changed", MemfdFlags::CLOEXEC).unwrap());
+    state.write_all_at(&bytes, 0).unwrap();
+    ForkFrom {
+        state: Arc::new(state),
+        ..source.clone()
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshot_of_another_layout_is_refused() {
+    let Some(host) = TestHost::new(Then::Wait) else {
+        return;
+    };
+    let driver = host.driver().await;
+    let machine = host.machine();
+    let (vm, source) = waiting(&driver, &machine).await;
+    let lasting = host.left();
+
+    let sizes: [(fn(&mut Machine), _); 2] = [
+        (
+            |of| of.resources.memory_mib *= 2,
+            "a fork has its source's memory: 256 MiB was asked for, and the source has 128 MiB",
+        ),
+        (
+            |of| of.resources.disk_mib += 1,
+            "a fork has its source's scratch disk: 65 MiB was asked for, and the source has 64 MiB",
+        ),
+    ];
+    for (change, words) in sizes {
+        let mut other = machine.clone();
+        change(&mut other);
+        let refused = refused(&driver, &other, &source).await;
+        assert!(matches!(refused, ForkError::Shape { .. }), "{refused}");
+        assert_eq!(refused.to_string(), words);
+    }
+    // What follows the VMM says, who reads what was saved.
+    if is_kvm() {
+        let mut other = machine.clone();
+        other.resources.cpus = 2;
+        let said = refused(&driver, &other, &source).await;
+        let sizes = "a machine of 128 MiB and 2 processors where the guest was saved in one of \
+                     128 MiB and 1 processors";
+        assert!(said.to_string().contains(sizes), "{said}");
+        for (at, words) in [
+            (4, "a saved machine of form 2: this version reads 1"),
+            (8, "a saved machine of layout 3: this version has 2"),
+            (
+                14,
+                "section 1.0 (machine) has version 2: this version reads 1",
+            ),
+        ] {
+            let said = refused(&driver, &machine, &changed(&source, at)).await;
+            assert!(matches!(said, ForkError::Load(_)), "{said}");
+            assert!(said.to_string().contains(words), "{said}");
+        }
+    }
+    assert_eq!(host.left(), lasting);
+    let fork = new_id();
+    let prepared = driver.prepare(fork, &machine).await.unwrap();
+    driver
+        .fork(fork, &machine, &prepared, &source)
+        .await
+        .unwrap();
+    driver.release(fork).await.unwrap();
     driver.release(vm).await.unwrap();
     assert_eq!(host.left(), Vec::<String>::new());
 }

@@ -5,6 +5,8 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use spore_vmm::clock::{Clock as _, Monotonic};
+use spore_vmm::device::rate::Limit;
+use spore_vmm::device::virtio::net::{Net, Tap};
 use spore_vmm::device::virtio::rng::{self, Rng};
 use spore_vmm::end::End;
 use spore_vmm::kvm::Kvm;
@@ -12,12 +14,12 @@ use spore_vmm::machine::acpi::GENERATION;
 use spore_vmm::machine::bare::Bare;
 use spore_vmm::machine::board::{Board, BoardError};
 use spore_vmm::machine::boot::Boot;
-use spore_vmm::machine::layout::{Layout, Slot};
+use spore_vmm::machine::layout::{LAYOUT, Layout, Slot};
 use spore_vmm::machine::save::SaveError;
 use spore_vmm::machine::saved::SavedMachine;
 use spore_vmm::machine::{Machine, StartError};
 use spore_vmm::memory::{Gpa, Sharing};
-use spore_vmm::snapshot::format::Tag;
+use spore_vmm::snapshot::format::{FORMAT, Tag};
 use spore_vmm::snapshot::kind::Kind;
 use spore_wire::cause::chain;
 use spore_wire::launch::Incarnation;
@@ -273,21 +275,63 @@ fn a_guest_whose_memory_is_its_own_goes_on_in_its_file() {
     assert_eq!(bytes[0], b'o');
 }
 
+/// Each difference by itself: of size, form, map, and of a part's own version. What was found is
+/// named, with what it should be.
 #[test]
-fn a_machine_of_another_size_or_memory_of_another_is_refused() {
+fn snapshot_of_another_layout_is_refused() {
     let Some(kvm) = usable() else { return };
     let (source, memory) = tiny(&kvm, 1);
     source.pause(LIMIT).unwrap();
     let state = source.save().unwrap();
-    let bare = Bare::new(&kvm, &Layout::new(SMALL, 2).unwrap()).unwrap();
-    let saved = SavedMachine::read(&state).unwrap();
     let one = Incarnation::from_bytes([1; 16]);
-    let error = bare.restore(saved, memory.as_fd(), Sharing::Private, one, entropy);
-    assert_eq!(
-        error.unwrap_err().to_string(),
-        "a machine of 64 MiB and 2 processors where the guest was saved in one of 64 MiB and 1 \
-         processors"
-    );
+    for (memory_mib, vcpus) in [(SMALL, 2), (SMALL + 1, 1)] {
+        let other = Layout::new(memory_mib, vcpus).unwrap();
+        let bare = Bare::new(&kvm, &other).unwrap();
+        let saved = SavedMachine::read(&state).unwrap();
+        let error = bare.restore(saved, memory.as_fd(), Sharing::Private, one, entropy);
+        let said = format!(
+            "a machine of {memory_mib} MiB and {vcpus} processors where the guest was saved in \
+             one of 64 MiB and 1 processors"
+        );
+        assert_eq!(error.unwrap_err().to_string(), said);
+    }
+    for (at, words) in [
+        (0, "this is no saved machine".to_owned()),
+        (
+            4,
+            format!(
+                "a saved machine of form {}: this version reads {FORMAT}",
+                FORMAT + 1
+            ),
+        ),
+        (
+            8,
+            format!(
+                "a saved machine of layout {}: this version has {LAYOUT}",
+                LAYOUT + 1
+            ),
+        ),
+        (
+            14,
+            "section 1.0 (machine) has version 2: this version reads 1".to_owned(),
+        ),
+    ] {
+        let mut other = state.clone();
+        other[at] += 1;
+        assert_eq!(
+            chain(&restore(&kvm, &other, &memory, [1; 16]).unwrap_err()),
+            words
+        );
+    }
+}
+
+#[test]
+fn a_memory_or_devices_of_another_size_or_kind_are_refused() {
+    let Some(kvm) = usable() else { return };
+    let (source, memory) = tiny(&kvm, 1);
+    source.pause(LIMIT).unwrap();
+    let state = source.save().unwrap();
+    let one = Incarnation::from_bytes([1; 16]);
     let short = file(1 << 20);
     let said = chain(&restore(&kvm, &state, &short, [1; 16]).unwrap_err());
     assert!(
@@ -299,6 +343,22 @@ fn a_machine_of_another_size_or_memory_of_another_is_refused() {
     let said = chain(&bare.unwrap_err());
     assert!(
         said.contains("[] where the guest was saved with [Rng]"),
+        "{said}"
+    );
+    let more = |board: &mut Board<'_>| {
+        let (clock, wire) = (Box::new(Monotonic), file(0));
+        let tap = Tap::new(wire, 12).unwrap();
+        let none = Limit::default;
+        board.plug(
+            Slot::Net,
+            Net::new(Box::new(tap), [2; 6], none(), none(), clock),
+        )?;
+        entropy(board)
+    };
+    let other = Machine::restore(&kvm, &state, memory.as_fd(), Sharing::Private, one, more);
+    let said = chain(&other.unwrap_err());
+    assert!(
+        said.contains("slot net is not the one that the guest was saved with"),
         "{said}"
     );
     // What a process that waits has made ahead is as good.
