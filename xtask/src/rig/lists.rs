@@ -70,6 +70,8 @@ const ALL: &[Tests] = &[
             "thaw::",
             "suspends::",
             "takes::",
+            "taken::",
+            "vmm_sigkill_is",
         ],
     },
 ];

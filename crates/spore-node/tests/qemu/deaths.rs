@@ -13,16 +13,18 @@ use std::time::Duration;
 use async_trait::async_trait;
 use rustix::process::{Pid, Signal, kill_process};
 use spore_node::config::{KillPoint, KillPoints};
-use spore_node::snapshot::Cascade;
+use spore_node::journal::Journal;
 use spore_node::snapshot::key::SnapshotKey;
+use spore_node::snapshot::{Cascade, NoStorePoints};
 use spore_node::take::Take;
 use spore_node::vm::state::{Milestone, VmEffect};
 use spore_wire::id::{SnapshotId, VmId};
 use spore_wire::node::{Source, StartVm, StopMode, VmPhase};
 use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::SnapshotKind;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
+use crate::driver::is_kvm;
 use crate::host::{HANG, TestHost, new_id, processes_of};
 use crate::kill_points::counter;
 use crate::takes::{Daemon, from, new_snapshot, nothing_is_left};
@@ -171,6 +173,57 @@ async fn a_vmm_killed_at_every_effect_is_over_and_leaves_nothing() {
     let vm = last.vm;
     daemon.ready(last).await;
     daemon.stop(vm).await;
+    daemon.close().await;
+    nothing_is_left(&host);
+}
+
+/// Each process of a VM that would end it, killed while its app serves and another VM goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn vmm_sigkill_is_noticed_and_cleaned() {
+    let Some((host, machine)) = TestHost::with_agent() else {
+        return;
+    };
+    let daemon = Daemon::open(&host, &machine.image, Arc::new(NoStorePoints)).await;
+    let beside = new_id();
+    daemon.ready(counter(beside)).await;
+    let (token, ..) = daemon.ask(beside).await;
+    let (theirs, lasting) = (host.processes(), host.left());
+    // On `kvm` the first process of the VM's pid namespace, then the VMM.
+    let mut count = 1;
+    for number in 0.. {
+        let start = counter(new_id());
+        let vm = start.vm;
+        daemon.ready(start).await;
+        let mut own = host.processes();
+        own.retain(|pid| !theirs.contains(pid));
+        own.sort_unstable();
+        let folder = host.runtime("../node");
+        let journal = Journal::open(&folder, if is_kvm() { "kvm" } else { "qemu" });
+        let record = journal.unwrap().read_all().unwrap().remove(&vm).unwrap();
+        let namespace = record.unwrap().prepared.unwrap().namespace;
+        assert!(host.namespaces().contains(&namespace));
+        let pid = Pid::from_raw(own[number].try_into().unwrap()).unwrap();
+        let killed = Instant::now();
+        kill_process(pid, Signal::KILL).unwrap();
+        let over = daemon.settled(vm, VmPhase::Failed).await;
+        println!(
+            "{own:?}, process {number}: {over:?} {:?} after it",
+            killed.elapsed()
+        );
+        assert_eq!(over.phase, VmPhase::Failed);
+        let failure = over.failure.unwrap().message;
+        assert!(failure.contains("signal 9"), "{failure}");
+        // Cgroup, uid, scratch disk, folder and processes; and with the namespace its tap.
+        assert_eq!(host.left(), lasting);
+        assert!(!host.namespaces().contains(&namespace));
+        count += 1;
+        let (same, asked, starts) = daemon.ask(beside).await;
+        assert_eq!((same, asked, starts), (token.clone(), count, 1));
+        if number + 1 == own.len() {
+            break;
+        }
+    }
+    daemon.stop(beside).await;
     daemon.close().await;
     nothing_is_left(&host);
 }

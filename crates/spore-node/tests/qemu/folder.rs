@@ -12,7 +12,7 @@ use crate::fork::{Running, boot_only, capture, fork_only};
 use crate::host::TestHost;
 
 /// An app's folder as an image: a file `name` that says `name`, and `fill` of so many bytes.
-fn image(host: &TestHost, name: &str, fill: usize) -> PathBuf {
+pub(crate) fn image(host: &TestHost, name: &str, fill: usize) -> PathBuf {
     let mut writer = FilesystemWriter::default();
     writer.set_compressor(FilesystemCompressor::new(Compressor::Zstd, None).unwrap());
     let header = NodeHeader::new(0o644, 1000, 1000, 1);

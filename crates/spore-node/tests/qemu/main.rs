@@ -23,6 +23,7 @@ mod parked;
 mod recovery;
 mod secrets;
 mod suspends;
+mod taken;
 mod takes;
 mod thaw;
 
