@@ -25,7 +25,7 @@ pub(crate) struct RigTestOptions {
 
 /// Seconds that one test may take: far longer than any does. Longer also than what the tests
 /// themselves give a guest, so that they can say what it did.
-const TEST_LIMIT_S: u32 = 400;
+const TEST_LIMIT_S: u32 = 600;
 
 /// Seconds until all of them count as hung.
 const ALL_LIMIT_S: u32 = 7200;

@@ -12,6 +12,7 @@ use spore_wire::guest::{AppSecrets, HOST_ADDRESS, Thaw, ThawStep};
 use spore_wire::node::VmFailureKind;
 use spore_wire::secret::SecretBytes;
 use thiserror::Error;
+use tokio::time::Instant;
 
 use super::actor::{Actor, Host};
 use super::effect::{Outcome, failed, guest, is_named, secrets_of};
@@ -23,11 +24,12 @@ use crate::journal::{Record, SecretsKept};
 /// agent may have been kept waiting between the reading of the time and its setting.
 const CLOCK_LAG_MAX: Duration = Duration::from_millis(40);
 
-/// How often it is set; a host where the last is late too is overloaded, and says so in its log.
+/// How often it is set for that; a host where the last is late too is overloaded, and says so in
+/// its log.
 const CLOCK_TRIES: u32 = 5;
 
-/// From here on it is a wrong clock, and no late answer: certificates and tokens of the tenant go
-/// by the second.
+/// From here on the tenant is not let run, since certificates and tokens go by the second: a host
+/// where each answer takes longer tries on, for as long as an answer may take.
 const CLOCK_LAG_WRONG: Duration = Duration::from_secs(1);
 
 /// The effect of an actor whose agent answers.
@@ -64,10 +66,11 @@ enum ThawError {
     #[error("the guest's agent did not renew {0:?}: rebuild the VM with this version's agent")]
     Withheld(ThawStep),
     #[error(
-        "the guest's clock was {lag_ms} ms off each time it was set: the host is overloaded, or \
-         the guest does not set it"
+        "the guest's clock was {} ms off when it had been set {tries} times: the host is \
+         overloaded, or the guest does not set it",
+        lag.as_millis()
     )]
-    Clock { lag_ms: u64 },
+    Clock { lag: Duration, tries: u32 },
 }
 
 /// One guest that is to be renewed.
@@ -121,7 +124,9 @@ impl Renewal {
         };
         let mut thaw = self.fresh(steps)?;
         let mut required = self.required();
-        for tries_left in (0..CLOCK_TRIES).rev() {
+        let begun = Instant::now();
+        for tries in 1_u32.. {
+            let told_ns = thaw.realtime_ns;
             let Some(thawed) = self.link.thaw(thaw, limit).await? else {
                 return self.renewed_by_the_first();
             };
@@ -130,17 +135,19 @@ impl Renewal {
                 return Err(ThawError::Withheld(*withheld));
             }
             required = vec![ThawStep::Clock];
-            let lag = self.realtime_ns().abs_diff(thawed.realtime_ns);
-            if u128::from(lag) <= CLOCK_LAG_MAX.as_nanos() {
+            let lag = Duration::from_nanos(self.realtime_ns().abs_diff(thawed.realtime_ns));
+            if lag <= CLOCK_LAG_MAX {
                 break;
             }
-            if tries_left == 0 {
-                let lag_ms = lag / 1_000_000;
-                if u128::from(lag) >= CLOCK_LAG_WRONG.as_nanos() {
-                    return Err(ThawError::Clock { lag_ms });
-                }
+            if tries >= CLOCK_TRIES && lag < CLOCK_LAG_WRONG {
+                let lag_ms = lag.as_millis();
                 tracing::warn!(vm = %self.record.start.vm, lag_ms, "a guest's clock is off");
                 break;
+            }
+            // Before what it was told: it was not set, and the way of the answer is no excuse.
+            let is_unset = thawed.realtime_ns < told_ns;
+            if tries >= CLOCK_TRIES && (is_unset || begun.elapsed() >= limit) {
+                return Err(ThawError::Clock { lag, tries });
             }
             thaw = self.fresh(vec![ThawStep::Clock])?;
         }

@@ -139,7 +139,22 @@ fn clock_is_right_before_the_apps_first_instruction_however_long_the_agent_was_k
     for begin in [start, fork] {
         on_virtual_time(async {
             let bench = Bench::new(92).await;
-            bench.host.delay_clock(vm(1), Duration::from_millis(300));
+            bench.host.delay_clock(vm(1), Duration::from_millis(300), 1);
+            ready(&bench, begin(vm(1), "hello")).await;
+            stop(&bench, 1).await;
+            bench.nothing_is_left();
+        });
+    }
+}
+
+#[test]
+fn a_host_that_is_overloaded_for_a_while_sets_the_clock_until_it_is_right() {
+    for begin in [start, fork] {
+        on_virtual_time(async {
+            let bench = Bench::new(94).await;
+            bench
+                .host
+                .delay_clock(vm(1), Duration::from_millis(1500), 8);
             ready(&bench, begin(vm(1), "hello")).await;
             stop(&bench, 1).await;
             bench.nothing_is_left();

@@ -217,7 +217,13 @@ impl Guest {
     pub(super) fn delay(&self) -> Duration {
         let mut held = lock(&self.host.world.held);
         let by = held.delay;
-        held.delays.remove(&self.vm).unwrap_or(by)
+        match held.delays.get_mut(&self.vm) {
+            Some((by, times)) if *times > 0 => {
+                *times -= 1;
+                *by
+            }
+            _ => by,
+        }
     }
 
     /// Whether its tenant's processes stand still when they are told to.

@@ -113,7 +113,7 @@ struct Held {
     opened: BTreeSet<VmId>,
     withheld: Option<ThawStep>,
     delay: Duration,
-    delays: BTreeMap<VmId, Duration>,
+    delays: BTreeMap<VmId, (Duration, u32)>,
     oldest: bool,
     restless: bool,
     kernel: String,
@@ -179,9 +179,9 @@ impl SimHost {
         lock(&self.world.held).delay = by;
     }
 
-    /// The agent of this VM is kept waiting once, before it sets the clock.
-    pub fn delay_clock(&self, vm: VmId, by: Duration) {
-        lock(&self.world.held).delays.insert(vm, by);
+    /// The agent of this VM is kept waiting so many times, before it sets the clock.
+    pub fn delay_clock(&self, vm: VmId, by: Duration, times: u32) {
+        lock(&self.world.held).delays.insert(vm, (by, times));
     }
 
     /// Whether tenants' processes do not stand still when they are told to.
