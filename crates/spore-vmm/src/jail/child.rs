@@ -105,6 +105,9 @@ fn jail(plan: &Plan<'_>, life: BorrowedFd<'_>) -> Result<Inherited, JailError> {
 /// What a sleeper and a VMM have in common.
 fn confine(uid: u32, limits: Limits) -> Result<(), JailError> {
     limits.set()?;
+    // With its parent's end a process group is orphaned, and all of it is hung up when one of it is
+    // stopped (_exit(2)): the end of a zygote must not be that of every VM.
+    rustix::process::setsid().map_err(step("session"))?;
     own_cgroup_namespace().map_err(step("cgroup namespace"))?;
     empty_bounding_set(CapabilitySet::empty())?;
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));

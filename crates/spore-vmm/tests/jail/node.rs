@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -69,6 +70,8 @@ impl Zygote {
         command.args(arguments).arg(format!("{first}+{IDS}"));
         command
             .env_clear()
+            // As the node does.
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         let mut fds = vec![FdMapping {
@@ -237,7 +240,11 @@ impl Vmm {
     }
 
     pub(crate) fn kill(&self) {
-        rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL).unwrap();
+        self.signal(Signal::KILL);
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        rustix::process::pidfd_send_signal(&self.pidfd, signal).unwrap();
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::net::SocketType;
+use rustix::process::Signal;
 use spore_wire::vmm::{FromVmm, VmmState};
 use spore_wire::zygote::{ExitedBy, FdRole};
 
@@ -169,8 +170,14 @@ fn vmms_go_on_without_their_zygote() {
     let mut zygote = Zygote::new();
     let vmms: Vec<Vmm> = (1..=3).map(|number| zygote.spawn(number)).collect();
     let talks: Vec<_> = vmms.iter().map(Vmm::connect).collect();
+    for talk in &talks {
+        assert_eq!(talk.asks("echo there"), "there");
+    }
+    // In one group of processes, all would be hung up for the one that stands still.
+    vmms[0].signal(Signal::STOP);
     zygote.child.kill().unwrap();
     zygote.child.wait().unwrap();
+    vmms[0].signal(Signal::CONT);
     for (vmm, talk) in vmms.iter().zip(&talks) {
         assert_eq!(talk.asks("echo still"), "still");
         assert!(vmm.init.is_alive());

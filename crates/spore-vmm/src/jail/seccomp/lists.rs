@@ -348,6 +348,7 @@ const ZYGOTE: &[Call] = &[
     always(libc::SYS_getsockopt),
     always(libc::SYS_capget),
     always(libc::SYS_capset),
+    always(libc::SYS_setsid),
     always(libc::SYS_setresuid),
     always(libc::SYS_setresgid),
     always(libc::SYS_getuid),
