@@ -38,6 +38,15 @@ fn parse_start_time(stat: &str) -> Option<u64> {
     after.split_whitespace().nth(19)?.parse().ok()
 }
 
+/// The real uid in a `/proc/PID/status`; none of a process that has ended and only waits to be
+/// waited for.
+pub(super) fn uid_of(status: &str) -> Option<u32> {
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+    let ended = field("State:").is_some_and(|state| state.trim_start().starts_with(['Z', 'X']));
+    let uid = field("Uid:")?.split_whitespace().next()?.parse().ok();
+    uid.filter(|_uid| !ended)
+}
+
 /// The identity of the process `pid`, which is alive and in the cgroup called `cgroup`.
 ///
 /// # Errors
@@ -81,7 +90,15 @@ pub fn open(identity: &Identity, cgroups: &Cgroups) -> Result<OwnedFd, AttachErr
 
 #[cfg(test)]
 mod tests {
-    use super::{parse_start_time, start_time};
+    use super::{parse_start_time, start_time, uid_of};
+
+    #[test]
+    fn a_zombie_has_no_uid() {
+        let status = |state: &str| format!("Name:\tspore\nState:\t{state}\nUid:\t7\t7\t7\t7\n");
+        assert_eq!(uid_of(&status("S (sleeping)")), Some(7));
+        assert_eq!(uid_of(&status("Z (zombie)")), None);
+        assert_eq!(uid_of("Name:\tspore\n"), None);
+    }
 
     #[test]
     fn a_start_time_is_found_behind_any_program_name() {

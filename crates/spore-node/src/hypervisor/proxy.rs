@@ -29,6 +29,7 @@ use spore_wire::generation::GENERATION;
 use spore_wire::id::VmId;
 
 use super::PolicyError;
+use super::process::uid_of;
 use super::room::{Rooms, blocking};
 use crate::egress::host;
 use crate::egress::launch::{EgressLauncher, Launch, LaunchError};
@@ -197,28 +198,6 @@ struct Member {
     pidfd: OwnedFd,
 }
 
-/// The real uid in a `/proc/PID/status`; none of a process that has ended and only waits to be
-/// waited for.
-fn uid_of(status: &str) -> Option<u32> {
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-    let ended = field("State:").is_some_and(|state| state.trim_start().starts_with(['Z', 'X']));
-    let uid = field("Uid:")?.split_whitespace().next()?.parse().ok();
-    uid.filter(|_uid| !ended)
-}
-
 fn step(what: &'static str) -> impl FnOnce(io::Error) -> PolicyError {
     move |source| PolicyError::Step { what, source }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::uid_of;
-
-    #[test]
-    fn a_zombie_has_no_uid() {
-        let status = |state: &str| format!("Name:\tspore\nState:\t{state}\nUid:\t7\t7\t7\t7\n");
-        assert_eq!(uid_of(&status("S (sleeping)")), Some(7));
-        assert_eq!(uid_of(&status("Z (zombie)")), None);
-        assert_eq!(uid_of("Name:\tspore\n"), None);
-    }
 }

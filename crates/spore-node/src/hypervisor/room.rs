@@ -17,6 +17,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -238,6 +239,19 @@ impl Rooms {
     /// Whether a uid is still that of a VMM that waits for a guest, and no VM's.
     pub(super) fn is_parked_uid(&self, uid: u32) -> io::Result<bool> {
         Ok(fs::read_to_string(self.uid_file(uid))? == PARKED)
+    }
+
+    /// The uids that VMs may have.
+    pub(super) const fn uids(&self) -> Range<u32> {
+        self.config.uid_first + 1..self.config.uid_first + self.config.uid_count
+    }
+
+    /// Those that these VMs have.
+    pub(super) fn uids_of(&self, vms: &BTreeSet<VmId>) -> io::Result<BTreeSet<u32>> {
+        let claims = self.claimed_uids()?.into_iter();
+        let theirs = claims.filter(|(_path, of)| of.is_some_and(|vm| vms.contains(&vm)));
+        let uid = |(path, _of): (PathBuf, _)| path.file_name()?.to_str()?.parse().ok();
+        Ok(theirs.filter_map(uid).collect())
     }
 
     /// Gives a VM the uid of a VMM that waited for a guest.

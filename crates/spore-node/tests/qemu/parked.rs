@@ -83,6 +83,36 @@ async fn a_fork_takes_a_vmm_that_waits_and_none_outlives_its_driver() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn vmms_that_are_nobodys_are_ended_before_their_uids_are_given_away() {
+    if !is_kvm() {
+        return println!("SKIPPED: qemu makes no VMMs ahead");
+    }
+    let Some((mut host, machine)) = TestHost::with_agent() else {
+        return;
+    };
+    host.parked = WAITING;
+    let driver = host.driver().await;
+    let source = boot(&driver, &machine).await;
+    for pid in waiting(&host).await {
+        // It cannot see that whoever had it made is gone.
+        let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        kill_process(pid, Signal::STOP).unwrap();
+    }
+    let vm = source.vm;
+    drop((source, driver));
+    let driver = host.driver().await;
+    let swept = driver.sweep(&BTreeSet::from([vm])).await.unwrap();
+    let ended = swept.removed.iter().filter(|what| what.starts_with("VMM "));
+    // Each has a first process of its pid namespace beside it.
+    assert_eq!(ended.count(), 2 * WAITING, "{:?}", swept.removed);
+    assert!(named(&host, "spore-parked").is_empty());
+    assert_eq!(named(&host, "spore-vmm").len(), 1, "the VM goes on");
+    driver.release(vm).await.unwrap();
+    driver.close().unwrap();
+    assert_eq!(host.left(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn vmms_that_wait_end_with_whoever_had_them_made() {
     if !is_kvm() {
         return println!("SKIPPED: qemu makes no VMMs ahead");

@@ -14,6 +14,7 @@ mod files;
 mod monitor;
 mod packet;
 mod parked;
+mod strays;
 mod zygote;
 
 use std::collections::BTreeSet;
@@ -380,8 +381,8 @@ impl Hypervisor for Kvm {
     }
 
     async fn sweep(&self, keep: &BTreeSet<VmId>) -> Result<Swept, ReleaseError> {
-        let (rooms, keep) = (Arc::clone(&self.shared.rooms), keep.clone());
-        uncancelled(async move { rooms.sweep(&keep).await })
+        let (shared, keep) = (Arc::clone(&self.shared), keep.clone());
+        uncancelled(async move { shared.sweep(&keep).await })
             .await
             .map_err(|source| ReleaseError {
                 what: "strays".to_owned(),
@@ -572,6 +573,21 @@ impl Shared {
 }
 
 impl Shared {
+    /// VMMs in no cgroup go first: what follows frees their uids.
+    async fn sweep(self: &Arc<Self>, keep: &BTreeSet<VmId>) -> Result<Swept, ReleaseError> {
+        let failed = |source| ReleaseError {
+            what: "VMMs of nobody's".to_owned(),
+            source,
+        };
+        let in_use = self.rooms.uids_of(keep).map_err(failed)?;
+        let (program, uids) = (self.config.vmm.clone(), self.rooms.uids());
+        let ended = blocking(move || strays::end(&program, uids, &in_use)).await;
+        let ended = ended.flatten().map_err(failed)?;
+        let mut swept = self.rooms.sweep(keep).await?;
+        swept.removed.extend(ended);
+        Ok(swept)
+    }
+
     /// Why there is no guest in a VMM: what it said, or how it ended.
     async fn refused(&self, started: &Started, error: &io::Error) -> BootError {
         let mut why = error.to_string();

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A VMM that waits ends by itself when its connection closes, and one that nobody has connected to
-//! after a minute, so none outlives the daemon for longer; the next sweep frees its uid.
+//! after a minute. The broom of the next daemon ends what is left (`strays.rs`) and frees its uid.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -16,13 +16,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use spore_wire::id::VmId;
 use spore_wire::vmm::ToVmm;
 use spore_wire::zygote::FdRole;
 
 use super::client::Client;
 use super::files::listening;
+use super::strays::{has_ended, is_free};
 use super::zygote::Spawned;
 use super::{GREETING_TIMEOUT, Shared};
 use crate::hypervisor::Machine;
@@ -31,6 +31,9 @@ use crate::hypervisor::room::blocking;
 
 /// How long one that is ended is waited for.
 const ENDING: Duration = Duration::from_secs(5);
+
+/// How long a VM that was just started has the host's processors for itself.
+const REFILL_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a machine is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,13 +67,6 @@ impl Parked {
     fn is_alive(&self) -> bool {
         !has_ended(&self.spawned.pidfd, Duration::ZERO)
     }
-}
-
-/// Whether a process ends within a time.
-fn has_ended(pidfd: &OwnedFd, within: Duration) -> bool {
-    let limit = Timespec::try_from(within).ok();
-    let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
-    poll(&mut watched, limit.as_ref()).is_ok_and(|count| count > 0)
 }
 
 /// All that wait.
@@ -113,6 +109,16 @@ impl Parking {
         self.state().handed.remove(&vm)
     }
 
+    /// Has one wait; gives it back when none are wanted any more.
+    fn add(&self, parked: Parked) -> Option<Parked> {
+        let mut state = self.state();
+        if state.is_closed {
+            return Some(parked);
+        }
+        state.waiting.push_back(parked);
+        None
+    }
+
     /// Takes one of a size that waits.
     fn take(&self, size: Size) -> Option<Parked> {
         let mut state = self.state();
@@ -120,11 +126,23 @@ impl Parking {
         let at = at.clone().position(|parked| parked.size == size)?;
         state.waiting.remove(at)
     }
+
+    /// Takes one that is in the way of another of this size, once as many wait as may: one that has
+    /// ended, or of another size. `None` when there is room.
+    fn in_the_way(state: &mut State, size: Size, most: usize) -> Option<Parked> {
+        let mut waiting = state.waiting.iter();
+        let at = waiting.position(|parked| !parked.is_alive()).or_else(|| {
+            let is_full = state.waiting.len() >= most;
+            let mut waiting = state.waiting.iter();
+            is_full.then(|| waiting.position(|parked| parked.size != size))?
+        })?;
+        state.waiting.remove(at)
+    }
 }
 
 impl Shared {
     /// Chooses a VMM for a VM; gives its uid.
-    pub(super) fn hand(&self, vm: VmId, machine: &Machine) -> Option<u32> {
+    pub(super) fn hand(self: &Arc<Self>, vm: VmId, machine: &Machine) -> Option<u32> {
         loop {
             let parked = self.parking.take(Size::of(machine))?;
             if parked.is_alive() {
@@ -133,11 +151,12 @@ impl Shared {
                 return Some(uid);
             }
             tracing::warn!(uid = parked.uid, "a VMM that waited for a guest ended");
-            self.end(parked);
+            let this = Arc::clone(self);
+            tokio::task::spawn_blocking(move || this.end(parked));
         }
     }
 
-    /// Ends one that nobody will use, and frees its uid.
+    /// Ends one that nobody will use, and frees its uid. Blocks.
     fn end(&self, parked: Parked) {
         parked.spawned.kill();
         let Parked {
@@ -146,7 +165,8 @@ impl Shared {
             socket,
             ..
         } = parked;
-        if !has_ended(&spawned.pidfd, ENDING) {
+        // The first process of its pid namespace has the uid for a moment longer.
+        if !has_ended(&spawned.pidfd, ENDING) || !is_free(uid, ENDING) {
             // It keeps its uid until the next sweep.
             tracing::error!(uid, "a VMM that waited for a guest does not end");
             return;
@@ -185,6 +205,7 @@ impl Shared {
         }
         let this = Arc::clone(self);
         tokio::spawn(async move {
+            tokio::time::sleep(REFILL_PAUSE).await;
             if let Err(error) = this.fill(size).await {
                 tracing::warn!(%error, "no VMM was made ahead");
             }
@@ -196,30 +217,25 @@ impl Shared {
         loop {
             let other = {
                 let mut state = self.parking.state();
-                let fit = state.waiting.iter().filter(|parked| parked.size == size);
-                if state.is_closed || fit.count() >= self.parking.most {
+                if state.is_closed {
                     return Ok(());
                 }
-                match state.waiting.len() < self.parking.most {
-                    true => None,
-                    false => {
-                        let other = state.waiting.iter().position(|it| it.size != size);
-                        other.and_then(|at| state.waiting.remove(at))
-                    }
+                let other = Parking::in_the_way(&mut state, size, self.parking.most);
+                if other.is_none() && state.waiting.len() >= self.parking.most {
+                    return Ok(());
                 }
+                other
             };
             let this = Arc::clone(self);
             if let Some(other) = other {
                 blocking(move || this.end(other)).await?;
+                continue;
             }
             let parked = self.park(size).await?;
-            let mut state = self.parking.state();
-            if state.is_closed {
-                drop(state);
-                self.end(parked);
-                return Ok(());
+            if let Some(unwanted) = self.parking.add(parked) {
+                let this = Arc::clone(self);
+                return blocking(move || this.end(unwanted)).await;
             }
-            state.waiting.push_back(parked);
         }
     }
 
@@ -265,7 +281,7 @@ impl Shared {
                 let this = Arc::clone(self);
                 blocking(move || {
                     // A VMM that does not end keeps its uid until the next sweep.
-                    if has_ended(&spawned.pidfd, ENDING) {
+                    if has_ended(&spawned.pidfd, ENDING) && is_free(uid, ENDING) {
                         this.rooms.free_parked_uid(uid)?;
                     }
                     std::fs::remove_file(socket)
