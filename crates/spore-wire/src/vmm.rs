@@ -15,7 +15,8 @@
 //!    │ ◀──────────── Done | Failed            │  the guest is there, paused
 //!    │ Resume ─────────────────────────────▶  │
 //!    │ ◀──────────── Done                     │
-//!    │ Pause, Save + fd, Switch + fd, Resume  │  a checkpoint
+//!    │ Pause, Save + fd, Switch + fd,         │  a checkpoint
+//!    │ Freeze + socket, Resume ────────────▶  │
 //!    │ Copy + fd ──────────────────────────▶  │  what was frozen of its disk
 //!    │ ◀──────────── Done …… Copied           │  begun; and whole, or not, later
 //!    │ ◀──────────── Ended                    │  at any time, once: the guest's end
@@ -81,6 +82,15 @@ pub enum ToVmm {
     /// Ends the copy that is under way, or forgets the one that is over; nothing is told of it
     /// after the answer. Legal with a guest, idempotent.
     CancelCopy,
+    /// Makes a copy of the process that does nothing: the guest's memory stays in it as it is now,
+    /// whatever the guest writes later, for whoever may read a process's memory. One end of a pair
+    /// of connected sockets comes with the packet. The copy writes one byte to it when it has
+    /// nothing else left, and ends when the other end is closed. Done when there is one. Legal
+    /// while paused, and where the memory is not the file's own ([`crate::launch::MemoryOwner`]).
+    Freeze {
+        /// After this it ends by itself.
+        limit_ms: u64,
+    },
     /// Copies the console's last output into the file that comes with it.
     Console,
     /// Ends the guest if it has not ended, and the process.

@@ -371,6 +371,7 @@ mod tests {
             "of": "paused"}),
             ),
             ("cancel_copy", json!({"type": "cancel_copy"})),
+            ("freeze", json!({"type": "freeze", "limit_ms": 60000})),
             ("console", json!({"type": "console"})),
             ("quit", json!({"type": "quit"})),
         ])

@@ -113,6 +113,8 @@ pub struct Launched {
     pub copies: Option<Copies>,
     /// Layers that the disk was launched with, without its own.
     pub layers: usize,
+    /// How it has its memory.
+    pub memory: Sharing,
 }
 
 /// Makes the machine of a guest to come.
@@ -141,7 +143,7 @@ pub fn launch(
     let start = |scratch| Copies::start(scratch, Arc::clone(copied));
     let copies = devices.scratch.clone().map(start).transpose();
     let copies = copies.map_err(LaunchError::Thread)?;
-    let machine = match &blob.begin {
+    let (machine, sharing) = match &blob.begin {
         Begin::Boot {
             kernel,
             initramfs,
@@ -156,7 +158,8 @@ pub fn launch(
                 incarnation: blob.incarnation,
             };
             let plug = |board: &mut Board<'_>| devices.plug(board);
-            bare()?.boot(memory.as_fd(), &boot, plug)?
+            let machine = bare()?.boot(memory.as_fd(), &boot, plug)?;
+            (machine, Sharing::Shared)
         }
         Begin::Restore {
             state,
@@ -172,7 +175,8 @@ pub fn launch(
             let (file, incarnation) = (memory.as_fd(), blob.incarnation);
             let plug = |board: &mut Board<'_>| devices.plug(board);
             let saved = SavedMachine::read(&state).map_err(StartError::from)?;
-            bare()?.restore(saved, file, sharing, incarnation, plug)?
+            let machine = bare()?.restore(saved, file, sharing, incarnation, plug)?;
+            (machine, sharing)
         }
     };
     copies.iter().try_for_each(Copies::ready)?;
@@ -181,6 +185,7 @@ pub fn launch(
         machine,
         copies,
         layers,
+        memory: sharing,
     })
 }
 

@@ -33,11 +33,13 @@ use crate::disk::Access;
 use crate::disk::copies::{BeginError, Copies, Progress};
 use crate::disk::scratch::{self, SwitchError, UpTo};
 use crate::end::End;
+use crate::jail;
 use crate::jail::seccomp::{self, Cell, FilterError};
 use crate::kvm::bell::Bell;
 use crate::kvm::{Kvm, KvmError};
 use crate::machine::bare::Bare;
 use crate::machine::save::SaveError;
+use crate::memory::Sharing;
 use crate::worker::PauseError;
 
 /// How long a VMM without a guest waits for somebody to connect: longer than a node that made it
@@ -85,6 +87,10 @@ enum RequestError {
     Switch(#[from] SwitchError),
     #[error("the scratch disk cannot be copied")]
     Copy(#[from] BeginError),
+    #[error("the guest's memory is its file's own, and does not stand still in a copy")]
+    Shared,
+    #[error("the process cannot be copied")]
+    Freeze(#[source] io::Error),
     #[error("the file for the answer cannot be written")]
     Write(#[source] io::Error),
 }
@@ -303,6 +309,10 @@ impl Control {
                 guest.copies.iter().for_each(Copies::cancel);
                 0
             }
+            ToVmm::Freeze { limit_ms } => {
+                self.freeze(Duration::from_millis(limit_ms), fds)?;
+                0
+            }
             ToVmm::Console => {
                 let output = self.there("console")?.machine.output();
                 answer(fds, &output.bytes)?
@@ -372,6 +382,20 @@ impl Control {
         let to = layer(to, &mut files, Access::ReadWrite)?;
         files.finish()?;
         Ok(copies.begin(&to, below, up_to)?)
+    }
+
+    fn freeze(&self, limit: Duration, fds: Vec<OwnedFd>) -> Result<(), RequestError> {
+        let guest = self.paused("freeze")?;
+        if guest.memory == Sharing::Shared {
+            return Err(RequestError::Shared);
+        }
+        let mut files = Files::new(fds);
+        let socket = files.take(FdIndex(0))?;
+        files.finish()?;
+        let made = jail::copy::freeze(socket.as_fd(), limit);
+        // It is found by who it is that writes to the socket.
+        let _pid = made.map_err(RequestError::Freeze)?;
+        Ok(())
     }
 
     fn progress(&self) -> Progress {

@@ -97,6 +97,8 @@ fn jail(plan: &Plan<'_>, life: BorrowedFd<'_>) -> Result<Inherited, JailError> {
         pid.cast_unsigned() == VMM_PID,
     )?;
     sys::all_signals().map_err(step("signals"))?;
+    // Nobody waits for the copies that it makes of itself.
+    sys::reap_none().map_err(step("children"))?;
     confine(plan.uid, Limits::VMM)?;
     seccomp::enter(Cell::Starting)?;
     Ok(inherited)

@@ -36,7 +36,7 @@ fn checked(result: libc::c_long) -> io::Result<libc::c_long> {
 
 /// Which of two processes this is.
 #[derive(Debug)]
-pub enum Copied {
+pub(super) enum Copied {
     /// The new one.
     Copy,
     /// The one that asked, with the other's pid.
@@ -194,8 +194,22 @@ pub(super) fn place(pairs: &[(RawFd, RawFd)]) -> io::Result<()> {
     close_range(PARKED_FDS.cast_unsigned(), u32::MAX)
 }
 
+/// Closes every descriptor of the process but two, whoever owned it: for one that never comes back
+/// to those who own others. Allocates nothing.
+pub(super) fn close_all_but(one: RawFd, other: RawFd) -> io::Result<()> {
+    let mut next = 0;
+    for kept in [one.min(other), one.max(other)] {
+        let kept = kept.cast_unsigned();
+        if next < kept {
+            close_range(next, kept - 1)?;
+        }
+        next = kept + 1;
+    }
+    close_range(next, u32::MAX)
+}
+
 fn close_range(first: u32, last: u32) -> io::Result<()> {
-    // SAFETY: as said for `place`.
+    // SAFETY: as said for those who call it.
     checked(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
     Ok(())
 }

@@ -8,6 +8,7 @@
 )]
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
+use std::ptr;
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -16,6 +17,7 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{IoEventAddress, VcpuExit, VcpuFd, VmFd};
+use rustix::mm::{Advice, madvise};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bell::Bell;
@@ -98,8 +100,18 @@ impl Vm {
     /// Makes a processor. It runs on the thread that owns it.
     pub fn create_vcpu(&self, id: u8) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(u64::from(id));
+        let mut fd = fd.map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+        let run = ptr::from_mut(fd.get_kvm_run()).cast();
+        // SAFETY: the range is what kvm-ioctls has mapped of the processor, and the advice changes
+        // nothing of it here: only copies of the process are without. One that had it would keep
+        // the VM for as long as it is there.
+        let advised = unsafe { madvise(run, self.fd.run_size(), Advice::LinuxDontFork) };
+        advised.map_err(|source| KvmError::Ioctl {
+            ioctl: "madvise of a processor",
+            source: source.into(),
+        })?;
         Ok(Vcpu {
-            fd: fd.map_err(KvmError::of("KVM_CREATE_VCPU"))?,
+            fd,
             space: Arc::clone(&self.space),
         })
     }

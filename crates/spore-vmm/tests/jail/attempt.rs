@@ -51,7 +51,7 @@ const CHILD: u64 = libc::SIGCHLD.cast_unsigned() as u64;
 fn process(flags: u64) -> io::Result<i64> {
     let made = call(libc::SYS_clone, [flags, 0, 0, 0, 0, 0])?;
     if made == 0 {
-        spore_vmm::jail::copy::end(0);
+        call(libc::SYS_exit_group, [0; 6])?;
     }
     Ok(made)
 }
@@ -168,6 +168,8 @@ attempts! {
     "Starting" "page" => Done: page(libc::PROT_READ | libc::PROT_WRITE);
     "Running" "thread_later" => Killed: thread();
     "Running" "copy_later" => Done: process(CHILD);
+    "Running" "wait" => Killed: call(libc::SYS_wait4, [u64::MAX, 0, 1, 0, 0, 0]);
+    "Running" "close_range" => Done: call(libc::SYS_close_range, [900, 901, 0, 0, 0, 0]);
     "Running" "kvm_vm_later" => Killed: call(libc::SYS_ioctl, [4, 0xae01, 0, 0, 0, 0]);
     "Running" "kvm_run_by_first" => Killed: call(libc::SYS_ioctl, [4, 0xae80, 0, 0, 0, 0]);
     "Devices" "devices_page" => Done: page(libc::PROT_READ);
@@ -187,4 +189,7 @@ attempts! {
     "Copy" "copy_page" => Killed: page(libc::PROT_READ);
     "Copy" "copy_send" => Killed: call(libc::SYS_sendmsg, [3, 0, 0, 0, 0, 0]);
     "Copy" "copy_copy" => Killed: process(CHILD);
+    "Copy" "copy_close" => Killed: call(libc::SYS_close, [3, 0, 0, 0, 0, 0]);
+    "Copy" "copy_read" => Killed: call(libc::SYS_read, [3, 0, 0, 0, 0, 0]);
+    "Copy" "copy_pwrite" => Killed: call(libc::SYS_pwrite64, [1, 0, 0, 0, 0, 0]);
 }

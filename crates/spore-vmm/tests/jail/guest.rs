@@ -1,11 +1,12 @@
 //! What is in the VMM's place: it does what the test says over the control socket, one packet a
 //! command, and answers each with a packet.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use rustix::net::SocketFlags;
-use spore_vmm::jail::copy::{self, Copied};
+use spore_vmm::jail::copy;
 use spore_vmm::jail::seccomp::{self, Cell};
 use spore_vmm::jail::{Inherited, zygote};
 
@@ -45,7 +46,7 @@ fn obey(inherited: Inherited) -> u8 {
                 seccomp::enter(Cell::Running).unwrap();
                 "running".to_owned()
             }
-            ["copy"] => copy(&accept(&inherited.control)),
+            ["copy", limit_ms] => copy(&accept(&inherited.control), limit_ms),
             ["attempt", cell, name] => attempt_in(cell, name),
             ["panic"] => panic!("as it was told to"),
             ["end", code] => return code.parse().unwrap(),
@@ -70,16 +71,10 @@ fn thread(cell: Cell) {
     told.recv().unwrap();
 }
 
-/// A copy that writes until nobody reads.
-fn copy(to: &OwnedFd) -> String {
-    match copy::make().unwrap() {
-        Copied::Source(pid) => pid.to_string(),
-        Copied::Copy => {
-            let jailed = seccomp::enter(Cell::Copy).is_ok();
-            while jailed && rustix::io::write(to, &[7; 512]).is_ok() {}
-            copy::end(0)
-        }
-    }
+/// A copy that stands until nobody holds the other end, or its time is over.
+fn copy(to: &OwnedFd, limit_ms: &str) -> String {
+    let limit = Duration::from_millis(limit_ms.parse().unwrap());
+    copy::freeze(to.as_fd(), limit).unwrap().to_string()
 }
 
 fn attempt_in(cell: &str, name: &str) -> String {

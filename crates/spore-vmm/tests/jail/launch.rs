@@ -28,7 +28,7 @@ const MEMORY_MIB: u32 = 192;
 const SCRATCH_BYTES: u64 = 64 << 20;
 
 /// A kernel takes a minute in the rig.
-const LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 
 pub(crate) fn file(bytes: u64) -> OwnedFd {
     let file = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
@@ -72,7 +72,7 @@ impl Given {
 }
 
 /// A guest that begins with the files behind its memory.
-fn given(begin: Begin, memory: OwnedFd, begins: Vec<OwnedFd>) -> Given {
+pub(crate) fn given(begin: Begin, memory: OwnedFd, begins: Vec<OwnedFd>) -> Given {
     let next = u8::try_from(1 + begins.len()).unwrap();
     // For a device a tap is a descriptor with a frame in each read and write.
     let (kind, flags) = (SocketType::DGRAM, SocketFlags::CLOEXEC);
@@ -245,10 +245,11 @@ impl<'a> Control<'a> {
 }
 
 /// Each thread enters its cell as it begins, and does nothing before.
-fn check_threads(vmm: &Vmm) {
+pub(crate) fn check_threads(vmm: &Vmm, vcpus: usize) {
     // The zygote's list, the first thread's until now, and one of its own.
-    let row = |name: &str| (name.to_owned(), "3".to_owned());
-    let expected = ["copy", "devices", "spore-vmm", "vcpu0", "vcpu1"].map(row);
+    let row = |name: &&str| ((*name).to_owned(), "3".to_owned());
+    let names = ["copy", "devices", "spore-vmm", "vcpu0", "vcpu1"];
+    let expected: Vec<_> = names[..3 + vcpus].iter().map(row).collect();
     let start = Monotonic.now();
     loop {
         let threads = vmm.process.threads().into_iter();
@@ -277,7 +278,7 @@ pub(crate) fn a_guest_runs_with_every_thread_in_its_cell() {
     let mut control = Control::new(&zygote, &vmm);
     control.launch(&given).unwrap();
     control.asks(&ToVmm::Resume, &[]);
-    check_threads(&vmm);
+    check_threads(&vmm, 2);
     vmm.process.check_jail(vmm.uid);
     vmm.process.check_vm(2);
     control.says("Linux version");
@@ -314,7 +315,7 @@ pub(crate) fn a_paused_guest_is_saved_copied_and_restored_in_the_jail() {
     let vmm = zygote.spawn(1);
     let mut control = Control::new(&zygote, &vmm);
     control.launch(&given_boot).unwrap();
-    check_threads(&vmm);
+    check_threads(&vmm, 2);
     let state = file(0);
     assert!(control.asks(&ToVmm::Save, &[state.as_fd()]) > 0);
     let to = file(layer_bytes(SCRATCH_BYTES));
@@ -342,7 +343,7 @@ pub(crate) fn a_paused_guest_is_saved_copied_and_restored_in_the_jail() {
     let mut control = Control::new(&zygote, &vmm);
     match control.launch(&restored) {
         Ok(_) => {
-            check_threads(&vmm);
+            check_threads(&vmm, 2);
             let again = file(0);
             assert!(control.asks(&ToVmm::Save, &[again.as_fd()]) > 0);
         }

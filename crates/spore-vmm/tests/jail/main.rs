@@ -8,6 +8,8 @@
 #[cfg(test)]
 mod attempt;
 #[cfg(test)]
+mod checkpoint;
+#[cfg(test)]
 mod guest;
 #[cfg(test)]
 mod launch;
@@ -19,6 +21,9 @@ mod process;
 mod scarce;
 #[cfg(test)]
 mod stories;
+#[cfg(test)]
+#[path = "../tiny/mod.rs"]
+mod tiny;
 #[cfg(test)]
 mod warden;
 
@@ -37,12 +42,17 @@ fn main() -> ExitCode {
         Some(warden::LEAVES) => return warden::leaves(),
         _ => {}
     }
-    let trials = stories::ALL.iter().map(|(name, story)| {
-        let run = || {
-            stories::run(*story);
+    let trial = |(name, story): &Story| {
+        let story = *story;
+        let run = move || {
+            stories::run(story);
             Ok::<(), Failed>(())
         };
         Trial::test(*name, run)
-    });
-    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+    };
+    let mut trials: Vec<Trial> = stories::ALL.iter().map(trial).collect();
+    // Figures for those who ask for them: `--ignored`.
+    let measured = trial(&("measure_checkpoints", checkpoint::measure_checkpoints));
+    trials.push(measured.with_ignored_flag(true));
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

@@ -11,6 +11,7 @@ use spore_wire::vmm::{FromVmm, VmmState};
 use spore_wire::zygote::{ExitedBy, FdRole};
 
 use crate::attempt::{self, Fate};
+use crate::checkpoint::source_keeps_its_uid_filter_and_speed_after_checkpoint;
 use crate::launch::{
     a_guest_runs_with_every_thread_in_its_cell,
     a_paused_guest_is_saved_copied_and_restored_in_the_jail,
@@ -35,6 +36,7 @@ stories! {
     vmms_go_on_without_their_zygote,
     an_end_is_told_and_takes_all_of_the_vm_with_it,
     a_copy_outlives_its_vmm,
+    a_copy_ends_with_whoever_reads_it_or_after_its_time,
     a_zygote_whose_node_reads_nothing_ends_with_it,
     thirty_vmms_leave_nothing_behind,
     wrong_requests_are_refused_and_the_zygote_goes_on,
@@ -43,6 +45,7 @@ stories! {
     a_vmm_is_born_in_its_cgroup,
     a_guest_runs_with_every_thread_in_its_cell,
     a_paused_guest_is_saved_copied_and_restored_in_the_jail,
+    source_keeps_its_uid_filter_and_speed_after_checkpoint,
     a_vmm_at_its_limit_of_descriptors_refuses_and_goes_on,
     a_vmm_that_gets_no_memory_refuses_or_ends_alone,
     what_is_no_zygotes_start_ends_with_its_code,
@@ -77,10 +80,10 @@ fn every_vmm_has_exactly_its_fds_uid_and_filter() {
     let of = zygote.process();
     let signals = "anon_inode:[signalfd]";
     let ends = [(3, "socket"), (4, null), (5, signals)];
-    assert_eq!(
-        of.open(),
-        open(&[&[(0, null), (1, null), (2, null)][..], &ends].concat())
-    );
+    // It lets go of its VMM's pidfd when it has told of it.
+    of.wait_open(&open(
+        &[&[(0, null), (1, null), (2, null)][..], &ends].concat(),
+    ));
     of.check_jail(zygote.first);
     // SETGID, SETUID, SETPCAP and SYS_ADMIN, in its user namespace.
     of.check_capabilities("00000000002001c0");
@@ -122,12 +125,13 @@ fn every_vmm_has_exactly_its_fds_uid_and_filter() {
     assert_eq!(of.limit("Max file size"), "unlimited");
 
     let reads = vmm.connect();
-    assert_eq!(talk.asks("copy"), "5");
+    assert_eq!(talk.asks("copy 60000"), "5");
     wait_for(reads.0.as_fd());
     let of = vmm.process.child();
-    assert_eq!(of.open(), and(&[(6, "socket"), (7, "socket")]));
+    assert_eq!(of.open(), open(&[(5, "pipe"), (7, "socket")]));
     of.check_jail(vmm.uid);
     of.check_vm(5);
+    assert_eq!(of.status("Name"), "spore-frozen");
     assert_eq!(of.threads().len(), 1);
     // Each list that it has had is still there: zygote, first thread twice, copy.
     of.wait_filters("4");
@@ -217,7 +221,7 @@ fn a_copy_outlives_its_vmm() {
     let zygote = Zygote::new();
     let vmm = zygote.spawn(1);
     let (talk, reads) = (vmm.connect(), vmm.connect());
-    talk.asks("copy");
+    talk.asks("copy 60000");
     wait_for(reads.0.as_fd());
     let copy = vmm.process.child();
     vmm.kill();
@@ -228,11 +232,36 @@ fn a_copy_outlives_its_vmm() {
     let (_, listens) = listener();
     zygote.asks(vmm.uid, &[(FdRole::Control, listens.as_fd())]);
     assert!(zygote.refuses().1.contains("another VM"));
-    // Nobody reads from it any more, so it ends.
+    // Nobody holds the other end any more.
     drop(reads);
     zygote.waits_gone(&vmm);
     assert!(!copy.is_alive());
     zygote.close();
+}
+
+fn a_copy_ends_with_whoever_reads_it_or_after_its_time() {
+    let zygote = Zygote::new();
+    let vmm = zygote.spawn(1);
+    let talk = vmm.connect();
+    let reads = vmm.connect();
+    talk.asks("copy 60000");
+    wait_for(reads.0.as_fd());
+    let copy = vmm.process.child();
+    drop(reads);
+    copy.wait_end();
+    let reads = vmm.connect();
+    talk.asks("copy 100");
+    wait_for(reads.0.as_fd());
+    // Its byte, and then the end.
+    assert_eq!(reads.hears().as_deref(), Some("\u{1}"));
+    assert_eq!(reads.hears(), None);
+    // Nobody waits for them, and none is left.
+    while !vmm.process.children().is_empty() {
+        std::thread::yield_now();
+    }
+    assert_eq!(talk.asks("echo still"), "still");
+    zygote.close();
+    vmm.kill();
 }
 
 fn a_zygote_whose_node_reads_nothing_ends_with_it() {

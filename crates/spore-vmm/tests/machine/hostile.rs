@@ -30,7 +30,8 @@ use spore_wire::cause::chain;
 use spore_wire::launch::Incarnation;
 
 use crate::boot::LIMIT;
-use crate::restore::{counts, kernel, tiny, word};
+use crate::restore::{counts, tiny, word};
+use crate::tiny::kernel;
 use crate::{file, usable};
 
 const MEMORY_MIB: u32 = 64;

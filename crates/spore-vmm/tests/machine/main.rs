@@ -6,6 +6,8 @@ mod boot;
 mod hostile;
 mod restore;
 mod running;
+#[path = "../tiny/mod.rs"]
+mod tiny;
 
 use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};

@@ -25,13 +25,13 @@ use spore_wire::cause::chain;
 use spore_wire::launch::Incarnation;
 
 use crate::boot::{BYTES, Host, LIMIT, NO_NETWORK, is_its_end, says, text, with, with_kernel};
+use crate::tiny::{ENTRY, kernel};
 use crate::{file, usable};
 
 const FORKS: u8 = 10;
 
-/// What the tiny guest has, and where its kernel and its words are.
+/// What the tiny guest has, and where its words are.
 const SMALL: u32 = 64;
-const ENTRY: u32 = 0x20_0000;
 const COUNT: Gpa = Gpa(0x30_0000);
 const STOP: Gpa = Gpa(0x30_0004);
 const NAME: Gpa = Gpa(0x30_0008);
@@ -51,39 +51,6 @@ const CODE: [u8; 31] = [
     0xb0, 0xfe, 0xe6, 0x64,       // mov al, 0xfe; out 0x64, al
     0xf4, 0xeb, 0xfd,             // hlt; jmp back
 ];
-
-/// An ELF file with a PVH entry, of one segment with some code.
-pub(crate) fn kernel(code: &[u8]) -> OwnedFd {
-    let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
-    bytes.resize(16, 0);
-    bytes.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    bytes.extend(u64::from(ENTRY).to_le_bytes());
-    bytes.extend(64_u64.to_le_bytes());
-    bytes.extend([0; 12]);
-    bytes.extend([64, 0, 56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
-    let note = 0x100_u64;
-    let start = 0x200_u64;
-    for (kind, at, address, length) in [
-        (1_u32, start, u64::from(ENTRY), code.len() as u64),
-        (4, note, 0, 20),
-    ] {
-        bytes.extend(kind.to_le_bytes());
-        bytes.extend(5_u32.to_le_bytes());
-        for number in [at, address, address, length, length, 4] {
-            bytes.extend(number.to_le_bytes());
-        }
-    }
-    bytes.resize(0x100, 0);
-    // The entry for 32 bits: XEN_ELFNOTE_PHYS32_ENTRY.
-    for number in [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), ENTRY] {
-        bytes.extend(number.to_le_bytes());
-    }
-    bytes.resize(0x200, 0);
-    bytes.extend(code);
-    let kernel = file(0);
-    rustix::io::pwrite(&kernel, &bytes, 0).unwrap();
-    kernel
-}
 
 fn entropy(board: &mut Board<'_>) -> Result<(), BoardError> {
     board.plug(Slot::Rng, Rng::new(rng::host))

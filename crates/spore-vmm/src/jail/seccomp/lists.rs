@@ -273,6 +273,8 @@ const MAKE: &[Call] = &[
             is(1, KVM_SET_DEVICE_ATTR),
         ],
     ),
+    // What KVM shares with a processor's thread is in no copy of the process.
+    any(libc::SYS_madvise, &[int(2, libc::MADV_DONTFORK)]),
 ];
 
 /// A machine's state is read, while its guest stands still.
@@ -297,23 +299,19 @@ const SAVE: &[Call] = &[any(
     ],
 )];
 
-/// A copy of the process is made for a checkpoint, and reaped.
+/// A copy of the process is made for a checkpoint, and lets go of what is the guest's. Nobody waits
+/// for its end.
 const COPIES: &[Call] = &[
     any(libc::SYS_clone, &[is(0, COPY)]),
-    always(libc::SYS_wait4),
-    always(libc::SYS_waitid),
+    any(libc::SYS_prctl, &[int(0, libc::PR_SET_NAME)]),
+    always(libc::SYS_close_range),
 ];
 
-/// What a copy does: it lets go of all that is the guest's but its memory, and writes that.
+/// What a copy does then: it says that it is there, and waits.
 const COPYING: &[Call] = &[
-    always(libc::SYS_close),
-    always(libc::SYS_close_range),
-    always(libc::SYS_pread64),
     always(libc::SYS_write),
-    always(libc::SYS_pwrite64),
+    always(libc::SYS_ppoll),
     always(libc::SYS_exit_group),
-    always(libc::SYS_exit),
-    always(libc::SYS_rt_sigreturn),
     always(libc::SYS_restart_syscall),
 ];
 
@@ -343,6 +341,8 @@ const ZYGOTE: &[Call] = &[
     always(libc::SYS_ioctl),
     always(libc::SYS_prctl),
     always(libc::SYS_prlimit64),
+    always(libc::SYS_wait4),
+    always(libc::SYS_waitid),
     always(libc::SYS_pipe2),
     always(libc::SYS_dup3),
     always(libc::SYS_getsockopt),

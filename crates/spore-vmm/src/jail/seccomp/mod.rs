@@ -45,7 +45,7 @@ pub enum Cell {
     Disks,
     /// A thread of a processor.
     Vcpu,
-    /// A frozen copy of a VMM, which writes the guest's memory to a file.
+    /// A frozen copy of a VMM, which waits.
     Copy,
 }
 
