@@ -6,18 +6,22 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use spore_wire::vmm::{CopyState, FromVmm, PACKET_BYTES_MAX, ToVmm, VmmState};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::packet::PacketSocket;
 
 /// How long one request may take, beside what it says itself; each is milliseconds of work.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// When to try again to be let in by a VMM at whose socket too many wait.
+const LET_IN_AGAIN: Duration = Duration::from_millis(20);
 
 /// Events that wait to be taken; more are forgotten, oldest first.
 const EVENTS_MAX: usize = 16;
@@ -57,10 +61,7 @@ impl Client {
     /// Connects, and hears how far the VMM is.
     pub(super) async fn connect(path: &Path, wait: Duration) -> io::Result<Self> {
         let connected = async {
-            let flags = SocketFlags::CLOEXEC;
-            let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-            connect(&socket, &SocketAddrUnix::new(path)?)?;
-            let socket = PacketSocket::new(socket, PACKET_BYTES_MAX)?;
+            let socket = PacketSocket::new(let_in(path).await?, PACKET_BYTES_MAX)?;
             let greeting = match socket.receive().await?.0 {
                 FromVmm::Hello {
                     state,
@@ -179,6 +180,25 @@ impl Client {
     }
 }
 
+/// A connection, as soon as there is room for one more among those that wait. Never waits in the
+/// kernel: a VMM that lets nobody in would have a thread of the runtime each time.
+async fn let_in(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let address = SocketAddrUnix::new(path)?;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    loop {
+        match connect(&socket, &address) {
+            // The queue is full (unix(7)); there is nothing that tells when it is not.
+            Err(Errno::AGAIN) => sleep(LET_IN_AGAIN).await,
+            Err(Errno::INTR) => {}
+            connected => {
+                connected?;
+                return Ok(socket);
+            }
+        }
+    }
+}
+
 fn unexpected(message: &FromVmm) -> io::Error {
     let said = plain(&format!("{message:?}"));
     io::Error::other(format!("the VMM said {said} where it should greet"))
@@ -270,6 +290,32 @@ mod tests {
         assert!(!client.is_in_step());
         drop(client);
         vmm.join().unwrap();
+    }
+
+    /// A thread of the runtime that waited in the kernel would be lost to everybody.
+    #[test]
+    fn a_vmm_that_lets_nobody_in_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmm");
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC;
+        let listener = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let (sender, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = { runtime }.enable_all().build().unwrap();
+            for _ in 0..5 {
+                let connected = Client::connect(&path, Duration::from_millis(50));
+                let refused = runtime.block_on(connected).unwrap_err();
+                sender.send(refused.to_string()).unwrap();
+            }
+        });
+        for _ in 0..5 {
+            let refused = told.recv_timeout(Duration::from_secs(5)).unwrap();
+            assert_eq!(refused, "the VMM did not speak within 50ms");
+        }
     }
 
     #[tokio::test]
