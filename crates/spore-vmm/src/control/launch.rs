@@ -95,7 +95,7 @@ pub enum LaunchError {
 
 /// What a guest's devices are made of.
 #[derive(Debug)]
-struct Devices {
+pub struct Devices {
     image: Raw,
     folder: Raw,
     scratch: Option<Scratch>,
@@ -242,7 +242,8 @@ fn scratch(blob: &launch::Scratch, files: &mut Files) -> Result<Scratch, LaunchE
 }
 
 impl Devices {
-    fn new(blob: &Launch, files: &mut Files) -> Result<Self, LaunchError> {
+    /// Takes what the blob names for them. Nothing of it is KVM's.
+    pub fn new(blob: &Launch, files: &mut Files) -> Result<Self, LaunchError> {
         let image = Raw::new(files.take(blob.image)?, Access::ReadOnly);
         let folder = Raw::new(files.take(blob.folder)?, Access::ReadOnly);
         let on = blob.scratch.as_ref();
