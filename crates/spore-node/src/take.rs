@@ -356,6 +356,7 @@ impl Sealing {
             state,
             scratch,
         } = capture;
+        let memory = memory.finished().await.map_err(|error| failed(vm, error))?;
         let scratch = match scratch {
             Some(copy) => Some(copy.finished().await.map_err(|error| failed(vm, error))?),
             None => None,

@@ -11,6 +11,8 @@
 //!   v1      /sys/fs/cgroup/memory/PARENT/VMID, …/cpu/PARENT/VMID, …/pids/PARENT/VMID
 //! ```
 
+mod memory;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,6 +24,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
 
+pub use self::memory::LentMemory;
 use crate::hypervisor::VmStats;
 
 /// The period of the cpu limit, the kernel's own default.
@@ -191,28 +194,6 @@ impl Cgroups {
             }
             for controller in &hierarchy.controllers {
                 write_limits(&path, *controller, hierarchy.version, limits)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Lets the cgroup `name` have more memory than it was made with.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn raise_memory(&self, name: &str, bytes: u64) -> io::Result<()> {
-        let memory = bytes.to_string();
-        for (hierarchy, path) in self.folders(name) {
-            if !hierarchy.controllers.contains(&Controller::Memory) {
-                continue;
-            }
-            match hierarchy.version {
-                Version::One => {
-                    // The limit with swap goes first: it is never below the one without.
-                    write_if_there(&path.join("memory.memsw.limit_in_bytes"), &memory)?;
-                    fs::write(path.join("memory.limit_in_bytes"), &memory)?;
-                }
-                Version::Two => fs::write(path.join("memory.max"), &memory)?,
             }
         }
         Ok(())

@@ -91,10 +91,22 @@ fn a_cgroup_of_this_host_is_made_limited_killed_and_removed() {
     let text = std::fs::read_to_string(format!("/proc/{}/cgroup", child.id())).unwrap();
     assert!(cgroups.holds("one", &text), "{text}");
     assert_eq!(cgroups.stats("one").unwrap().pids, 1);
+    let limit = || cgroups.memory_limit("one").unwrap();
+    assert_eq!(limit(), Some(64 << 20));
+    let lent = cgroups.lend_memory("one", 32 << 20).unwrap();
+    assert_eq!(limit(), Some(96 << 20));
+    drop(lent);
+    assert_eq!(limit(), Some(64 << 20));
+    cgroups.raise_memory("one", 80 << 20).unwrap();
+    assert_eq!(limit(), Some(80 << 20));
+    let lent = cgroups.lend_memory("one", 1 << 20).unwrap();
     assert!(!cgroups.was_out_of_memory("one").unwrap());
     assert_eq!(cgroups.list().unwrap(), ["one"]);
     cgroups.remove("one").unwrap();
     cgroups.remove("one").unwrap();
+    // It is gone, and nothing is to be given back.
+    drop(lent);
+    assert!(cgroups.lend_memory("one", 1).is_err());
     assert_eq!(cgroups.list().unwrap(), Vec::<String>::new());
     // Reaped by `remove`, or it is reaped here: dead it is either way.
     assert!(child.wait().map_or(true, |status| !status.success()));

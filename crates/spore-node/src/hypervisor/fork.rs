@@ -35,7 +35,7 @@ pub enum Afterwards {
 #[derive(Debug)]
 pub struct Capture {
     /// Its memory.
-    pub memory: CapturedMemory,
+    pub memory: MemoryCopy,
     /// Its devices, in the driver's own form.
     pub state: File,
     /// Its scratch disk, where it has one.
@@ -52,7 +52,7 @@ impl Capture {
             Some(copy) => Some(Arc::new(copy.finished().await?.over(source))),
             None => None,
         };
-        let memory = self.memory;
+        let memory = self.memory.finished().await?;
         let merged = tokio::task::spawn_blocking(move || memory.merge()).await;
         let merged = merged.map_err(|error| CaptureError::Step {
             what: "merging its memory",
@@ -150,6 +150,31 @@ impl ScratchCopy {
             what: "copying its scratch disk",
             source: io::Error::other(error),
         })?
+    }
+}
+
+/// A guest's memory as it stood.
+#[derive(Debug)]
+pub enum MemoryCopy {
+    /// It is there.
+    Done(CapturedMemory),
+    /// It is being read while the VM goes on; to its end, whether or not that is waited for.
+    Reading(JoinHandle<Result<CapturedMemory, CaptureError>>),
+}
+
+impl MemoryCopy {
+    /// Waits until it is there.
+    ///
+    /// # Errors
+    /// [`CaptureError`]; the VM is not the worse for it.
+    pub async fn finished(self) -> Result<CapturedMemory, CaptureError> {
+        match self {
+            Self::Done(memory) => Ok(memory),
+            Self::Reading(task) => task.await.map_err(|error| CaptureError::Step {
+                what: "reading its memory",
+                source: io::Error::other(error),
+            })?,
+        }
     }
 }
 

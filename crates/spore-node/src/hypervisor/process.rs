@@ -6,7 +6,9 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::{AttachError, Identity};
@@ -45,6 +47,13 @@ pub(super) fn uid_of(status: &str) -> Option<u32> {
     let ended = field("State:").is_some_and(|state| state.trim_start().starts_with(['Z', 'X']));
     let uid = field("Uid:")?.split_whitespace().next()?.parse().ok();
     uid.filter(|_uid| !ended)
+}
+
+/// Whether a process ends within a time. Blocks.
+pub(super) fn has_ended(pidfd: &OwnedFd, within: Duration) -> bool {
+    let limit = Timespec::try_from(within).ok();
+    let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
+    poll(&mut watched, limit.as_ref()).is_ok_and(|count| count > 0)
 }
 
 /// The identity of the process `pid`, which is alive and in the cgroup called `cgroup`.

@@ -59,6 +59,8 @@ impl Driver {
             device: "/dev/kvm".into(),
             boundary: Boundary::Kvm,
             parked,
+            // Nearly all forks have more, and QEMU's are read in the pause.
+            freeze_from_mib: 1,
             egress: config.egress,
         };
         Ok(Self::Kvm(Kvm::open(config).await?))

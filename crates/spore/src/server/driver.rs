@@ -27,6 +27,10 @@ const NAMESPACE_POOL: usize = 4;
 /// VMMs made ahead, each some MiB: a wake or a fork does not wait for one.
 const PARKED_VMMS: usize = 2;
 
+/// From so much written memory on, a checkpoint copies the VMM instead of reading it in the pause
+/// (docs/adr/0005).
+const FREEZE_FROM_MIB: u32 = 32;
+
 /// What hosts VMs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum HypervisorChoice {
@@ -172,6 +176,7 @@ fn kvm_config(config: &ServerConfig, program: &Path, boundary: Boundary) -> KvmC
         device: "/dev/kvm".into(),
         boundary,
         parked: PARKED_VMMS,
+        freeze_from_mib: FREEZE_FROM_MIB,
         egress: egress(config, program),
     }
 }

@@ -93,6 +93,8 @@ pub struct KvmConfig {
     pub boundary: Boundary,
     /// VMMs that are made ahead, at most.
     pub parked: usize,
+    /// From so much own memory on, a checkpoint reads it from a frozen copy of the VMM.
+    pub freeze_from_mib: u32,
     /// What calls [`crate::egress::main`].
     pub egress: EgressLauncher,
 }
@@ -346,6 +348,7 @@ impl Hypervisor for Kvm {
             how: How {
                 open_memory,
                 new_layer: files::new_layer,
+                freeze_from: Some(u64::from(self.shared.config.freeze_from_mib) * MIB),
             },
             ends: Some(Arc::clone(self.shared.zygotes.ends()) as Arc<dyn Ends>),
         };

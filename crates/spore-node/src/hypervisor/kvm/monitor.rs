@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -231,6 +231,12 @@ impl Monitor for KvmMonitor {
             begun.map_err(step("copying its scratch disk"))?;
         }
         Ok(())
+    }
+
+    async fn freeze(&mut self, socket: OwnedFd, limit: Duration) -> io::Result<()> {
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let freeze = ToVmm::Freeze { limit_ms };
+        self.ask(freeze, &[socket.as_fd()]).await.map(drop)
     }
 
     /// Nothing holds it back: it is made by a thread of its own.

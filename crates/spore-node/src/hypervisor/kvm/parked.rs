@@ -22,11 +22,12 @@ use spore_wire::zygote::FdRole;
 
 use super::client::Client;
 use super::files::listening;
-use super::strays::{has_ended, is_free};
+use super::strays::is_free;
 use super::zygote::Spawned;
 use super::{GREETING_TIMEOUT, Shared};
 use crate::hypervisor::Machine;
 use crate::hypervisor::monitored::in_memory::bounded_log;
+use crate::hypervisor::process::has_ended;
 use crate::hypervisor::room::blocking;
 
 /// How long one that is ended is waited for.

@@ -16,12 +16,11 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::cgroup::kill_process;
-use crate::hypervisor::process::uid_of;
+use crate::hypervisor::process::{has_ended, uid_of};
 
 /// How long processes that are killed are waited for.
 const ENDING: Duration = Duration::from_secs(5);
@@ -78,13 +77,6 @@ pub(super) fn is_free(uid: u32, within: Duration) -> bool {
         waited += STEP;
     }
     true
-}
-
-/// Whether a process ends within a time. Blocks.
-pub(super) fn has_ended(pidfd: &OwnedFd, within: Duration) -> bool {
-    let limit = Timespec::try_from(within).ok();
-    let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
-    poll(&mut watched, limit.as_ref()).is_ok_and(|count| count > 0)
 }
 
 /// The processes whose uid is wanted. Each is opened first and looked at then, so that a number

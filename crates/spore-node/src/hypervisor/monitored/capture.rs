@@ -9,9 +9,9 @@
 //!   runs   ─┬─ monitor: files for devices and disk handed over
 //!           └─ memory: found, room made for its own pages (fork)
 //!   paused ─┬─ monitor: devices saved, copy of the scratch disk begun (`copy.rs`)
-//!           └─ memory: own pages (fork), all pages (booted, goes on), or read once it is written
-//!              to the disk (booted, sleeps)
-//!   runs   ─── scratch disk copied ──▶ Capture whole
+//!           └─ memory: own pages (fork), a frozen copy of the VMM (fork with many, goes on), all
+//!              pages (booted, goes on), or read once it is written to the disk (booted, sleeps)
+//!   runs   ─── scratch disk copied, frozen copy read (`frozen.rs`) ──▶ Capture whole
 //!   killed, once it is: its memory sealed (booted, ends)
 //! ```
 
@@ -29,13 +29,14 @@ use rustix::io::Errno;
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 use tokio::time::sleep;
 
+use super::frozen::{self, Frozen, Origin};
 use super::pages::{self, Reader, Sharing};
 use super::vm::{How, MonitoredVm, Order};
 use super::{Handed, HandedScratch};
 use crate::disk::overlay::DiskKey;
 use crate::hypervisor::Vm as _;
 use crate::hypervisor::fork::{
-    Afterwards, Below, Capture, CaptureError, CapturedScratch, PauseError, ScratchCopy,
+    Afterwards, Below, Capture, CaptureError, CapturedScratch, MemoryCopy, PauseError, ScratchCopy,
     ScratchLayer, Turn,
 };
 use crate::hypervisor::memory_image::{CapturedMemory, MemoryDraft, MemoryImage, SEALED};
@@ -190,10 +191,9 @@ impl MonitoredVm {
         } = ready;
         let (saved, copied) = tokio::join!(
             ask(&self.orders, Order::Capture),
-            blocking(move || memory.copy(afterwards)),
+            self.copy_memory(memory, afterwards),
         );
         let saved = saved.map_err(step("saving its devices")).flatten();
-        let copied = copied.map_err(step("a worker thread")).flatten();
         let memory = match saved.and(copied) {
             Ok(memory) => memory,
             Err(error) => {
@@ -218,15 +218,58 @@ impl MonitoredVm {
             // It stands still until the copy is on the disk.
             drop(self.orders.send(Order::Hasten).await);
         }
-        let memory = match memory {
-            Copied::Done(memory) => memory,
-            Copied::Its(draft) => CapturedMemory::Whole(Arc::new(draft.seal()?)),
-        };
         Ok(Capture {
-            memory,
+            memory: memory.taken()?,
             state,
             scratch,
         })
+    }
+
+    /// Of a fork that goes on and has many pages of its own a frozen copy is made. Where none can
+    /// be had, they are read while the guest stands still.
+    async fn copy_memory(
+        &self,
+        memory: Memory,
+        afterwards: Afterwards,
+    ) -> Result<Copied, CaptureError> {
+        if let (Memory::Forked { base, frozen, .. }, Afterwards::GoesOn) = (&memory, afterwards)
+            && let Some(many) = frozen
+        {
+            match self.freeze(*many).await {
+                Ok(frozen) => return Ok(Copied::Frozen(Arc::clone(base), frozen)),
+                Err(error) => {
+                    tracing::warn!(vm = %self.vm, %error, "its memory is read in the pause");
+                }
+            }
+        }
+        let copied = blocking(move || memory.copy(afterwards)).await;
+        copied.map_err(step("a worker thread")).flatten()
+    }
+
+    async fn freeze(&self, many: Many) -> io::Result<Frozen> {
+        let alone = Arc::clone(&self.freezing).try_lock_owned();
+        let alone = alone.map_err(|_held| io::Error::other("another copy of it is there"))?;
+        let cgroup = self.vm.to_string();
+        let cgroups = self.rooms.cgroups();
+        // Each page that the guest changes is there twice, and it must not die of that.
+        let lent = cgroups.lend_memory(&cgroup, (many.own + pages::more(many.own)) as u64)?;
+        let (theirs, socket) = frozen::sockets()?;
+        let frozen = Frozen {
+            socket,
+            origin: Origin {
+                cgroups: cgroups.clone(),
+                cgroup,
+                pid: self.pid,
+                uid: self.uid,
+                inode: many.inode,
+                bytes: many.bytes,
+            },
+            _lent: lent,
+            _alone: alone,
+        };
+        let freeze = |answer| Order::Freeze(theirs, frozen::LIMIT, answer);
+        ask(&self.orders, freeze).await.flatten()?;
+        Ok(frozen)
     }
 
     /// Waits for a copy that was begun, whether or not anybody waits for that.
@@ -270,15 +313,43 @@ enum Memory {
     Forked {
         base: Arc<MemoryImage>,
         own: Box<Reader>,
+        /// Where they are too many to be read while the guest stands still.
+        frozen: Option<Many>,
     },
     /// In a file of its own.
     Booted { file: File, bytes: u64 },
 }
 
-/// Memory that was copied, or is to be taken over once its VMM is gone.
+/// The own pages of a VMM that has many.
+#[derive(Clone, Copy, Debug)]
+struct Many {
+    /// The file of the whole memory, and its size.
+    inode: u64,
+    bytes: u64,
+    /// What they were when the capture was prepared.
+    own: usize,
+}
+
+/// Memory that was copied, is to be taken over once its VMM is gone, or stands still in a copy.
 enum Copied {
     Done(CapturedMemory),
     Its(MemoryDraft),
+    Frozen(Arc<MemoryImage>, Frozen),
+}
+
+impl Copied {
+    /// A frozen one is read from now on, whether or not anybody waits for it.
+    fn taken(self) -> Result<MemoryCopy, CaptureError> {
+        Ok(match self {
+            Self::Done(memory) => MemoryCopy::Done(memory),
+            Self::Its(draft) => MemoryCopy::Done(CapturedMemory::Whole(Arc::new(draft.seal()?))),
+            Self::Frozen(base, frozen) => MemoryCopy::Reading(tokio::spawn(async move {
+                let read = blocking(move || frozen.read()).await.flatten();
+                let pages = read.map_err(step("reading its frozen copy"))?;
+                Ok(CapturedMemory::Changed { base, pages })
+            })),
+        })
+    }
 }
 
 impl Memory {
@@ -288,10 +359,21 @@ impl Memory {
         let mapping = pages::find(pid, inode, bytes).map_err(step("finding its memory"))?;
         Ok(match mapping.sharing {
             Sharing::Private => {
-                let own = Reader::open(pid, mapping, bytes);
+                let looking = || step("looking at its pages");
+                let mut reader = Reader::open(pid, mapping, bytes).map_err(looking())?;
+                let own = reader.own_bytes().map_err(looking())?;
+                let many = |from: &u64| own as u64 >= *from;
+                let frozen = how
+                    .freeze_from
+                    .filter(many)
+                    .map(|_| Many { inode, bytes, own });
+                if frozen.is_none() {
+                    reader.make_room(own);
+                }
                 Self::Forked {
                     base: Arc::new(MemoryImage::from_sealed_memfd(file.into(), bytes)?),
-                    own: Box::new(own.map_err(step("looking at its pages"))?),
+                    own: Box::new(reader),
+                    frozen,
                 }
             }
             Sharing::Shared => Self::Booted { file, bytes },
@@ -300,7 +382,7 @@ impl Memory {
 
     fn copy(self, afterwards: Afterwards) -> Result<Copied, CaptureError> {
         match (self, afterwards) {
-            (Self::Forked { base, own }, _) => {
+            (Self::Forked { base, own, .. }, _) => {
                 let pages = own.copy().map_err(step("copying its pages"))?;
                 Ok(Copied::Done(CapturedMemory::Changed { base, pages }))
             }

@@ -7,10 +7,12 @@
 //!   vm.rs        a VM and the task that watches it
 //!   capture.rs   pausing, and taking down what makes it what it is
 //!   pages.rs     what a VMM has written of its guest's memory
+//!   frozen.rs    the same, of a copy of the VMM that stands still
 //!   tail.rs      the last lines of what a tenant may have written
 //! ```
 
 pub(super) mod capture;
+mod frozen;
 pub(super) mod in_memory;
 pub(super) mod pages;
 pub(super) mod tail;
@@ -18,6 +20,8 @@ pub(super) mod vm;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use spore_wire::id::VmId;
@@ -61,6 +65,13 @@ pub(super) trait Monitor: Send + 'static {
     /// Writes what its devices are, and begins the copy of its disk. Legal while it stands still,
     /// once for each [`prepare`](Self::prepare).
     async fn capture(&mut self) -> Result<(), CaptureError>;
+
+    /// Has the VMM make a copy of itself that stands still: its guest's memory, as it is now, for
+    /// as long as nobody closes the other end of `socket`, `limit` at most. Legal while it stands
+    /// still, of a memory that is mapped privately.
+    async fn freeze(&mut self, _socket: OwnedFd, _limit: Duration) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Does not hold the copy back any more.
     async fn hasten(&mut self);

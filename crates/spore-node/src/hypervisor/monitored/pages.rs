@@ -1,6 +1,7 @@
 //! What a VMM has written of its guest's memory, seen from outside.
 //!
-//! Called by `capture.rs` while the guest is paused. The kernel knows it (proc(5), pagemap): a page
+//! Called by `capture.rs` while the guest is paused, and by `frozen.rs` of a copy of the VMM while
+//! the guest runs. The kernel knows it (proc(5), pagemap): a page
 //! of a private mapping that is present and no page of the file was copied because it was written
 //! to. Reads the VMM's memory and never writes it; what is read is a tenant's, and never more than
 //! the size of the guest.
@@ -93,8 +94,7 @@ fn parse(maps: &str, inode: u64, bytes: u64) -> Option<Mapping> {
     })
 }
 
-/// Copies the pages of a private mapping that are the VMM's own. Made while the guest runs: then
-/// the room for them is there, and nothing has to be opened, once it stands still.
+/// Copies the pages of a private mapping that are the VMM's own.
 #[derive(Debug)]
 pub(super) struct Reader {
     pid: u32,
@@ -106,20 +106,28 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// Of a mapping of `bytes` bytes in the VMM `pid`. Blocks.
+    /// Of a mapping of `bytes` bytes in the VMM `pid`.
     pub(super) fn open(pid: u32, mapping: Mapping, bytes: u64) -> io::Result<Self> {
-        let mut this = Self {
+        Ok(Self {
             pid,
             start: mapping.start,
             pages: bytes / PAGE_BYTES,
             pagemap: File::open(format!("/proc/{pid}/pagemap"))?,
             entries: vec![0; ENTRIES * ENTRY_BYTES],
             room: Zeroizing::default(),
-        };
-        let now = sum(&this.runs()?)?;
+        })
+    }
+
+    /// How many bytes the pages have as they are now. Blocks.
+    pub(super) fn own_bytes(&mut self) -> io::Result<usize> {
+        sum(&self.runs()?)
+    }
+
+    /// Takes room for so many bytes and some more, while the guest runs: nothing needs to be asked
+    /// of the kernel once it stands still.
+    pub(super) fn make_room(&mut self, own: usize) {
         // Written to, so that the kernel has given it: what is only zero it gives when it is used.
-        this.room = Zeroizing::new(vec![0xff; now + now / 4 + ROOM_MORE]);
-        Ok(this)
+        self.room = Zeroizing::new(vec![0xff; own + more(own)]);
     }
 
     /// The pages as they are now. Blocks.
@@ -152,6 +160,11 @@ impl Reader {
         }
         Ok(runs)
     }
+}
+
+/// What a guest may write beyond what it has, between the two looks at it.
+pub(super) const fn more(own: usize) -> usize {
+    own / 4 + ROOM_MORE
 }
 
 fn sum(runs: &[PageRun]) -> io::Result<usize> {

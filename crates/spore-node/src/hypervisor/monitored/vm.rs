@@ -39,7 +39,9 @@ use crate::egress::launch::EgressLauncher;
 use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, PauseError, Turn};
 use crate::hypervisor::proxy::EgressProxy;
 use crate::hypervisor::room::Rooms;
-use crate::hypervisor::{AgentStream, AttachError, PolicyError, Prepared, Vm, VmExit, VmStats};
+use crate::hypervisor::{
+    AgentStream, AttachError, Machine, PolicyError, Prepared, Vm, VmExit, VmStats,
+};
 use crate::net::policy::Policy;
 use crate::sys;
 
@@ -63,6 +65,9 @@ pub(in crate::hypervisor) struct How {
     pub(in crate::hypervisor) open_memory: fn(u32, u64) -> io::Result<File>,
     /// Makes an empty layer of so many MiB, with a key or without.
     pub(in crate::hypervisor) new_layer: fn(&Disks, u32, Option<&DiskKey>) -> io::Result<File>,
+    /// From how many bytes on a fork's own pages are read from a frozen copy of its VMM, and not in
+    /// the pause. `None`: it makes none.
+    pub(in crate::hypervisor) freeze_from: Option<u64>,
 }
 
 /// The process of a VMM, checked to be the one that the node has started.
@@ -78,6 +83,7 @@ pub(in crate::hypervisor) struct MonitoredVm {
     pub(super) rooms: Arc<Rooms>,
     pub(super) vm: VmId,
     pub(super) pid: u32,
+    pub(super) uid: u32,
     pub(super) how: How,
     namespace: String,
     policy: Policy,
@@ -94,6 +100,8 @@ pub(in crate::hypervisor) struct MonitoredVm {
     pub(super) turn: Arc<Mutex<()>>,
     /// Held while its disk is copied.
     pub(super) copying: Arc<Mutex<()>>,
+    /// Held while there is a frozen copy of its VMM.
+    pub(super) freezing: Arc<Mutex<()>>,
 }
 
 /// What the task of a VM is asked.
@@ -111,6 +119,8 @@ pub(super) enum Order {
     Prepare(Handed, oneshot::Sender<io::Result<(Below, u64)>>),
     /// To write what its devices are, and to begin the copy of its disk.
     Capture(oneshot::Sender<Result<(), CaptureError>>),
+    /// To make a copy of the VMM that stands still, by this socket and so long at most.
+    Freeze(OwnedFd, Duration, oneshot::Sender<io::Result<()>>),
     /// Not to hold the copy back any more.
     Hasten,
     /// Whether the copy is whole; it is let go of then.
@@ -177,15 +187,12 @@ impl MonitoredVm {
         };
         Ok(Self {
             watcher: tokio::spawn(watcher.run(publish)),
-            policy: if machine.egress.is_empty() {
-                Policy::Open
-            } else {
-                Policy::OpenWithEgress
-            },
+            policy: policy_of(&machine),
             namespace: prepared.namespace.clone(),
             rooms,
             vm,
             pid,
+            uid: prepared.uid,
             how,
             pidfd,
             exit,
@@ -195,6 +202,7 @@ impl MonitoredVm {
             ready: Mutex::default(),
             turn: Arc::default(),
             copying: Arc::default(),
+            freezing: Arc::default(),
         })
     }
 }
@@ -349,6 +357,9 @@ impl<M: Monitor> Watcher<M> {
             }
             Order::Prepare(handed, answer) => drop(answer.send(self.monitor.prepare(handed).await)),
             Order::Capture(answer) => drop(answer.send(self.monitor.capture().await)),
+            Order::Freeze(socket, limit, answer) => {
+                drop(answer.send(self.monitor.freeze(socket, limit).await));
+            }
             Order::Hasten => self.monitor.hasten().await,
             Order::Copied(answer) => drop(answer.send(self.monitor.is_copied().await)),
             Order::Forget => {
@@ -419,6 +430,13 @@ impl<M: Monitor> Watcher<M> {
             reason,
             out_of_memory,
         }
+    }
+}
+
+const fn policy_of(machine: &Machine) -> Policy {
+    match machine.egress.is_empty() {
+        true => Policy::Open,
+        false => Policy::OpenWithEgress,
     }
 }
 

@@ -352,6 +352,7 @@ impl Hypervisor for Qemu {
             how: How {
                 open_memory,
                 new_layer: Disks::new_layer,
+                freeze_from: None,
             },
             ends: None,
         };

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::guest::{Guest, GuestCopy, Life};
 use super::lock;
-use crate::hypervisor::fork::{Capture, CaptureError, ForkError, ForkFrom, ForkMemory};
+use crate::hypervisor::fork::{Capture, CaptureError, ForkError, ForkFrom, ForkMemory, MemoryCopy};
 use crate::hypervisor::memory_image::{
     CapturedMemory, CapturedPages, MemoryDraft, PAGE_BYTES, PageRun, SEALED,
 };
@@ -22,6 +22,16 @@ use crate::hypervisor::memory_image::{
 const MIB: u64 = 1024 * 1024;
 
 pub(super) fn write(guest: &Guest) -> Result<Capture, CaptureError> {
+    let (memory, state) = parts(guest)?;
+    Ok(Capture {
+        memory: MemoryCopy::Done(memory),
+        state,
+        scratch: None,
+    })
+}
+
+/// Its memory, and its devices.
+pub(super) fn parts(guest: &Guest) -> Result<(CapturedMemory, File), CaptureError> {
     if !matches!(lock(&guest.state).life, Life::Frozen(_)) {
         guest.violation("captured while its tenant runs");
     }
@@ -47,11 +57,7 @@ pub(super) fn write(guest: &Guest) -> Result<Capture, CaptureError> {
             CapturedMemory::Whole(Arc::new(memory.seal()?))
         }
     };
-    Ok(Capture {
-        memory,
-        state: state_file(&guest.copy()).map_err(step)?,
-        scratch: None,
-    })
+    Ok((memory, state_file(&guest.copy()).map_err(step)?))
 }
 
 /// What every fork changes: a page that is its alone.

@@ -299,12 +299,12 @@ impl SimHost {
     pub fn template(&self, of: VmId, memory_mib: u32) -> Result<ForkFrom, CaptureError> {
         let guest = Guest::boot(self, of, 0, memory_mib);
         lock(&guest.state).life = Life::Frozen(of.to_string());
-        let capture = copy::write(&guest);
+        let parts = copy::parts(&guest);
         guest.end("captured", false);
-        let capture = capture?;
+        let (memory, state) = parts?;
         Ok(ForkFrom {
-            memory: ForkMemory::Shared(capture.memory.merge()?),
-            state: Arc::new(capture.state),
+            memory: ForkMemory::Shared(memory.merge()?),
+            state: Arc::new(state),
             scratch: None,
         })
     }
