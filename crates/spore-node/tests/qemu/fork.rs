@@ -259,9 +259,17 @@ async fn a_fork_is_forked_and_one_that_ended_for_it_lives_on_in_its_forks() {
     assert_eq!(host.left(), Vec::<String>::new());
 }
 
-/// Pauses, captures and lets run.
+/// Pauses, captures and lets run, once the disk of the last one is copied.
 async fn copied(of: &mut Running) -> Capture {
-    let turn = of.held.prepare_capture(None, None).await.unwrap();
+    let begun = Instant::now();
+    let turn = loop {
+        match of.held.prepare_capture(None, None).await {
+            Err(CaptureError::Busy) if begun.elapsed() < HANG => {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+            prepared => break prepared.unwrap(),
+        }
+    };
     of.held.pause().await.unwrap();
     let capture = of.held.capture(Afterwards::GoesOn).await.unwrap();
     of.held.resume().await.unwrap();
