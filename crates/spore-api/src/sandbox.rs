@@ -22,6 +22,12 @@ pub struct Sandbox {
     /// Its VM, which a rollback changes; absent once it has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
+    /// What stands between its VM and the host: `kvm`, `kvm-nested` or `none`; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boundary: Option<String>,
+    /// The same for people, with what hosts the VM where there is no boundary.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boundary_text: Option<String>,
     /// Why its VM has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<String>,

@@ -74,7 +74,7 @@ async fn list(context: &Context) -> Result<u8> {
     let sandboxes = context.client.sandboxes().await;
     let items = sandboxes.context("cannot list the sandboxes")?;
     let output = &context.output;
-    let headings = ["ID", "STATE", "FROM", "OPENED"];
+    let headings = ["ID", "STATE", "FROM", "BOUNDARY", "OPENED"];
     let none = "no sandboxes. Open some: spore fork APP|TAG -n 3";
     output.list(&items, &headings, row, none)?;
     for sandbox in &items {
@@ -100,6 +100,7 @@ fn row(sandbox: &sandbox::Sandbox) -> Vec<Cell> {
         Cell::new(sandbox.id.as_str()),
         Cell::new(text).look(look),
         Cell::new(&sandbox.from),
+        Cell::new(sandbox.boundary_text.as_deref().unwrap_or("-")),
         Cell::new(moment(&sandbox.created_at)),
     ]
 }

@@ -175,6 +175,7 @@ const DAMAGED: &str = r#"{"id":"brokenbrokenbrokenbrokenaa","account":"me","tags
   "damage":"memory chunk 17 is damaged"}"#;
 const OPEN: &str = r#"{"id":"abcdefghijklmnopqrstuvwx27","account":"me","state":"open",
   "from":"warm","snapshot":"snapsnapsnapsnapsnapsnapaa","vm":"vmvmvmvmvmvmvmvmvmvmvmvmaa",
+  "boundary":"none","boundary_text":"none (qemu-tcg)",
   "created_at":"2026-01-02T03:04:05Z"}"#;
 const ENDED: &str = r#"{"id":"zbcdefghijklmnopqrstuvwx27","account":"me","state":"ended",
   "from":"notes","snapshot":"snapsnapsnapsnapsnapsnapaa","ended":"the VM died\u001b[2J",

@@ -16,6 +16,7 @@ use crate::api::body::{Create, Json, Query};
 use crate::api::error::Fault;
 use crate::api::exec::{Beside, upgraded};
 use crate::api::page::page;
+use crate::api::status::{boundary_name, boundary_text};
 use crate::api::{Caller, Shared};
 use crate::clock::{next_id, rfc3339};
 use crate::converge::sandbox::{ForkOrder, ForkedOne, Left, SandboxRef, Standing, View};
@@ -80,7 +81,7 @@ pub(in crate::api) async fn list(
         let sandbox = SandboxRef { account, id };
         // One that went since the list was read is not shown.
         if let Ok(view) = api.converge.sandbox(&sandbox) {
-            items.push(public(sandbox, view, record));
+            items.push(public(&api, sandbox, view, record));
         }
     }
     Ok(Answer(Page { items, next }))
@@ -156,10 +157,10 @@ async fn shown(api: &Shared, sandbox: SandboxRef) -> Result<Answer<Sandbox>, Fau
         let message = "the sandbox was removed just now";
         Fault::new(ErrorCode::NotFound, message)
     })?;
-    Ok(Answer(public(sandbox, view, stored.record)))
+    Ok(Answer(public(api, sandbox, view, stored.record)))
 }
 
-fn public(sandbox: SandboxRef, view: View, record: SandboxRecord) -> Sandbox {
+fn public(api: &Shared, sandbox: SandboxRef, view: View, record: SandboxRecord) -> Sandbox {
     let (state, ended) = match view.standing {
         Standing::Opening => (SandboxState::Opening, None),
         Standing::Open => (SandboxState::Open, None),
@@ -167,7 +168,13 @@ fn public(sandbox: SandboxRef, view: View, record: SandboxRecord) -> Sandbox {
         Standing::Closing | Standing::Gone => (SandboxState::Closing, None),
         Standing::Ended(reason) => (SandboxState::Ended, Some(reason)),
     };
+    let host = view
+        .vm
+        .and_then(|vm| api.converge.host_of_sandbox(&sandbox, vm));
+    let host = host.as_ref();
     Sandbox {
+        boundary: host.map(|host| boundary_name(host.boundary).to_owned()),
+        boundary_text: host.map(|host| boundary_text(host.boundary, &host.hypervisor)),
         id: sandbox.id,
         account: sandbox.account,
         state,

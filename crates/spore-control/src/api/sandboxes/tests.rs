@@ -199,6 +199,8 @@ async fn a_checkpoint_is_forked_used_rolled_back_and_thrown_away() {
             (&json!("open"), &json!("first"))
         );
         assert_eq!(sandbox["snapshot"], taken["snapshot"]["id"]);
+        let hosted = (&sandbox["boundary"], &sandbox["boundary_text"]);
+        assert_eq!(hosted, (&json!("none"), &json!("none (sim)")));
     }
     let one = format!("/api/v1/sandboxes/{}", ids[0]);
     let before = bench.ok("GET", &one, None).await;
@@ -654,10 +656,11 @@ async fn sandboxes_live_through_a_restart_or_are_told_to_have_ended() {
     let bench = bench.again().await;
     let state = async |id: &str| {
         let path = format!("/api/v1/sandboxes/{id}");
-        bench.ok("GET", &path, None).await["state"].clone()
+        let sandbox = bench.ok("GET", &path, None).await;
+        (sandbox["state"].clone(), sandbox.get("boundary").cloned())
     };
-    assert_eq!(state(&ids[0]).await, "open");
-    assert_eq!(state(&ids[1]).await, "ended");
+    assert_eq!(state(&ids[0]).await, (json!("open"), Some(json!("none"))));
+    assert_eq!(state(&ids[1]).await, (json!("ended"), None));
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!(
         bench.items("/api/v1/sandboxes").await.len(),

@@ -15,7 +15,7 @@ use std::sync::{MutexGuard, PoisonError};
 use spore_api::error::ErrorCode;
 use spore_api::name::{AccountName, SandboxId};
 use spore_wire::id::{SnapshotId, VmId};
-use spore_wire::node::{Owner, StopMode, VmFailureKind, VmPhase, VmStatus};
+use spore_wire::node::{Boundary, Owner, StopMode, VmFailureKind, VmPhase, VmStatus};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Converge;
@@ -79,6 +79,26 @@ impl core::fmt::Display for SandboxRef {
 pub(super) struct Handle {
     messages: mpsc::UnboundedSender<Message>,
     view: watch::Receiver<View>,
+    /// What hosts its VMs that are not over.
+    hosted: BTreeMap<VmId, HostedBy>,
+}
+
+/// What stands between a VM and its host, as its node told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HostedBy {
+    /// What it is.
+    pub(crate) boundary: Boundary,
+    /// What hosts the VM.
+    pub(crate) hypervisor: String,
+}
+
+impl HostedBy {
+    fn of(status: &VmStatus) -> Self {
+        Self {
+            boundary: status.boundary,
+            hypervisor: status.hypervisor.clone(),
+        }
+    }
 }
 
 /// How a sandbox looks to others.
@@ -145,6 +165,11 @@ impl Converge {
             self.keep_sandbox(sandbox, life, record, None, effects);
             count += 1;
         }
+        for status in vms {
+            if let Some(sandbox) = SandboxRef::of(&status.owner) {
+                self.note_host(&sandbox, status);
+            }
+        }
         Ok(count)
     }
 
@@ -162,6 +187,7 @@ impl Converge {
         let handle = Handle {
             messages: itself.clone(),
             view: shown,
+            hosted: BTreeMap::new(),
         };
         self.sandboxes().insert(sandbox.clone(), handle);
         let keeper = Keeper {
@@ -191,6 +217,7 @@ impl Converge {
                 Event::Seen(vm)
             }
         };
+        self.note_host(&sandbox, status);
         if !self.tell_sandbox(&sandbox, event) && !status.phase.is_over() {
             tracing::warn!(%sandbox, %vm, "a VM of a sandbox that is gone is ended");
             let nodes = std::sync::Arc::clone(&self.inner.nodes);
@@ -218,6 +245,16 @@ impl Converge {
         }
     }
 
+    fn note_host(&self, sandbox: &SandboxRef, status: &VmStatus) {
+        if let Some(handle) = self.sandboxes().get_mut(sandbox) {
+            if status.phase.is_over() {
+                handle.hosted.remove(&status.vm);
+            } else {
+                handle.hosted.insert(status.vm, HostedBy::of(status));
+            }
+        }
+    }
+
     fn tell_sandbox(&self, sandbox: &SandboxRef, event: Event) -> bool {
         let sandboxes = self.sandboxes();
         let handle = sandboxes.get(sandbox);
@@ -234,6 +271,12 @@ impl Converge {
             .get(sandbox)
             .map(|handle| handle.view.borrow().clone());
         view.ok_or_else(|| SandboxError::Missing(sandbox.id.clone()))
+    }
+
+    /// What hosts the VM of a sandbox, once its node has told.
+    pub(crate) fn host_of_sandbox(&self, sandbox: &SandboxRef, vm: VmId) -> Option<HostedBy> {
+        let sandboxes = self.sandboxes();
+        sandboxes.get(sandbox)?.hosted.get(&vm).cloned()
     }
 
     /// The VM of a sandbox in which programs can be run.
