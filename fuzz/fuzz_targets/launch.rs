@@ -153,6 +153,7 @@ fn launch(blob: Blob) -> (Launch, Vec<u8>) {
         begin: Begin::Restore {
             state: FdIndex(0),
             memory: MemoryOwner::Shared,
+            ahead: Vec::new(),
         },
         incarnation: Incarnation::from_bytes([1; 16]),
         image,

@@ -134,6 +134,7 @@ impl Source {
         let begin = Begin::Restore {
             state: FdIndex(1),
             memory: MemoryOwner::Shared,
+            ahead: Vec::new(),
         };
         let begins = vec![self.state.try_clone()?];
         Given::new(begin, self.memory_mib, self.memory.try_clone()?, begins)

@@ -17,6 +17,9 @@ pub const FDS_MAX: usize = 64;
 /// The most layers below a scratch disk's own.
 pub const LAYERS_MAX: usize = 32;
 
+/// The most [`PageRun`]s of a launch, so that it is one packet.
+pub const AHEAD_MAX: usize = 2048;
+
 /// The bytes of a layer's key: two keys of AES-256 for XTS (IEEE 1619).
 pub const LAYER_KEY_BYTES: usize = 64;
 
@@ -93,7 +96,33 @@ pub enum Begin {
         state: FdIndex,
         /// Whose the memory is.
         memory: MemoryOwner,
+        /// What the guest is expected to write to first: copied before it runs, all at once, where
+        /// the memory is shared. In the order of the memory, at most [`AHEAD_MAX`].
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ahead: Vec<PageRun>,
     },
+}
+
+/// Some pages of a guest's memory beside each other, by their places in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(u32, u32)", into = "(u32, u32)")]
+pub struct PageRun {
+    /// The number of the first.
+    pub first: u32,
+    /// How many.
+    pub pages: u32,
+}
+
+impl From<(u32, u32)> for PageRun {
+    fn from((first, pages): (u32, u32)) -> Self {
+        Self { first, pages }
+    }
+}
+
+impl From<PageRun> for (u32, u32) {
+    fn from(PageRun { first, pages }: PageRun) -> Self {
+        (first, pages)
+    }
 }
 
 /// Whether what a restored guest writes reaches the file of its memory.

@@ -24,6 +24,7 @@ const _: () = assert!(generation::GENERATION_FORKS == 2);
 const _: () = assert!(vmm::PACKET_BYTES_MAX == 64 * 1024);
 const _: () = assert!(launch::FDS_MAX == 64);
 const _: () = assert!(launch::LAYERS_MAX == 32);
+const _: () = assert!(launch::AHEAD_MAX == 2048);
 const _: () = assert!(launch::LAYER_KEY_BYTES == 64);
 const _: () = assert!(launch::TAP_HEADER_BYTES == 10);
 const _: () = assert!(zygote::PACKET_BYTES_MAX == 4096);

@@ -342,6 +342,8 @@ mod tests {
         let boot = json!({"by": "boot", "kernel": 5, "initramfs": 6, "command_line": "quiet"});
         let shared = json!({"by": "restore", "state": 5, "memory": "shared"});
         let own = json!({"by": "restore", "state": 5, "memory": "own"});
+        let ahead = json!({"by": "restore", "state": 5, "memory": "shared",
+            "ahead": [[3, 2], [1024, 1]]});
         let new = json!({"bytes": 4096, "base": 7, "layers": [], "own": locked});
         let forked = json!({"bytes": 4096, "base": null, "own": locked,
             "layers": [{"file": 6, "key": null}, {"file": 7, "key": "AAEC"}]});
@@ -353,6 +355,7 @@ mod tests {
             ("launch a boot", launch(boot, new)),
             ("launch a fork", launch(shared, forked)),
             ("launch one that goes on", launch(own, Value::Null)),
+            ("launch a fork with pages", launch(ahead, Value::Null)),
             ("resume", json!({"type": "resume"})),
             ("pause", json!({"type": "pause", "limit_ms": 5000})),
             ("save", json!({"type": "save"})),

@@ -59,6 +59,7 @@ const ALL: &[Tests] = &[
         package: "spore-node",
         name: "qemu",
         filters: &[
+            "ahead::",
             "life::",
             "confinement::",
             "fork::",

@@ -13,13 +13,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{
     MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate,
     memfd_create, seek,
 };
 use rustix::io::Errno;
+use spore_wire::launch::AHEAD_MAX;
 use zeroize::Zeroizing;
 
 use crate::disk::copy_data;
@@ -32,6 +33,9 @@ pub(crate) const SEALED: SealFlags = SealFlags::WRITE
     .union(SealFlags::GROW)
     .union(SealFlags::SHRINK)
     .union(SealFlags::SEAL);
+
+/// The most that a fork is given ahead: several times what a guest writes to while it is renewed.
+const AHEAD_BYTES_MAX: u64 = 32 << 20;
 
 /// The name of a guest's memory in `/proc/PID/maps`.
 pub(super) const MEMFD_NAME: &str = "guest-memory";
@@ -83,6 +87,8 @@ impl From<MemoryImageError> for io::Error {
 pub struct MemoryImage {
     file: File,
     bytes: u64,
+    /// What the first fork had written to when it was renewed.
+    ahead: OnceLock<Vec<PageRun>>,
 }
 
 impl MemoryImage {
@@ -101,8 +107,25 @@ impl MemoryImage {
             let wanted = bytes;
             return Err(MemoryImageError::Size { actual, wanted });
         }
-        let file = File::from(fd);
-        Ok(Self { file, bytes })
+        let (file, ahead) = (File::from(fd), OnceLock::new());
+        Ok(Self { file, bytes, ahead })
+    }
+
+    /// The pages that a fork will write to before its programs run, where that is known.
+    #[must_use]
+    pub fn ahead(&self) -> Option<&[PageRun]> {
+        self.ahead.get().map(Vec::as_slice)
+    }
+
+    /// Takes note of them; what was noted first stays. Of what is too much, nothing: a fork that
+    /// writes so much is no measure for others.
+    pub(crate) fn note_ahead(&self, mut runs: Vec<PageRun>) {
+        let bytes: u64 = runs.iter().map(|run| run.pages * PAGE_BYTES).sum();
+        if runs.len() > AHEAD_MAX || bytes > AHEAD_BYTES_MAX {
+            runs.clear();
+        }
+        // Forks of one memory begin alike: any of them is as good.
+        let _first = self.ahead.set(runs);
     }
 
     /// The file; mapped shared and writable, the kernel refuses it.

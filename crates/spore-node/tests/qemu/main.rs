@@ -8,6 +8,7 @@
 )]
 
 mod agent;
+mod ahead;
 mod confinement;
 mod deaths;
 mod folder;

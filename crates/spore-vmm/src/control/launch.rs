@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
 use spore_wire::guest::PORT_NAME;
-use spore_wire::launch::{self, Begin, Launch, MemoryOwner, TAP_HEADER_BYTES};
+use spore_wire::launch::{self, AHEAD_MAX, Begin, Launch, MemoryOwner, PageRun, TAP_HEADER_BYTES};
 use spore_wire::secret::SecretBytes;
 
 use super::files::{Files, FilesError};
@@ -32,7 +32,7 @@ use crate::machine::boot::Boot;
 use crate::machine::layout::{Layout, LayoutError, Slot};
 use crate::machine::saved::SavedMachine;
 use crate::machine::{Machine, StartError};
-use crate::memory::Sharing;
+use crate::memory::{GuestMemory, PAGE_BYTES, Sharing};
 use crate::snapshot::format::STATE_BYTES_MAX;
 
 /// Why there is no guest.
@@ -79,6 +79,20 @@ pub enum LaunchError {
     /// A layer is none, or of another disk.
     #[error("the scratch disk cannot be put together")]
     Layer(#[from] LayerError),
+    /// Too much is to be copied ahead.
+    #[error("{found} runs of pages to copy ahead: {AHEAD_MAX} are possible")]
+    Ahead {
+        /// How many runs.
+        found: usize,
+    },
+    /// What is to be copied ahead is no memory of the guest's.
+    #[error("{pages} pages from {first} on are to be copied ahead, and are not the guest's")]
+    Outside {
+        /// The number of the first.
+        first: u32,
+        /// How many.
+        pages: u32,
+    },
     /// The kernel gave no thread.
     #[error("the thread that copies the scratch disk cannot be started")]
     Thread(#[source] io::Error),
@@ -164,6 +178,7 @@ pub fn launch(
         Begin::Restore {
             state,
             memory: owner,
+            ahead,
         } => {
             let state = files.take(*state)?;
             files.finish()?;
@@ -176,6 +191,9 @@ pub fn launch(
             let plug = |board: &mut Board<'_>| devices.plug(board);
             let saved = SavedMachine::read(&state).map_err(StartError::from)?;
             let machine = bare()?.restore(saved, file, sharing, incarnation, plug)?;
+            if sharing == Sharing::Private {
+                copy_ahead(machine.memory(), ahead)?;
+            }
             (machine, sharing)
         }
     };
@@ -187,6 +205,24 @@ pub fn launch(
         layers,
         memory: sharing,
     })
+}
+
+/// Gives a guest its own copies of the pages that it will write to, in one go instead of one fault
+/// each. The kernel may have no room for all of them now: the guest takes them when it comes there.
+fn copy_ahead(memory: &GuestMemory, ahead: &[PageRun]) -> Result<(), LaunchError> {
+    let found = ahead.len();
+    if found > AHEAD_MAX {
+        return Err(LaunchError::Ahead { found });
+    }
+    for PageRun { first, pages } in ahead {
+        let [offset, bytes] = [first, pages].map(|count| u64::from(*count) * PAGE_BYTES);
+        let taken = memory.space().populate(offset, bytes);
+        taken.map_err(|_outside| LaunchError::Outside {
+            first: *first,
+            pages: *pages,
+        })?;
+    }
+    Ok(())
 }
 
 /// All of a saved machine's file, which has as much as one may have at most.
@@ -277,5 +313,44 @@ impl Devices {
         let port = Console::new(PORT_NAME, Box::new(self.door), clock());
         board.plug(Slot::Console, port)?;
         board.plug(Slot::Rng, Rng::new(rng::host))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use spore_wire::launch::{AHEAD_MAX, PageRun};
+
+    use super::{LaunchError, copy_ahead};
+    use crate::memory::{Gpa, PAGE_BYTES, Region, Sharing, Space};
+
+    #[test]
+    fn only_pages_of_the_guest_are_copied_ahead_and_only_so_many() {
+        let bytes = 4 * PAGE_BYTES;
+        let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, bytes).unwrap();
+        let whole = Region {
+            start: Gpa(0),
+            offset: 0,
+            bytes,
+        };
+        let space = Space::reserve(bytes).unwrap();
+        let memory = space.fill(file.as_fd(), Sharing::Private, &[whole]);
+        let memory = memory.unwrap();
+        let copy = |first, pages| copy_ahead(&memory, &[PageRun { first, pages }]);
+        for (first, pages) in [(0, 4), (3, 1), (4, 0)] {
+            copy(first, pages).unwrap();
+        }
+        for (first, pages) in [(0, 5), (4, 1), (u32::MAX, 1), (1, u32::MAX)] {
+            let refused = copy(first, pages).unwrap_err();
+            let named = format!("{pages} pages from {first} on");
+            assert!(refused.to_string().starts_with(&named), "{refused}");
+        }
+        let run = PageRun { first: 0, pages: 1 };
+        copy_ahead(&memory, &vec![run; AHEAD_MAX]).unwrap();
+        let refused = copy_ahead(&memory, &vec![run; AHEAD_MAX + 1]).unwrap_err();
+        assert!(matches!(refused, LaunchError::Ahead { .. }), "{refused}");
     }
 }

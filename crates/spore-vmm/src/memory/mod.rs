@@ -237,6 +237,23 @@ impl Space {
         GuestMemory::new(Arc::clone(self), regions)
     }
 
+    /// Makes the pages of a part its own, as the first write to each would. What the kernel has no
+    /// room for now is left for that.
+    pub fn populate(&self, offset: u64, bytes: u64) -> Result<(), OutOfMemory> {
+        let at = Gpa(offset);
+        let outside = OutOfMemory { at, bytes };
+        let from = self.host_address(offset, bytes).ok_or(outside)?;
+        let length = usize::try_from(bytes).map_err(|_error| outside)?;
+        let from = self
+            .base
+            .as_ptr()
+            .with_addr(usize::try_from(from).map_err(|_error| outside)?);
+        // SAFETY: the range is this space's own. What is not mapped for writing is refused, and the
+        // rest has the same bytes afterwards, in pages that nobody shares.
+        let _populated = unsafe { rustix::mm::madvise(from, length, Advice::LinuxPopulateWrite) };
+        Ok(())
+    }
+
     /// Says something of the whole range: of a part, it would become several mappings.
     fn advise(&self, advice: Advice) -> Result<(), MapError> {
         // SAFETY: the range is this space's own, and the two advices that are given change no byte

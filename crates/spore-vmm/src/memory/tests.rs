@@ -1,6 +1,7 @@
 //! Tests of the guest's memory, on memory files as the node makes them.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 
 use rustix::fs::MemfdFlags;
 
@@ -104,6 +105,46 @@ fn private_writes_stay_with_their_guest_and_shared_ones_reach_the_file() {
     source.write(Gpa(HIGH), b"all").unwrap();
     two.read(Gpa(HIGH), &mut seen).unwrap();
     assert_eq!(&seen, b"all");
+}
+
+#[test]
+fn pages_that_are_populated_are_the_guests_own_and_hold_what_they_held() {
+    let file = file(3 * PAGE_BYTES);
+    rustix::io::pwrite(&file, b"first", 0).unwrap();
+    rustix::io::pwrite(&file, b"third", 2 * PAGE_BYTES).unwrap();
+    let memory = filled(&file, Sharing::Private);
+    let own = || {
+        let from = memory.space().host_address(0, 3 * PAGE_BYTES).unwrap();
+        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+        let mut entries = [0; 24];
+        pagemap
+            .read_exact_at(&mut entries, from / PAGE_BYTES * 8)
+            .unwrap();
+        // Present, and of no file (proc(5)).
+        let own = |entry: &[u8; 8]| u64::from_ne_bytes(*entry) >> 61 & 0b101 == 0b100;
+        entries.as_chunks().0.iter().map(own).collect::<Vec<_>>()
+    };
+    assert_eq!(own(), [false; 3]);
+    memory.space().populate(0, PAGE_BYTES).unwrap();
+    memory.space().populate(2 * PAGE_BYTES, PAGE_BYTES).unwrap();
+    assert_eq!(own(), [true, false, true]);
+    let mut seen = [0; 5];
+    for (at, word) in [(0, b"first"), (HIGH, b"third")] {
+        memory.read(Gpa(at), &mut seen).unwrap();
+        assert_eq!(&seen, word);
+    }
+    for (offset, bytes) in [
+        (2 * PAGE_BYTES, 2 * PAGE_BYTES),
+        (u64::MAX, 2),
+        (0, u64::MAX),
+    ] {
+        memory.space().populate(offset, bytes).unwrap_err();
+    }
+    // A space without memory has nothing to give.
+    Space::reserve(PAGE_BYTES)
+        .unwrap()
+        .populate(0, PAGE_BYTES)
+        .unwrap();
 }
 
 #[test]

@@ -92,6 +92,7 @@ fn forked<'a>(zygote: &'a Zygote, vmm: &Vmm, shape: Shape) -> Control<'a> {
     let begin = Begin::Restore {
         state: FdIndex(1),
         memory: MemoryOwner::Shared,
+        ahead: Vec::new(),
     };
     let mut given = given(begin, memory, vec![state]);
     (given.blob.memory_mib, given.blob.vcpus) = (shape.memory_mib, 1);

@@ -337,6 +337,7 @@ pub(crate) fn a_paused_guest_is_saved_copied_and_restored_in_the_jail() {
     let begin = Begin::Restore {
         state: FdIndex(1),
         memory: MemoryOwner::Shared,
+        ahead: Vec::new(),
     };
     let restored = given(begin, memory, vec![state]);
     let vmm = zygote.spawn(2);

@@ -14,7 +14,8 @@ use rustix::net::{
 };
 use spore_wire::id::VmId;
 use spore_wire::launch::{
-    Begin, FdIndex, Incarnation, LAYER_KEY_BYTES, Launch, Layer, MemoryOwner, Scratch, layer_bytes,
+    Begin, FdIndex, Incarnation, LAYER_KEY_BYTES, Launch, Layer, MemoryOwner, PageRun, Scratch,
+    layer_bytes,
 };
 use spore_wire::secret::SecretBytes;
 use spore_wire::zygote::FdRole;
@@ -135,6 +136,7 @@ impl Shared {
                 ForkMemory::Shared(_) => MemoryOwner::Shared,
                 ForkMemory::Own(_) => MemoryOwner::Own,
             },
+            ahead: ahead(&from.memory),
         })
     }
 
@@ -177,6 +179,19 @@ impl Shared {
             },
         }))
     }
+}
+
+/// What a fork of a memory is known to write to first.
+fn ahead(memory: &ForkMemory) -> Vec<PageRun> {
+    let ForkMemory::Shared(image) = memory else {
+        return Vec::new();
+    };
+    let runs = image.ahead().unwrap_or_default().iter();
+    runs.filter_map(|run| {
+        let (first, pages) = (run.first.try_into().ok()?, run.pages.try_into().ok()?);
+        Some(PageRun { first, pages })
+    })
+    .collect()
 }
 
 /// The file of an empty layer of a disk of `mib` MiB. It has no name: it is gone with its last

@@ -17,12 +17,12 @@ mod parked;
 mod strays;
 mod zygote;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -37,7 +37,8 @@ use self::client::Client;
 use self::monitor::KvmMonitor;
 use self::parked::{Parked, Parking, Size};
 use self::zygote::{Spawned, ZygoteConfig, Zygotes};
-use super::fork::{ForkError, ForkFrom};
+use super::fork::{ForkError, ForkFrom, ForkMemory};
+use super::memory_image::MemoryImage;
 use super::monitored::capture::open_through;
 use super::monitored::tail::log_tail;
 use super::monitored::vm::{ENDING, How, MonitoredVm, Process, VmHost};
@@ -143,6 +144,7 @@ struct Shared {
     rooms: Arc<Rooms>,
     zygotes: Zygotes,
     parking: Parking,
+    firsts: Firsts,
     /// A digest of the host's processor: what a guest sees is made of it.
     cpu: String,
     tsc_khz: u32,
@@ -217,6 +219,7 @@ impl Kvm {
                 rooms,
                 zygotes,
                 parking,
+                firsts: Firsts::default(),
                 cpu,
                 tsc_khz,
             }),
@@ -351,6 +354,7 @@ impl Hypervisor for Kvm {
                 freeze_from: Some(u64::from(self.shared.config.freeze_from_mib) * MIB),
             },
             ends: Some(Arc::clone(self.shared.zygotes.ends()) as Arc<dyn Ends>),
+            teaches: self.shared.firsts.take(vm),
         };
         let process = Process {
             pid: identity.pid,
@@ -373,6 +377,8 @@ impl Hypervisor for Kvm {
             if let Err(error) = forgone {
                 tracing::error!(%vm, %error, "a VMM that waited for a guest is left");
             }
+            // One that was never attached to teaches nothing.
+            drop(shared.firsts.take(vm));
             let released = shared.rooms.release(vm).await;
             drop(guard);
             released
@@ -408,6 +414,30 @@ fn limits(machine: &Machine) -> Limits {
     }
 }
 
+/// The forks that were made since they were attached to last, with the memories that do not know
+/// yet what their forks write to.
+#[derive(Debug, Default)]
+struct Firsts(Mutex<BTreeMap<VmId, Weak<MemoryImage>>>);
+
+impl Firsts {
+    fn note(&self, vm: VmId, memory: &ForkMemory) {
+        let ForkMemory::Shared(image) = memory else {
+            return;
+        };
+        if image.ahead().is_none() {
+            self.lock().insert(vm, Arc::downgrade(image));
+        }
+    }
+
+    fn take(&self, vm: VmId) -> Option<Weak<MemoryImage>> {
+        self.lock().remove(&vm)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<VmId, Weak<MemoryImage>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A VMM that runs, whose root is empty, and that waits.
 #[derive(Debug)]
 struct Started {
@@ -440,8 +470,12 @@ impl Shared {
     ) -> Result<Identity, ForkError> {
         from.check(machine)?;
         allow_holes(&self.rooms, vm, limits(machine).memory_bytes, &from)?;
+        let memory = from.memory.clone();
         match self.launch(vm, machine, prepared, Some(from)).await {
-            Ok(started) => Ok(started.identity),
+            Ok(started) => {
+                self.firsts.note(vm, &memory);
+                Ok(started.identity)
+            }
             Err(BootError::Refused(why)) => Err(ForkError::Load(why)),
             Err(error) => Err(error.into()),
         }

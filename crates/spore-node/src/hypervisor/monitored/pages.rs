@@ -64,6 +64,14 @@ pub(in crate::hypervisor) fn find_memory(pid: u32, bytes: u64) -> io::Result<(u6
     found.ok_or_else(|| missing(pid, bytes))
 }
 
+/// The pages of its guest's memory, of `bytes` bytes, that the VMM `pid` has of its own while it
+/// shares the rest. Blocks.
+pub(in crate::hypervisor) fn own(pid: u32, bytes: u64) -> io::Result<Vec<PageRun>> {
+    let (start, _end) = find_memory(pid, bytes)?;
+    let sharing = Sharing::Private;
+    Reader::open(pid, Mapping { start, sharing }, bytes)?.runs()
+}
+
 fn missing(pid: u32, bytes: u64) -> io::Error {
     io::Error::other(format!(
         "the VMM {pid} does not map the {bytes} bytes of its guest's memory"

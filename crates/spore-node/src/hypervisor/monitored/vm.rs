@@ -16,7 +16,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -31,12 +31,13 @@ use tokio::time::timeout;
 
 use super::capture::Ready;
 use super::tail::{Tail, log_tail};
-use super::{AGENT_SOCKET, Ends, Handed, Monitor};
+use super::{AGENT_SOCKET, Ends, Handed, Monitor, pages};
 use crate::cgroup::kill_process;
 use crate::disk::Disks;
 use crate::disk::overlay::DiskKey;
 use crate::egress::launch::EgressLauncher;
 use crate::hypervisor::fork::{Afterwards, Below, Capture, CaptureError, PauseError, Turn};
+use crate::hypervisor::memory_image::MemoryImage;
 use crate::hypervisor::proxy::EgressProxy;
 use crate::hypervisor::room::Rooms;
 use crate::hypervisor::{
@@ -56,6 +57,8 @@ pub(in crate::hypervisor) struct VmHost {
     pub(in crate::hypervisor) how: How,
     /// Where VMMs are another process's children.
     pub(in crate::hypervisor) ends: Option<Arc<dyn Ends>>,
+    /// The memory whose first fork it is, to learn from it what forks write to.
+    pub(in crate::hypervisor) teaches: Option<Weak<MemoryImage>>,
 }
 
 /// In what a driver's VMMs differ, seen from outside.
@@ -102,6 +105,7 @@ pub(in crate::hypervisor) struct MonitoredVm {
     pub(super) copying: Arc<Mutex<()>>,
     /// Held while there is a frozen copy of its VMM.
     pub(super) freezing: Arc<Mutex<()>>,
+    teaches: Option<Weak<MemoryImage>>,
 }
 
 /// What the task of a VM is asked.
@@ -144,6 +148,7 @@ impl MonitoredVm {
             egress,
             how,
             ends,
+            teaches,
         } = host;
         let machine = rooms.machine(vm).map_err(silent("record"))?;
         let proxy = prepared.egress_uid.map(|uid| EgressProxy {
@@ -203,6 +208,7 @@ impl MonitoredVm {
             turn: Arc::default(),
             copying: Arc::default(),
             freezing: Arc::default(),
+            teaches,
         })
     }
 }
@@ -210,6 +216,23 @@ impl MonitoredVm {
 impl Drop for MonitoredVm {
     fn drop(&mut self) {
         self.watcher.abort();
+    }
+}
+
+impl MonitoredVm {
+    /// Has the memory that it began from know what it has written to since: its agent has renewed
+    /// it, and no program of its owner's has run. Later forks have those pages before they run.
+    async fn teach(&self) {
+        let image = self.teaches.as_ref().and_then(Weak::upgrade);
+        let Some(image) = image.filter(|image| image.ahead().is_none()) else {
+            return;
+        };
+        let (pid, bytes) = (self.pid, image.bytes());
+        let own = tokio::task::spawn_blocking(move || pages::own(pid, bytes)).await;
+        match own.map_err(io::Error::other).flatten() {
+            Ok(runs) => image.note_ahead(runs),
+            Err(error) => tracing::warn!(vm = %self.vm, %error, "what forks write to is not known"),
+        }
     }
 }
 
@@ -225,6 +248,7 @@ impl Vm for MonitoredVm {
     }
 
     async fn open_network(&self) -> Result<(), PolicyError> {
+        self.teach().await;
         if let Some(proxy) = &self.proxy {
             let pidfd = proxy.ensure().await?;
             // A task that is over has published the VM's end.

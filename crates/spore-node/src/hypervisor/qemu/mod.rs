@@ -347,6 +347,7 @@ impl Hypervisor for Qemu {
     ) -> Result<Arc<dyn Vm>, AttachError> {
         let pidfd = process::open(identity, self.shared.rooms.cgroups())?;
         let host = VmHost {
+            teaches: None,
             rooms: Arc::clone(&self.shared.rooms),
             egress: self.shared.config.egress.clone(),
             how: How {

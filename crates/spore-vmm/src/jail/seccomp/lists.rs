@@ -124,6 +124,7 @@ const MEMORY: &[Call] = &[
             int(2, libc::MADV_DONTDUMP),
             int(2, libc::MADV_NOHUGEPAGE),
             int(2, libc::MADV_POPULATE_READ),
+            int(2, libc::MADV_POPULATE_WRITE),
         ],
     ),
     always(libc::SYS_sigaltstack),
