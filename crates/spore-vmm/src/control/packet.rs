@@ -57,7 +57,7 @@ impl Connection {
     /// A message, and the descriptors that came with it. Its bytes are wiped: there are keys among
     /// them.
     pub fn receive(&self) -> Result<(ToVmm, Vec<OwnedFd>), PacketError> {
-        let mut bytes = Zeroizing::new(vec![0; PACKET_BYTES_MAX]);
+        let mut bytes = Zeroizing::new(vec![0; self.comes()?.min(PACKET_BYTES_MAX)]);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = retry_on_intr(|| {
@@ -83,6 +83,18 @@ impl Connection {
         let message = bytes.get(..received.bytes).unwrap_or_default();
         let message = serde_json::from_slice(message).map_err(PacketError::Malformed)?;
         Ok((message, fds))
+    }
+
+    /// The length of the next packet: room for the longest would cost every VMM more memory, and
+    /// more time to wipe it, than all else about a request.
+    fn comes(&self) -> io::Result<usize> {
+        let mut none = RecvAncillaryBuffer::default();
+        let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::CMSG_CLOEXEC;
+        let seen = retry_on_intr(|| {
+            let into = &mut [IoSliceMut::new(&mut [])];
+            rustix::net::recvmsg(&self.0, into, &mut none, flags)
+        });
+        Ok(seen?.bytes)
     }
 
     /// Tells something. Whoever has not read what was told before is an error.

@@ -138,7 +138,7 @@ pub struct Blk {
     limit: Limit,
     clock: Box<dyn Clock + Send>,
     chain: Chain,
-    step: Box<[u8]>,
+    step: Vec<u8>,
     /// Whether a restored guest may find another disk here.
     exchange: Exchange,
     /// The driver flushes by itself; for others each write is flushed.
@@ -201,7 +201,7 @@ impl Blk {
             limit,
             clock,
             chain: Chain::default(),
-            step: vec![0; STEP_BYTES].into(),
+            step: Vec::new(),
             exchange: Exchange::default(),
             flushes: false,
             wait: None,
@@ -345,7 +345,7 @@ impl Blk {
         let mut done = 0;
         while done < data {
             let count = (data - done).min(STEP_BYTES);
-            let step = self.step.get_mut(..count).unwrap_or_default();
+            let step = room(&mut self.step, count);
             self.disk.read(at, step)?;
             queues.scatter(REQUESTS, self.chain.writable(), done, step)?;
             done += count;
@@ -361,7 +361,7 @@ impl Blk {
         let mut done = 0;
         while done < data {
             let count = (data - done).min(STEP_BYTES);
-            let step = self.step.get_mut(..count).unwrap_or_default();
+            let step = room(&mut self.step, count);
             let readable = self.chain.readable();
             queues.gather(REQUESTS, readable, HEADER_BYTES + done, step)?;
             self.disk.write(at, step)?;
@@ -446,4 +446,13 @@ impl VirtioDevice for Blk {
         let saved = from.get(Kind::Blk.of(number))?;
         Ok(self.restore(saved)?)
     }
+}
+
+/// Room for a step of so many bytes. Only as much is there as the guest has asked for at once: most
+/// guests never need all of it.
+fn room(step: &mut Vec<u8>, count: usize) -> &mut [u8] {
+    if step.len() < count {
+        step.resize(count, 0);
+    }
+    step.get_mut(..count).unwrap_or_default()
 }
