@@ -21,7 +21,6 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -82,12 +81,12 @@ fn restore(
     let kvm = Kvm::new(device.into())?;
     over("open");
     let space = Space::reserve(saved.layout.memory_bytes())?;
-    let vm = kvm.create_vm(Arc::clone(&space))?;
+    let vm = kvm.create_vm()?;
     over("vm");
     vm.create_irqchip()?;
     over("irqchip");
     let regions = saved.layout.regions();
-    vm.set_memory(&regions)?;
+    vm.set_memory(&space, &regions)?;
     over("slots");
     let mut vcpu = vm.create_vcpu(0)?;
     over("vcpu");

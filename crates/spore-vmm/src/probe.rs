@@ -132,8 +132,8 @@ pub struct Usable {
 /// Runs the small guest.
 pub fn probe(kvm: &Kvm, clock: &dyn Clock) -> Result<Usable, Unusable> {
     let memory = memory()?;
-    let vm = kvm.create_vm(memory.space().clone())?;
-    vm.set_memory(&[MEMORY])?;
+    let vm = kvm.create_vm()?;
+    vm.set_memory(memory.space(), &[MEMORY])?;
     let mut vcpu = long_mode(kvm, &vm)?;
     let rounds_per_s = time(&mut vcpu, clock)?;
     if rounds_per_s < ROUNDS_PER_S_MIN {

@@ -16,7 +16,7 @@ use crate::device::virtio::blk::{Blk, Exchange};
 use crate::device::virtio::console::{Console, Listener};
 use crate::device::virtio::net::{Net, Tap};
 use crate::device::virtio::rng::{self, Rng};
-use crate::disk::copies::Copies;
+use crate::disk::copies::{Copier, Copies};
 use crate::disk::locked::KEY_BYTES;
 use crate::disk::overlay::LayerError;
 use crate::disk::scratch::{LayerFile, Scratch};
@@ -26,7 +26,7 @@ use crate::disk::{Access, Disk, Raw, read_at};
 use crate::jail::seccomp::FilterError;
 use crate::kvm::Kvm;
 use crate::kvm::bell::Bell;
-use crate::machine::bare::Bare;
+use crate::machine::bare::{Bare, Early};
 use crate::machine::board::{Board, BoardError};
 use crate::machine::boot::Boot;
 use crate::machine::layout::{Layout, LayoutError, Slot};
@@ -131,32 +131,72 @@ pub struct Launched {
     pub memory: Sharing,
 }
 
-/// Makes the machine of a guest to come.
-pub fn park(kvm: &Kvm, memory_mib: u32, vcpus: u8) -> Result<Bare, LaunchError> {
-    Ok(Bare::new(kvm, &Layout::new(memory_mib, vcpus)?)?)
+/// What there is of a guest before it is known which.
+#[derive(Debug, Default)]
+pub struct Ahead {
+    early: Option<Early>,
+    made: Option<Box<Bare>>,
+    copier: Option<Copier>,
 }
 
-/// Makes the guest of a blob, in a machine that was made ahead if that has its size. The bell is
-/// rung when a copy of its disk is over.
+impl Ahead {
+    /// Begins a machine. What cannot be had now is tried again when there is a guest for it, and
+    /// then it is told why.
+    #[must_use]
+    pub fn begin(kvm: &Arc<Kvm>) -> Self {
+        Self {
+            early: Early::new(Arc::clone(kvm)).ok(),
+            ..Self::default()
+        }
+    }
+
+    /// Starts the thread that copies disks, if it is not there.
+    pub fn copier(&mut self) {
+        if self.copier.is_none() {
+            self.copier = Copier::start().ok();
+        }
+    }
+
+    /// Makes the machine of a guest to come.
+    pub fn park(&mut self, kvm: &Kvm, memory_mib: u32, vcpus: u8) -> Result<(), LaunchError> {
+        let layout = Layout::new(memory_mib, vcpus)?;
+        self.made = Some(Box::new(self.bare(kvm, &layout)?));
+        self.copier();
+        Ok(())
+    }
+
+    /// A machine of this size, which is begun anew if the one that is there has another.
+    fn bare(&mut self, kvm: &Kvm, layout: &Layout) -> Result<Bare, StartError> {
+        if let Some(made) = self.made.take_if(|made| made.layout() == layout) {
+            return Ok(*made);
+        }
+        let early = self.early.take().and_then(|early| early.sized(layout));
+        early.unwrap_or_else(|| Bare::new(kvm, layout))
+    }
+}
+
+/// Makes the guest of a blob, with what is there of it. The bell is rung when a copy of its disk is
+/// over.
 pub fn launch(
     kvm: &Kvm,
-    made: Option<Bare>,
+    mut ahead: Ahead,
     blob: &Launch,
     fds: Vec<OwnedFd>,
     copied: &Arc<Bell>,
 ) -> Result<Launched, LaunchError> {
     // The blob's size and not the saved one's: what was saved may say anything.
     let layout = Layout::new(blob.memory_mib, blob.vcpus)?;
-    let bare = || match made {
-        Some(bare) if *bare.layout() == layout => Ok(bare),
-        _ => Bare::new(kvm, &layout),
-    };
     let mut files = Files::new(fds);
     let memory = files.take(blob.memory)?;
     let devices = Devices::new(blob, &mut files)?;
-    let start = |scratch| Copies::start(scratch, Arc::clone(copied));
-    let copies = devices.scratch.clone().map(start).transpose();
-    let copies = copies.map_err(LaunchError::Thread)?;
+    let copies = match &devices.scratch {
+        Some(scratch) => {
+            let copier = ahead.copier.take().map_or_else(Copier::start, Ok);
+            let copier = copier.map_err(LaunchError::Thread)?;
+            Some(Copies::new(copier, scratch.clone(), Arc::clone(copied)))
+        }
+        None => None,
+    };
     let (machine, sharing) = match &blob.begin {
         Begin::Boot {
             kernel,
@@ -172,13 +212,15 @@ pub fn launch(
                 incarnation: blob.incarnation,
             };
             let plug = |board: &mut Board<'_>| devices.plug(board);
-            let machine = bare()?.boot(memory.as_fd(), &boot, plug)?;
+            let machine = ahead
+                .bare(kvm, &layout)?
+                .boot(memory.as_fd(), &boot, plug)?;
             (machine, Sharing::Shared)
         }
         Begin::Restore {
             state,
             memory: owner,
-            ahead,
+            ahead: pages,
         } => {
             let state = files.take(*state)?;
             files.finish()?;
@@ -190,9 +232,10 @@ pub fn launch(
             let (file, incarnation) = (memory.as_fd(), blob.incarnation);
             let plug = |board: &mut Board<'_>| devices.plug(board);
             let saved = SavedMachine::read(&state).map_err(StartError::from)?;
-            let machine = bare()?.restore(saved, file, sharing, incarnation, plug)?;
+            let bare = ahead.bare(kvm, &layout)?;
+            let machine = bare.restore(saved, file, sharing, incarnation, plug)?;
             if sharing == Sharing::Private {
-                copy_ahead(machine.memory(), ahead)?;
+                copy_ahead(machine.memory(), pages)?;
             }
             (machine, sharing)
         }

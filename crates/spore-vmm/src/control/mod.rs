@@ -27,7 +27,7 @@ use spore_wire::launch::{FdIndex, Layer};
 use spore_wire::vmm::{Below, CopyOf, CopyState, EndedBy, FromVmm, ToVmm, VmmState};
 
 use self::files::{Files, FilesError};
-use self::launch::{LaunchError, Launched, layer};
+use self::launch::{Ahead, LaunchError, Launched, layer};
 use self::packet::{Connection, PacketError};
 use crate::disk::Access;
 use crate::disk::copies::{BeginError, Copies, Progress};
@@ -37,7 +37,6 @@ use crate::jail;
 use crate::jail::seccomp::{self, Cell, FilterError};
 use crate::kvm::bell::Bell;
 use crate::kvm::{Kvm, KvmError};
-use crate::machine::bare::Bare;
 use crate::machine::save::SaveError;
 use crate::memory::Sharing;
 use crate::worker::PauseError;
@@ -58,6 +57,9 @@ pub enum ServeError {
     /// There is no bell.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// There is a guest, and this thread is not in the cell for that.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
 }
 
 /// Why a request was not done.
@@ -71,8 +73,6 @@ enum RequestError {
     },
     #[error("the guest cannot be launched")]
     Launch(#[from] LaunchError),
-    #[error(transparent)]
-    Filter(#[from] FilterError),
     #[error("this VMM was started without KVM")]
     NoKvm,
     #[error(transparent)]
@@ -98,9 +98,9 @@ enum RequestError {
 /// The guest, or that there is none yet.
 #[derive(Debug)]
 enum Guest {
-    Parked(Option<Kvm>),
-    /// Likewise, with a machine that waits for one; `None` after a launch that failed.
-    Made(Kvm, Option<Box<Bare>>),
+    Parked(Option<Arc<Kvm>>),
+    /// Likewise, with a machine that waits for one, until a launch has failed.
+    Made(Arc<Kvm>),
     There(Box<Launched>),
 }
 
@@ -120,6 +120,10 @@ pub struct Control {
     /// [`ALONE_MAX`].
     alone_max: Duration,
     guest: Guest,
+    /// Until there is one.
+    ahead: Ahead,
+    /// Whether this thread is in the cell of one with a guest.
+    is_confined: bool,
     /// Whether the guest was told to run.
     runs: bool,
     /// Rung when the guest has ended.
@@ -138,7 +142,9 @@ impl Control {
             connection: None,
             is_full: false,
             alone_max: ALONE_MAX,
-            guest: Guest::Parked(kvm),
+            guest: Guest::Parked(kvm.map(Arc::new)),
+            ahead: Ahead::default(),
+            is_confined: false,
             runs: false,
             ended: Arc::new(Bell::new()?),
             copied: Arc::new(Bell::new()?),
@@ -147,6 +153,9 @@ impl Control {
 
     /// Serves until it is told to quit.
     pub fn serve(mut self) -> Result<(), ServeError> {
+        if let Guest::Parked(Some(kvm)) = &self.guest {
+            self.ahead = Ahead::begin(kvm);
+        }
         loop {
             let Some([ends, copied, comes, asks]) = self.wait()? else {
                 return Ok(());
@@ -160,11 +169,16 @@ impl Control {
             if asks && !self.attend() {
                 return Ok(());
             }
+            self.confine()?;
             if comes {
                 self.admit();
+                if self.state() == VmmState::Parked {
+                    // Whoever was let in thinks about it meanwhile.
+                    self.ahead.copier();
+                }
             }
             // Nobody else knows of it.
-            if matches!(self.guest, Guest::Made(..)) && self.connection.is_none() {
+            if matches!(self.guest, Guest::Made(_)) && self.connection.is_none() {
                 return Ok(());
             }
         }
@@ -223,7 +237,7 @@ impl Control {
                 copy,
                 layers: match &self.guest {
                     Guest::There(guest) => guest.layers,
-                    Guest::Parked(_) | Guest::Made(..) => 0,
+                    Guest::Parked(_) | Guest::Made(_) => 0,
                 },
             });
             if self.state() == VmmState::Ended {
@@ -262,6 +276,17 @@ impl Control {
         };
         self.tell(&answer);
         true
+    }
+
+    /// Lets this thread enter the cell of one with a guest, once there is one: after the answer to
+    /// who launched it, for whom that is the time of its own next step, and before any request is
+    /// read that lets the guest run.
+    fn confine(&mut self) -> Result<(), FilterError> {
+        if !self.is_confined && matches!(self.guest, Guest::There(_)) {
+            seccomp::enter(Cell::Running)?;
+            self.is_confined = true;
+        }
+        Ok(())
     }
 
     fn obey(&mut self, request: ToVmm, fds: Vec<OwnedFd>) -> Result<Next, RequestError> {
@@ -323,13 +348,12 @@ impl Control {
     }
 
     fn park(&mut self, memory_mib: u32, vcpus: u8) -> Result<(), RequestError> {
-        let Guest::Parked(kvm) = &mut self.guest else {
+        let Guest::Parked(kvm) = &self.guest else {
             return Err(self.unfit("park", "waits for its first request"));
         };
-        let made = launch::park(kvm.as_ref().ok_or(RequestError::NoKvm)?, memory_mib, vcpus)?;
-        if let Some(kvm) = kvm.take() {
-            self.guest = Guest::Made(kvm, Some(Box::new(made)));
-        }
+        let kvm = Arc::clone(kvm.as_ref().ok_or(RequestError::NoKvm)?);
+        self.ahead.park(&kvm, memory_mib, vcpus)?;
+        self.guest = Guest::Made(kvm);
         Ok(())
     }
 
@@ -338,16 +362,15 @@ impl Control {
         blob: &spore_wire::launch::Launch,
         fds: Vec<OwnedFd>,
     ) -> Result<(), RequestError> {
-        let (kvm, made) = match &mut self.guest {
-            Guest::Parked(kvm) => (kvm.as_ref().ok_or(RequestError::NoKvm)?, None),
-            Guest::Made(kvm, made) => (&*kvm, made.take().map(|made| *made)),
+        let kvm = match &self.guest {
+            Guest::Parked(kvm) => kvm.as_ref().ok_or(RequestError::NoKvm)?,
+            Guest::Made(kvm) => kvm,
             Guest::There(_) => return Err(self.unfit("launch", "is parked")),
         };
-        let launched = launch::launch(kvm, made, blob, fds, &self.copied)?;
+        let ahead = std::mem::take(&mut self.ahead);
+        let launched = launch::launch(kvm, ahead, blob, fds, &self.copied)?;
         // Seen by operators, who look for VMs; whatever refuses that is of no consequence.
         let _unnamed = rustix::thread::set_name(c"spore-vmm");
-        // All threads are there.
-        seccomp::enter(Cell::Running)?;
         launched.machine.ring_at_end(Arc::clone(&self.ended));
         self.guest = Guest::There(Box::new(launched));
         Ok(())
@@ -409,7 +432,7 @@ impl Control {
     fn there(&self, asked: &'static str) -> Result<&Launched, RequestError> {
         match &self.guest {
             Guest::There(guest) => Ok(guest),
-            Guest::Parked(_) | Guest::Made(..) => Err(self.unfit(asked, "has a guest")),
+            Guest::Parked(_) | Guest::Made(_) => Err(self.unfit(asked, "has a guest")),
         }
     }
 
@@ -433,7 +456,7 @@ impl Control {
 
     fn state(&self) -> VmmState {
         match &self.guest {
-            Guest::Parked(_) | Guest::Made(..) => VmmState::Parked,
+            Guest::Parked(_) | Guest::Made(_) => VmmState::Parked,
             Guest::There(guest) if guest.machine.ended().is_some() => VmmState::Ended,
             Guest::There(_) if self.runs => VmmState::Running,
             Guest::There(_) => VmmState::Paused,

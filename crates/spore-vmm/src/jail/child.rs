@@ -13,6 +13,7 @@ use spore_wire::zygote::KVM_FD;
 
 use super::limits::Limits;
 use super::seccomp::{self, Cell};
+use super::setup::KEPT;
 use super::{Inherited, JailError, LIFE_FD, Run, UNJAILED, VMM_PID, check, step, sys};
 use crate::inherited::CONTROL_FD;
 
@@ -111,7 +112,7 @@ fn confine(uid: u32, limits: Limits) -> Result<(), JailError> {
     // stopped (_exit(2)): the end of a zygote must not be that of every VM.
     rustix::process::setsid().map_err(step("session"))?;
     own_cgroup_namespace().map_err(step("cgroup namespace"))?;
-    empty_bounding_set(CapabilitySet::empty())?;
+    empty_bounding_set(KEPT, CapabilitySet::empty())?;
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
     rustix::thread::set_thread_res_gid(group, group, group).map_err(step("gid"))?;
     rustix::thread::set_thread_res_uid(user, user, user).map_err(step("uid"))?;
@@ -119,8 +120,7 @@ fn confine(uid: u32, limits: Limits) -> Result<(), JailError> {
     set_capabilities(none)?;
     rustix::thread::set_no_new_privs(true).map_err(step("no_new_privs"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("dumpable"))?;
-    check_ids(uid)?;
-    check_bounding_set(none)
+    check_ids(uid)
 }
 
 /// In it, the cgroup that the process is in is the root. The zygote has none of its own: from one
@@ -153,20 +153,15 @@ pub(super) fn set_capabilities(kept: CapabilitySet) -> Result<(), JailError> {
     check("capabilities", same)
 }
 
-/// Takes all but these out of the bounding set.
-pub(super) fn empty_bounding_set(kept: CapabilitySet) -> Result<(), JailError> {
-    for capability in CapabilitySet::all().difference(kept).iter() {
+/// Takes all but those that are kept out of a bounding set that has no others than `had`. What is
+/// not in it never comes back, so that a copy has to do with what its source had kept only.
+pub(super) fn empty_bounding_set(had: CapabilitySet, kept: CapabilitySet) -> Result<(), JailError> {
+    for capability in had.difference(kept).iter() {
         match rustix::thread::remove_capability_from_bounding_set(capability) {
             // A capability that this kernel does not know.
             Ok(()) | Err(Errno::INVAL) => {}
             Err(error) => return Err(step("bounding set")(error)),
         }
-    }
-    Ok(())
-}
-
-fn check_bounding_set(kept: CapabilitySet) -> Result<(), JailError> {
-    for capability in CapabilitySet::all().difference(kept).iter() {
         let there = rustix::thread::capability_is_in_bounding_set(capability);
         check("bounding set", !there.unwrap_or(false))?;
     }

@@ -31,7 +31,7 @@ const OOM_SCORE: &str = "500";
 
 /// What a zygote needs for its children's jail: a pid namespace and a cgroup namespace, their
 /// uids and gids, and empty bounding sets. None counts in a namespace that it is in itself.
-const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN
+pub(super) const KEPT: CapabilitySet = CapabilitySet::SYS_ADMIN
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETPCAP);
@@ -85,7 +85,7 @@ pub(super) fn set_up(ids: Ids) -> Result<Held, JailError> {
     mapper.map()?;
     rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).map_err(step("gid"))?;
     rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).map_err(step("uid"))?;
-    empty_bounding_set(KEPT)?;
+    empty_bounding_set(CapabilitySet::all(), KEPT)?;
     set_capabilities(KEPT)?;
     rustix::thread::set_no_new_privs(true).map_err(step("no_new_privs"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("dumpable"))?;

@@ -14,14 +14,12 @@ pub mod vm;
 pub mod x86_64;
 
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _, OwnedFd};
-use std::sync::Arc;
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_device_attr};
 use kvm_ioctls::{Cap, VcpuFd};
 use rustix::ioctl;
 
 use self::vm::Vm;
-use crate::memory::Space;
 
 /// How often KVM_CREATE_VM is tried anew when a signal ended it.
 const CREATE_ATTEMPTS: u32 = 5;
@@ -66,6 +64,9 @@ pub enum KvmError {
         /// How long it is.
         bytes: u64,
     },
+    /// A VM's slots are all of one space.
+    #[error("a memory slot of another space than the VM's")]
+    OtherSpace,
 }
 
 impl KvmError {
@@ -152,12 +153,12 @@ impl Kvm {
         }
     }
 
-    /// A VM whose memory will be in `space`.
-    pub fn create_vm(&self, space: Arc<Space>) -> Result<Vm, KvmError> {
+    /// A VM without memory.
+    pub fn create_vm(&self) -> Result<Vm, KvmError> {
         let mut attempt = 1;
         loop {
             match self.inner.create_vm() {
-                Ok(fd) => return Ok(Vm::new(fd, space)),
+                Ok(fd) => return Ok(Vm::new(fd)),
                 // It gives up on any signal, one to another thread's timer too.
                 Err(error) if error.errno() == EINTR && attempt < CREATE_ATTEMPTS => attempt += 1,
                 Err(error) => return Err(KvmError::of("KVM_CREATE_VM")(error)),

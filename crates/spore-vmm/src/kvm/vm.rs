@@ -9,7 +9,7 @@
 
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, IntoRawFd as _};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip,
@@ -54,13 +54,17 @@ impl Chip {
 #[derive(Debug)]
 pub struct Vm {
     fd: VmFd,
-    /// Behind every slot of the VM.
-    space: Arc<Space>,
+    home: Home,
 }
 
+/// What is behind every slot of a VM, from the first slot on. Held by the VM and by each of its
+/// processors, those too that were made before.
+type Home = Arc<OnceLock<Arc<Space>>>;
+
 impl Vm {
-    pub(super) const fn new(fd: VmFd, space: Arc<Space>) -> Self {
-        Self { fd, space }
+    pub(super) fn new(fd: VmFd) -> Self {
+        let home = Home::default();
+        Self { fd, home }
     }
 
     /// Makes the interrupt controllers, and gives KVM the pages that Intel's real mode wants.
@@ -75,12 +79,15 @@ impl Vm {
         chip.map_err(KvmError::of("KVM_CREATE_IRQCHIP"))
     }
 
-    /// Shows the guest its memory: one slot for each region. The space may be filled later, before
-    /// the guest runs.
-    pub fn set_memory(&self, regions: &[Region]) -> Result<(), KvmError> {
+    /// Shows the guest its memory: one slot for each region of the space, which is the VM's only
+    /// one. It may be filled later, before the guest runs.
+    pub fn set_memory(&self, space: &Arc<Space>, regions: &[Region]) -> Result<(), KvmError> {
+        if !Arc::ptr_eq(self.home.get_or_init(|| Arc::clone(space)), space) {
+            return Err(KvmError::OtherSpace);
+        }
         for (slot, region) in (0..).zip(regions) {
             let (offset, bytes) = (region.offset, region.bytes);
-            let address = self.space.host_address(offset, bytes);
+            let address = space.host_address(offset, bytes);
             let slot = kvm_userspace_memory_region {
                 slot,
                 // What the guest changes is found in this process's page tables.
@@ -112,7 +119,7 @@ impl Vm {
         })?;
         Ok(Vcpu {
             fd,
-            space: Arc::clone(&self.space),
+            home: Arc::clone(&self.home),
         })
     }
 
@@ -183,12 +190,11 @@ macro_rules! state {
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
-    /// Behind every slot of its VM.
     #[expect(
         dead_code,
         reason = "held, so that the guest's memory outlives the processor"
     )]
-    space: Arc<Space>,
+    home: Home,
 }
 
 impl Vcpu {

@@ -38,14 +38,14 @@ use crate::device::serial::Output;
 use crate::device::virtio::Driven;
 use crate::end::End;
 use crate::kvm::bell::Bell;
-use crate::kvm::vm::{Vcpu, Vm};
+use crate::kvm::vm::Vm;
 use crate::kvm::x86_64::features::Lacking;
 use crate::kvm::x86_64::tsc::OtherRate;
 use crate::kvm::x86_64::{entry, state};
 use crate::kvm::{Kvm, KvmError};
 use crate::memory::{GuestMemory, MapError, OutOfMemory, Sharing};
 use crate::vcpu::exits::Core;
-use crate::vcpu::{self, Buses, Processor as _};
+use crate::vcpu::{Buses, Processor as _};
 use crate::worker::{PauseError, Workers};
 
 /// Why there is no machine.
@@ -140,7 +140,7 @@ impl Machine {
         bare.restore(saved, file, sharing, incarnation, plug)
     }
 
-    /// Puts what was made on threads, which wait to be let run.
+    /// Gives what was made to its threads, which wait to be let run.
     fn start(
         bare: Bare,
         memory: GuestMemory,
@@ -150,11 +150,17 @@ impl Machine {
     ) -> Result<Self, StartError> {
         let devices = plugged.iter().map(|of| (of.slot, Arc::clone(&of.device)));
         let devices = devices.collect();
-        let workers = Workers::new();
-        attend::start(&workers, plugged, Box::new(Monotonic), begin)?;
-        let cores = start(&workers, bare.vcpus, buses)?;
+        let attended = bare.devices.give(plugged, Box::new(Monotonic), begin);
+        attended.map_err(AttendError::Thread)?;
+        let buses = Arc::new(buses);
+        let mut cores = Vec::with_capacity(bare.vcpus.len());
+        for (number, (vcpu, seat)) in (0..).zip(bare.vcpus) {
+            let core = Arc::new(Mutex::new(Core::new(number, vcpu)));
+            seat.give((Arc::clone(&core), Arc::clone(&buses)));
+            cores.push(core);
+        }
         Ok(Self {
-            workers,
+            workers: bare.workers,
             cores,
             panel,
             devices,
@@ -263,7 +269,7 @@ impl Bare {
         let begin = boot::load(&memory, &self.layout, boot)?;
         memory.write(GENERATION, &boot.incarnation.bytes())?;
         let mut msrs = Vec::new();
-        if let Some(first) = self.vcpus.first() {
+        if let Some(first) = self.processors().next() {
             entry::begin(first, begin, START_INFO)?;
             msrs = state::readable(first, &self.host.msrs)?;
         }
@@ -273,22 +279,4 @@ impl Bare {
         let parts = board.finish()?;
         Machine::start(self, memory, msrs, parts, Begin::Cold)
     }
-}
-
-/// Puts each processor on its thread.
-fn start(
-    workers: &Workers,
-    vcpus: Vec<Vcpu>,
-    buses: Buses,
-) -> Result<Vec<Arc<Mutex<Core>>>, StartError> {
-    let buses = Arc::new(buses);
-    let mut cores = Vec::with_capacity(vcpus.len());
-    for (number, vcpu) in (0..).zip(vcpus) {
-        let recall = vcpu.recall()?;
-        let core = Arc::new(Mutex::new(Core::new(number, vcpu)));
-        let started = vcpu::start(workers, Arc::clone(&core), recall, Arc::clone(&buses));
-        started.map_err(StartError::Thread)?;
-        cores.push(core);
-    }
-    Ok(cores)
 }

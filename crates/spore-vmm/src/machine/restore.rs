@@ -1,12 +1,13 @@
 //! From a saved machine to one that goes on: the path that a fork takes, top to bottom.
 //!
 //! ```text
-//!   ahead   Bare: VM, interrupt controller, memory slots, processors, lines and bells
+//!   ahead   Bare: VM, interrupt controller, memory slots, processors, lines and bells, threads
 //!   then    1. may it go on here at all
 //!           2. memory, by a mapping; the guest's new generation, into it
 //!           3. processors, in the order of kvm/x86_64/state.rs; then chips and clock
 //!           4. devices, whose lines lead to what 3 has set
-//!           5. the event that tells of the new generation; threads, which wait to be let run
+//!           5. the event that tells of the new generation; all of it to the threads, which wait
+//!              to be let run
 //! ```
 //!
 //! Memory comes before processors: KVM looks for the page of the guest's clock when the clock's MSR
@@ -19,13 +20,12 @@ use spore_wire::launch::Incarnation;
 
 use super::acpi::GENERATION;
 use super::attend::Begin;
-use super::bare::{Bare, Host};
+use super::bare::Bare;
 use super::board::{Board, BoardError};
 use super::saved::SavedMachine;
 use super::{Machine, StartError};
 use crate::clock::Monotonic;
 use crate::device::power::Event;
-use crate::kvm::vm::Vcpu;
 use crate::kvm::x86_64::state::{VcpuState, reading};
 use crate::kvm::x86_64::{cpuid, features, tsc};
 use crate::memory::Sharing;
@@ -47,12 +47,12 @@ impl Bare {
         let memory = self.space.fill(file, sharing, &self.layout.regions())?;
         memory.write(GENERATION, &incarnation.bytes())?;
 
-        let shift = align_tsc(&self.host, &self.vcpus, &saved)?;
-        for (vcpu, state) in self.vcpus.iter().zip(&saved.vcpus) {
+        let shift = align_tsc(&self, &saved)?;
+        for (vcpu, state) in self.processors().zip(&saved.vcpus) {
             state.restore(vcpu, shift)?;
         }
         saved.vm.restore(&self.vm)?;
-        for vcpu in &self.vcpus {
+        for vcpu in self.processors() {
             vcpu.tell_paused()?;
         }
 
@@ -88,13 +88,13 @@ impl Bare {
 
 /// Gives all processors the guest's TSC rate; says by how much the offsets of their TSCs are moved,
 /// for the first to read on from where it was saved and the others to stay as they were to it.
-fn align_tsc(host: &Host, vcpus: &[Vcpu], saved: &SavedMachine<'_>) -> Result<u64, StartError> {
-    for vcpu in vcpus {
-        if let Some(khz) = tsc::rate(saved.tsc_khz, vcpu.tsc_khz()?, host.can_scale)? {
+fn align_tsc(bare: &Bare, saved: &SavedMachine<'_>) -> Result<u64, StartError> {
+    for vcpu in bare.processors() {
+        if let Some(khz) = tsc::rate(saved.tsc_khz, vcpu.tsc_khz()?, bare.host.can_scale)? {
             vcpu.set_tsc_khz(khz)?;
         }
     }
-    let (Some(vcpu), Some(state)) = (vcpus.first(), saved.vcpus.first()) else {
+    let (Some(vcpu), Some(state)) = (bare.processors().next(), saved.vcpus.first()) else {
         return Ok(0);
     };
     Ok(reading(vcpu)?.shift_to(state.reading()))

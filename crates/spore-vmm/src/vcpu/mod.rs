@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::device::{Bus, Effect};
 use crate::end::End;
 use crate::jail::seccomp::{self, Cell};
-use crate::worker::{Kick, Order, Post, Workers};
+use crate::worker::{Kick, Order, Post, Seat, Workers};
 
 /// Why a processor came back.
 #[derive(Debug)]
@@ -73,24 +73,22 @@ enum Step {
     End(End),
 }
 
-/// Starts a processor's thread. Whoever wants to look at the processor locks it while the machine
-/// is paused; while it runs, the lock is its thread's.
-pub fn start<P: Processor>(
+/// A processor and its buses. Whoever wants to look at the processor locks it while the machine is
+/// paused; while it runs, the lock is its thread's.
+pub type Run<P> = (Arc<Mutex<P>>, Arc<Buses>);
+
+/// Starts the thread of a processor, which enters its cell and waits for the processor.
+pub fn ahead<P: Processor>(
     workers: &Workers,
-    processor: Arc<Mutex<P>>,
+    number: u8,
     kick: impl Kick + 'static,
-    buses: Arc<Buses>,
-) -> std::io::Result<()> {
-    let number = processor.lock().map_or(0, |processor| processor.number());
-    let work = move |post: Post| work(&post, &processor, &buses);
-    workers.start(&format!("vcpu{number}"), kick, work)
+) -> std::io::Result<Seat<Run<P>>> {
+    let first = || Ok(seccomp::enter(Cell::Vcpu)?);
+    let work = |post: &Post, (processor, buses): Run<P>| work(post, &processor, &buses);
+    workers.ahead(&format!("vcpu{number}"), kick, first, work)
 }
 
 fn work<P: Processor>(post: &Post, processor: &Mutex<P>, buses: &Buses) {
-    if let Err(error) = seccomp::enter(Cell::Vcpu) {
-        post.end(error.into());
-        return;
-    }
     // Before it is told to run, the processor is not yet what it will be.
     while post.stand() == Order::Run {
         let mut processor = processor.lock().unwrap_or_else(PoisonError::into_inner);

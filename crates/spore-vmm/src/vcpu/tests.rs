@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::{Buses, Exit, Processor, start};
+use super::{Buses, Exit, Processor, ahead};
 use crate::device::virtio::queue::QueueFault;
 use crate::device::{Device, Effect};
 use crate::end::End;
@@ -167,7 +167,8 @@ fn machine(acts: &[Act]) -> Machine {
     };
     let processor = Arc::new(Mutex::new(script));
     let workers = Workers::new();
-    start(&workers, Arc::clone(&processor), page, Arc::new(buses)).unwrap();
+    let seat = ahead(&workers, 2, page).unwrap();
+    seat.give((Arc::clone(&processor), Arc::new(buses)));
     Machine {
         workers,
         processor,

@@ -201,6 +201,29 @@ impl Workers {
         Ok(())
     }
 
+    /// Starts a worker before there is what it works with. It does `first`, and then waits for
+    /// what its seat is given, or for the end.
+    pub fn ahead<T: Send + 'static>(
+        &self,
+        name: &str,
+        kick: impl Kick + 'static,
+        first: impl FnOnce() -> Result<(), End> + Send + 'static,
+        work: impl FnOnce(&Post, T) + Send + 'static,
+    ) -> std::io::Result<Seat<T>> {
+        let place = Arc::new(Mutex::new(None));
+        let comes = Arc::clone(&place);
+        self.start(name, kick, move |post| match first() {
+            Err(end) => post.end(end),
+            Ok(()) => {
+                if let Some(with) = post.take(&comes) {
+                    work(&post, with);
+                }
+            }
+        })?;
+        let team = Arc::clone(&self.team);
+        Ok(Seat { place, team })
+    }
+
     /// Rings a bell when the machine ends, or now if it has.
     pub fn ring_at_end(&self, bell: Arc<Bell>) {
         let mut state = self.team.lock();
@@ -300,6 +323,23 @@ impl Drop for Workers {
     }
 }
 
+/// A worker that waits for what it works with.
+#[derive(Debug)]
+pub struct Seat<T> {
+    place: Arc<Mutex<Option<T>>>,
+    team: Arc<Team>,
+}
+
+impl<T> Seat<T> {
+    /// Lets it begin. One that could not has said so, and is gone.
+    pub fn give(self, with: T) {
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = Some(with);
+        // It looks there under this lock, or waits.
+        drop(self.team.lock());
+        self.team.changed.notify_all();
+    }
+}
+
 /// A worker's own side. Dropping it says that the worker is gone.
 #[derive(Debug)]
 pub struct Post {
@@ -348,6 +388,21 @@ impl Post {
             }
             return order;
         }
+    }
+
+    /// Waits for what its seat is given; `None` at the end.
+    fn take<T>(&self, place: &Mutex<Option<T>>) -> Option<T> {
+        let mut state = self.team.lock();
+        while state.order != Order::End {
+            let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(with) = place.take() {
+                return Some(with);
+            }
+            drop(place);
+            let waited = self.team.changed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        None
     }
 
     /// Ends the machine, if nothing has before.

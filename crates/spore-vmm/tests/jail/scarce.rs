@@ -54,6 +54,15 @@ fn limit(vmm: &Vmm, resource: Resource, most: Option<u64>) {
     prlimit(pid, resource, limit).unwrap();
 }
 
+/// Lets a VMM give back what it has made ahead, by a launch that cannot be: whatever the next one
+/// needs it makes then.
+fn nothing_ahead(vmm: &Vmm, control: &mut Control<'_>, given: &Given) {
+    let fds = given.fds();
+    let refused = control.tries(&given.request(), &fds[1..]);
+    assert!(refused.is_err());
+    vmm.process.wait_one_thread();
+}
+
 /// The lowest number that no descriptor of it has.
 fn next(vmm: &Vmm) -> u64 {
     let open = vmm.process.open();
@@ -84,6 +93,7 @@ pub(crate) fn a_vmm_at_its_limit_of_descriptors_refuses_and_goes_on() {
     };
     let vmm = zygote.spawn(1);
     let mut control = Control::new(&zygote, &vmm);
+    nothing_ahead(&vmm, &mut control, &given);
     let (before, least) = (vmm.process.open(), next(&vmm));
     let mut reasons = BTreeSet::new();
     let enough = (least..FILES_MAX).find(|most| {
@@ -138,6 +148,7 @@ enum Short {
 
 fn launch_within(zygote: &Zygote, vmm: &Vmm, given: &Given, more_bytes: u64) -> Short {
     let mut control = Control::new(zygote, vmm);
+    nothing_ahead(vmm, &mut control, given);
     let before = vmm.process.open();
     limit(vmm, Resource::As, Some(mapped_bytes(vmm) + more_bytes));
     let launched = control.tries_if_there(&given.request(), &given.fds());

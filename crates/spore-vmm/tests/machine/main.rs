@@ -81,10 +81,10 @@ impl Machine {
     /// One whose processor was not told what it is.
     fn bare(kvm: &Kvm) -> Self {
         let space = Space::reserve(BYTES).unwrap();
-        let vm = kvm.create_vm(Arc::clone(&space)).unwrap();
+        let vm = kvm.create_vm().unwrap();
         vm.create_irqchip().unwrap();
         // Before there is a file behind it.
-        vm.set_memory(&[REGION]).unwrap();
+        vm.set_memory(&space, &[REGION]).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         Self { vm, vcpu, space }
     }
@@ -212,8 +212,8 @@ fn memory_above_four_gib_is_the_guests() {
     let layout = Layout::new(5 * 1024, 1).unwrap();
     let regions = layout.regions();
     let space = Space::reserve(layout.memory_bytes()).unwrap();
-    let vm = kvm.create_vm(Arc::clone(&space)).unwrap();
-    vm.set_memory(&regions).unwrap();
+    let vm = kvm.create_vm().unwrap();
+    vm.set_memory(&space, &regions).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     vcpu.set_cpuid(&kvm.supported_cpuid().unwrap()).unwrap();
     let file = file(layout.memory_bytes());

@@ -81,7 +81,8 @@ impl Running {
         let recall = vcpu.recall().unwrap();
         let core = Arc::new(Mutex::new(Core::new(0, vcpu)));
         let workers = Workers::new();
-        vcpu::start(&workers, Arc::clone(&core), recall, Arc::new(buses)).unwrap();
+        let seat = vcpu::ahead(&workers, 0, recall).unwrap();
+        seat.give((Arc::clone(&core), Arc::new(buses)));
         Self {
             workers,
             core,

@@ -13,7 +13,7 @@
 //! nothing is heard any more.
 //!
 //! The thread also merges the disk's layers, between copies and never beside one, as
-//! [`Scratch::merge`] needs it. It starts with the guest, so that a VMM can be forbidden to start
+//! [`Scratch::merge`] needs it. It starts before the guest, so that a VMM can be forbidden to start
 //! others later.
 
 #[cfg(test)]
@@ -21,6 +21,7 @@ mod tests;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -90,8 +91,6 @@ impl Copy {
 
 #[derive(Debug)]
 struct State {
-    /// What became of the thread's cell, until somebody asks.
-    confined: Option<Result<(), FilterError>>,
     copy: Copy,
     /// The disk may have layers to be merged.
     is_deep: bool,
@@ -113,8 +112,6 @@ struct Shared {
     state: Mutex<State>,
     /// Told when the thread has something to do.
     work: Condvar,
-    /// Told when it is in its cell.
-    entered: Condvar,
     /// Set when it has nothing to do any more.
     quits: AtomicBool,
     /// Rung when a copy is over.
@@ -128,44 +125,67 @@ enum Work {
     Quit,
 }
 
+/// The thread, without a disk so far. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Copier {
+    disk: SyncSender<Arc<Shared>>,
+    confined: Receiver<Result<(), FilterError>>,
+}
+
+impl Copier {
+    /// Starts it.
+    pub fn start() -> io::Result<Self> {
+        let (disk, comes) = sync_channel::<Arc<Shared>>(1);
+        let (tells, confined) = sync_channel(1);
+        let thread = thread::Builder::new().name("copy".into());
+        let run = move || {
+            // A copy at any other priority is as good, only not as polite.
+            let _as_it_was = rustix::process::setpriority_process(None, NICE);
+            let entered = seccomp::enter(Cell::Disks);
+            let is_confined = entered.is_ok();
+            // Whoever does not want to know has no disk for it either.
+            let is_heard = tells.send(entered).is_ok();
+            if let (true, true, Ok(shared)) = (is_confined, is_heard, comes.recv()) {
+                shared.run();
+            }
+        };
+        // It has what it works with for itself, so nobody waits for its end.
+        drop(thread.spawn(run)?);
+        Ok(Self { disk, confined })
+    }
+}
+
 /// The copies. The thread ends soon after this is dropped.
 #[derive(Debug)]
 pub struct Copies {
     shared: Arc<Shared>,
+    confined: Receiver<Result<(), FilterError>>,
 }
 
 impl Copies {
     /// None of a disk, so far. The bell is rung whenever one is over.
-    pub fn start(scratch: Scratch, over: Arc<Bell>) -> io::Result<Self> {
+    #[must_use]
+    pub fn new(copier: Copier, scratch: Scratch, over: Arc<Bell>) -> Self {
         let shared = Arc::new(Shared {
             scratch,
             state: Mutex::new(State {
-                confined: None,
                 copy: Copy::None,
                 is_deep: false,
             }),
             work: Condvar::new(),
-            entered: Condvar::new(),
             quits: AtomicBool::new(false),
             over,
         });
-        let works = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("copy".into());
-        // It has what it works with for itself, so nobody waits for its end.
-        drop(thread.spawn(move || works.run())?);
-        Ok(Self { shared })
+        let Copier { disk, confined } = copier;
+        // A thread that is gone has said why.
+        let _gone = disk.send(Arc::clone(&shared));
+        Self { shared, confined }
     }
 
     /// Waits until the thread is in its cell; called once. After an error it does nothing.
     pub fn ready(&self) -> Result<(), FilterError> {
-        let mut state = self.shared.lock();
-        loop {
-            if let Some(confined) = state.confined.take() {
-                return confined;
-            }
-            let waited = self.shared.entered.wait(state);
-            state = waited.unwrap_or_else(PoisonError::into_inner);
-        }
+        // What has told it once has nothing more to tell.
+        self.confined.recv().unwrap_or(Ok(()))
     }
 
     /// Begins a copy of the disk as it is now, in the place of the one that is there.
@@ -241,15 +261,6 @@ impl Shared {
 
     /// The thread.
     fn run(&self) {
-        // A copy at any other priority is as good, only not as polite.
-        let _as_it_was = rustix::process::setpriority_process(None, NICE);
-        let confined = seccomp::enter(Cell::Disks);
-        let is_confined = confined.is_ok();
-        self.lock().confined = Some(confined);
-        self.entered.notify_all();
-        if !is_confined {
-            return;
-        }
         loop {
             match self.next() {
                 Work::Copy(job) => self.copy(*job),

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use spore_wire::cause::chain;
 
-use super::{BeginError, Copies, Progress};
+use super::{BeginError, Copier, Copies, Progress};
 use crate::disk::locked::KEY_BYTES;
 use crate::disk::overlay::layer::{Layer, layer_bytes};
 use crate::disk::overlay::{CLUSTER_BYTES, LayerError};
@@ -52,7 +52,7 @@ impl Copied {
     fn new(base: Base, given: Vec<LayerFile>, own: LayerFile) -> Self {
         let disk = Scratch::new(base, given, own).unwrap();
         let over = Arc::new(Bell::new().unwrap());
-        let copies = Copies::start(disk.clone(), Arc::clone(&over)).unwrap();
+        let copies = Copies::new(Copier::start().unwrap(), disk.clone(), Arc::clone(&over));
         Self { disk, copies, over }
     }
 

@@ -14,6 +14,7 @@
 mod tests;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
@@ -32,7 +33,7 @@ use crate::fault::GuestFault;
 use crate::jail::seccomp::{self, Cell};
 use crate::kvm::KvmError;
 use crate::kvm::bell::Bell;
-use crate::worker::{Kick, Order, Post, Workers};
+use crate::worker::{Kick, Order, Post, Seat, Workers};
 
 /// How many events are taken at once. What is left comes with the next wait.
 const EVENTS: usize = 32;
@@ -90,22 +91,45 @@ pub enum AttendError {
     Thread(#[from] io::Error),
 }
 
-/// Starts the thread.
-pub fn start(
+/// The thread, which waits for its devices.
+#[derive(Debug)]
+pub struct Attendant {
+    seat: Seat<(Attend, Begin)>,
+    wake: Wake,
+}
+
+/// Starts the thread, which does `first` and then enters its cell.
+pub fn ahead(
     workers: &Workers,
-    plugged: Vec<Plugged>,
-    clock: Box<dyn Clock + Send>,
-    begin: Begin,
-) -> Result<(), AttendError> {
+    first: impl FnOnce() + Send + 'static,
+) -> Result<Attendant, AttendError> {
     let wake = Bell::new()?;
     let wake = Wake(Arc::new(wake));
-    let mut attend = Attend::new(plugged, clock, &wake)?;
-    workers.start("devices", wake, move |post| {
-        if let Err(end) = attend.work(&post, begin) {
+    let first = || {
+        first();
+        Ok(seccomp::enter(Cell::Devices)?)
+    };
+    let work = |post: &Post, (mut attend, begin): (Attend, Begin)| {
+        if let Err(end) = attend.work(post, begin) {
             post.end(end);
         }
-    })?;
-    Ok(())
+    };
+    let seat = workers.ahead("devices", wake.clone(), first, work)?;
+    Ok(Attendant { seat, wake })
+}
+
+impl Attendant {
+    /// Gives it its devices.
+    pub fn give(
+        self,
+        plugged: Vec<Plugged>,
+        clock: Box<dyn Clock + Send>,
+        begin: Begin,
+    ) -> io::Result<()> {
+        let attend = Attend::new(plugged, clock, &self.wake)?;
+        self.seat.give((attend, begin));
+        Ok(())
+    }
 }
 
 #[derive(Debug)]
@@ -138,6 +162,14 @@ struct Attend {
     bells: Vec<Source>,
     due: BTreeSet<Turn>,
     clock: Box<dyn Clock + Send>,
+}
+
+impl fmt::Debug for Attend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attend")
+            .field("devices", &self.devices)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Attend {
@@ -177,7 +209,6 @@ impl Attend {
     }
 
     fn work(&mut self, post: &Post, begin: Begin) -> Result<(), End> {
-        seccomp::enter(Cell::Devices)?;
         if post.stand() == Order::End {
             return Ok(());
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::{Begin, start};
+use super::{Begin, ahead};
 use crate::clock::{Clock as _, Monotonic};
 use crate::device::virtio::queue::QueueFault;
 use crate::device::virtio::{Driven, Interest, Wants};
@@ -128,7 +128,9 @@ fn machine(begin: Begin, set_up: impl FnOnce(&Fake)) -> Machine {
         bells: Arc::clone(&bells),
     };
     let workers = Workers::new();
-    start(&workers, vec![plugged], Box::new(Monotonic), begin).unwrap();
+    let attendant = ahead(&workers, || ()).unwrap();
+    let clock = Box::new(Monotonic);
+    attendant.give(vec![plugged], clock, begin).unwrap();
     Machine {
         workers,
         fake,
