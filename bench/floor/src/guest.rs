@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use spore_vmm::clock::{Clock as _, Monotonic};
@@ -19,7 +19,8 @@ use spore_wire::launch::{
 };
 use spore_wire::vmm::ToVmm;
 
-use crate::node::{Zygote, listener};
+use crate::linux;
+use crate::node::{Vmm, Zygote, listener, rest};
 
 /// Where a guest asks for a reset, and how.
 pub(crate) const RESET_PORT: u16 = 0x64;
@@ -46,8 +47,11 @@ const CODE: [u8; 23] = [
     0xf4, 0xeb, 0xfd,             // hlt; jmp back
 ];
 
+/// Between two looks whether a kernel has started its process.
+const LOOK: Duration = Duration::from_millis(200);
+
 /// How long a guest may take for anything.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// A file in memory.
 pub(crate) fn file(name: &str, bytes: u64) -> Result<OwnedFd> {
@@ -97,28 +101,11 @@ pub(crate) struct Source {
 impl Source {
     /// The small guest, which says its word as soon as it goes on if it is to.
     pub(crate) fn small(zygote: &mut Zygote, memory_mib: u32, ends: bool) -> Result<Self> {
-        let memory = file("guest-memory", u64::from(memory_mib) << 20)?;
-        let begin = Begin::Boot {
-            kernel: FdIndex(1),
-            initramfs: FdIndex(2),
-            command_line: String::new(),
-        };
         let begins = vec![kernel()?, file("initramfs", 4096)?];
-        let given = Given::new(begin, memory_mib, memory.try_clone()?, begins)?;
-        let mut vmm = zygote.spawn()?;
-        vmm.launch(&given)?;
-        vmm.ask(&ToVmm::Resume, &[])?;
+        let (vmm, memory) = boot(zygote, memory_mib, begins, "")?;
         let words = File::from(memory.try_clone()?);
-        let start = Monotonic.now();
-        let mut count = [0; 4];
-        while u32::from_le_bytes(count) < 1000 {
-            words.read_exact_at(&mut count, COUNT)?;
-            ensure!(Monotonic.now() - start < LIMIT, "the guest does not count");
-        }
-        vmm.pause()?;
-        let state = file("state", 0)?;
-        vmm.ask(&ToVmm::Save, &[state.as_fd()])?;
-        vmm.quit(zygote)?;
+        counts(&words, COUNT)?;
+        let state = saved(vmm, zygote)?;
         if ends {
             words.write_all_at(&1_u32.to_le_bytes(), STOP)?;
         }
@@ -127,6 +114,34 @@ impl Source {
             state,
             memory,
         })
+    }
+
+    /// Debian's kernel and a process, which says its word as soon as it goes on; `None` without a
+    /// kernel.
+    pub(crate) fn linux(zygote: &mut Zygote, memory_mib: u32) -> Result<Option<Self>> {
+        let Some(begins) = linux::begins()? else {
+            return Ok(None);
+        };
+        let (mut vmm, memory) = boot(zygote, memory_mib, begins, linux::COMMAND_LINE)?;
+        let words = File::from(memory.try_clone()?);
+        let start = Monotonic.now();
+        let page = loop {
+            if let Some(page) = linux::page(&words)? {
+                break page;
+            }
+            if Monotonic.now() - start > LIMIT {
+                bail!("the kernel does not start its process: {}", vmm.console()?);
+            }
+            rest(LOOK);
+        };
+        counts(&words, page + linux::COUNT)?;
+        let state = saved(vmm, zygote)?;
+        words.write_all_at(&1_u32.to_le_bytes(), page + linux::STOP)?;
+        Ok(Some(Self {
+            memory_mib,
+            state,
+            memory,
+        }))
     }
 
     /// What a fork of it is launched with.
@@ -139,6 +154,46 @@ impl Source {
         let begins = vec![self.state.try_clone()?];
         Given::new(begin, self.memory_mib, self.memory.try_clone()?, begins)
     }
+}
+
+/// Waits until a guest counts there.
+fn counts(words: &File, at: u64) -> Result<()> {
+    let start = Monotonic.now();
+    let mut count = [0; 4];
+    while u32::from_le_bytes(count) < 1000 {
+        words.read_exact_at(&mut count, at)?;
+        ensure!(Monotonic.now() - start < LIMIT, "the guest does not count");
+    }
+    Ok(())
+}
+
+/// A guest that begins with a kernel, and its memory.
+fn boot(
+    zygote: &mut Zygote,
+    memory_mib: u32,
+    begins: Vec<OwnedFd>,
+    command_line: &str,
+) -> Result<(Vmm, OwnedFd)> {
+    let memory = file("guest-memory", u64::from(memory_mib) << 20)?;
+    let begin = Begin::Boot {
+        kernel: FdIndex(1),
+        initramfs: FdIndex(2),
+        command_line: command_line.to_owned(),
+    };
+    let given = Given::new(begin, memory_mib, memory.try_clone()?, begins)?;
+    let mut vmm = zygote.spawn()?;
+    vmm.launch(&given)?;
+    vmm.ask(&ToVmm::Resume, &[])?;
+    Ok((vmm, memory))
+}
+
+/// Saves a guest and ends it.
+fn saved(mut vmm: Vmm, zygote: &mut Zygote) -> Result<OwnedFd> {
+    vmm.pause()?;
+    let state = file("state", 0)?;
+    vmm.ask(&ToVmm::Save, &[state.as_fd()])?;
+    vmm.quit(zygote)?;
+    Ok(state)
 }
 
 /// What a guest is launched with, as a node has it ready before it asks.

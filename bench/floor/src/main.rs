@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   cargo build --profile vmm -p spore-vmm -p spore-floor
-//!   cargo xtask rig -- target/vmm/spore-floor [ROUNDS]
+//!   cargo xtask rig -- target/vmm/spore-floor [ROUNDS [forks|hundred|linux|pauses]…]
 //! ```
 //!
 //! Every fork takes the real path of a VMM: a copy of the zygote, in its jail under a uid of its
@@ -13,6 +13,7 @@
 
 mod bare;
 mod guest;
+mod linux;
 mod memory;
 mod node;
 mod pause;
@@ -27,6 +28,9 @@ use self::node::Zygote;
 
 /// Of each kind, unless others are asked for.
 const ROUNDS: usize = 25;
+
+/// What is measured.
+const PARTS: [&str; 4] = ["forks", "hundred", "linux", "pauses"];
 
 /// Figures by their names, and what must not be worse.
 #[derive(Debug, Default)]
@@ -47,7 +51,7 @@ impl Report {
         let mut out = std::io::stdout().lock();
         writeln!(
             out,
-            "{name:<44} {median:>9.2} {least:>9.2} {low:>9.2} {high:>9.2} {most:>9.2} {:>4}",
+            "{name:<48} {median:>9.2} {least:>9.2} {low:>9.2} {high:>9.2} {most:>9.2} {:>4}",
             numbers.len()
         )?;
         let figure = json!({
@@ -71,7 +75,7 @@ impl Report {
         for (name, figure, worst) in self.limits {
             let is_missed = figure.is_nan() || figure > worst;
             let word = if is_missed { "MISSED" } else { "" };
-            writeln!(out, "{name:<44} {figure:>9.3}   at most {worst:.3} {word}")?;
+            writeln!(out, "{name:<48} {figure:>9.3}   at most {worst:.3} {word}")?;
             limits.insert(name.to_owned(), json!({ "figure": figure, "worst": worst }));
             if is_missed {
                 missed.push(name);
@@ -87,18 +91,21 @@ impl Report {
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let rounds = match *arguments {
+    let (rounds, parts) = match *arguments {
         [bare::WORD] => return bare::main(),
-        [] => ROUNDS,
-        [rounds] => rounds.parse()?,
-        _ => bail!("usage: spore-floor [ROUNDS]"),
+        [] => (ROUNDS, &PARTS[..]),
+        [rounds, ref parts @ ..] if parts.iter().all(|part| PARTS.contains(part)) => {
+            let parts = if parts.is_empty() { &PARTS } else { parts };
+            (rounds.parse()?, parts)
+        }
+        _ => bail!("usage: spore-floor [ROUNDS [{}]…]", PARTS.join("|")),
     };
     ensure!(rounds > 0, "no rounds");
     let mut zygote = Zygote::start()?;
     let mut report = Report::default();
     writeln!(
         std::io::stdout(),
-        "{:<44} {:>9} {:>9} {:>9} {:>9} {:>9} {:>4}",
+        "{:<48} {:>9} {:>9} {:>9} {:>9} {:>9} {:>4}",
         "floor",
         "median",
         "least",
@@ -107,9 +114,14 @@ fn main() -> Result<()> {
         "most",
         "n"
     )?;
-    starts::run(&mut zygote, rounds, &mut report)?;
-    starts::hundred(&mut zygote, &mut report)?;
-    pause::run(&mut zygote, rounds, &mut report)?;
+    for part in parts {
+        match *part {
+            "forks" => starts::run(&mut zygote, rounds, &mut report)?,
+            "hundred" => starts::hundred(&mut zygote, &mut report)?,
+            "linux" => starts::linux(&mut zygote, rounds, &mut report)?,
+            _ => pause::run(&mut zygote, rounds, &mut report)?,
+        }
+    }
     zygote.close()?;
     report.end()
 }

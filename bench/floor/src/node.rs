@@ -20,7 +20,7 @@ use rustix::net::{
 use spore_wire::vmm::{self, EndedBy, FromVmm, ToVmm};
 use spore_wire::zygote::{self, FdRole, FromZygote, ToZygote};
 
-use crate::guest::Given;
+use crate::guest::{Given, file};
 
 /// Ids of the zygote: far from those of stories and tests, and more than VMMs at once.
 const FIRST_UID: u32 = 2_700_000;
@@ -229,6 +229,15 @@ impl Vmm {
         let limit_ms = PAUSE_LIMIT_MS;
         self.ask(&ToVmm::Pause { limit_ms }, &[])?;
         Ok(())
+    }
+
+    /// All that came out of its serial port.
+    pub(crate) fn console(&mut self) -> Result<String> {
+        let into = file("console", 0)?;
+        let count = self.ask(&ToVmm::Console, &[into.as_fd()])?;
+        let mut text = vec![0; usize::try_from(count)?];
+        rustix::io::pread(&into, &mut text, 0)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
     /// Waits until the guest has ended, by itself.

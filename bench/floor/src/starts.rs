@@ -18,6 +18,9 @@ const MEMORY_MIB: u32 = 64;
 /// Rounds that are not counted: what is used first is brought in.
 const WARM: usize = 2;
 
+/// Of Linux.
+const LINUX_MIB: u32 = 128;
+
 /// Forks at once.
 const MANY: usize = 100;
 
@@ -166,8 +169,20 @@ fn waiting(zygote: &mut Zygote) -> Result<Vmm> {
     Ok(vmm)
 }
 
-/// A fork from the node's first word to the guest's first one.
+/// A fork from the node's first word to the guest's first one, and its end.
 fn fork(zygote: &mut Zygote, waits: Option<Vmm>, source: &Source, kind: &mut Kind) -> Result<()> {
+    forked(zygote, waits, source, kind)?.quit(zygote)?;
+    rest(REST);
+    Ok(())
+}
+
+/// A fork that is at its guest's first word.
+fn forked(
+    zygote: &mut Zygote,
+    waits: Option<Vmm>,
+    source: &Source,
+    kind: &mut Kind,
+) -> Result<Vmm> {
     let given = source.fork()?;
     let mut watch = Watch::start();
     let mut vmm = match waits {
@@ -190,10 +205,7 @@ fn fork(zygote: &mut Zygote, waits: Option<Vmm>, source: &Source, kind: &mut Kin
         .iter()
         .map(|(step, ms)| ((*step).to_owned(), *ms));
     kind.note(watch.all(), steps);
-    drop(given);
-    vmm.quit(zygote)?;
-    rest(REST);
-    Ok(())
+    Ok(vmm)
 }
 
 /// A hundred forks at once, none of which was made ahead: all answer.
@@ -222,5 +234,32 @@ pub(crate) fn hundred(zygote: &mut Zygote, report: &mut Report) -> Result<()> {
     for vmm in forks {
         vmm.quit(zygote)?;
     }
+    Ok(())
+}
+
+/// Forks of Debian's kernel: what they have of their own at their first output. Another one is
+/// there meanwhile: what they read of the memory that they share would otherwise count as one's
+/// own.
+pub(crate) fn linux(zygote: &mut Zygote, rounds: usize, report: &mut Report) -> Result<()> {
+    let Some(source) = Source::linux(zygote, LINUX_MIB)? else {
+        return Ok(());
+    };
+    let other = forked(zygote, None, &source, &mut Kind::default())?;
+    let mut forks = Kind::default();
+    for _round in 0..rounds {
+        fork(zygote, None, &source, &mut forks)?;
+    }
+    other.quit(zygote)?;
+    let private = report.row(
+        "fork of Linux at its first output, private KiB",
+        forks.private_kib,
+    )?;
+    report.row("its VMM without guest, resident KiB", forks.resident_kib)?;
+    report.row("fork of Linux, not parked, ms", forks.all)?;
+    report.at_most(
+        "private MiB of a fork of Linux there",
+        private / 1024.0,
+        1.0,
+    );
     Ok(())
 }
