@@ -140,18 +140,12 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// Begins a machine. What cannot be had now is tried again when there is a guest for it, and
-    /// then it is told why.
-    #[must_use]
-    pub fn begin(kvm: &Arc<Kvm>) -> Self {
-        Self {
-            early: Early::new(Arc::clone(kvm)).ok(),
-            ..Self::default()
+    /// Begins a machine and starts the thread that copies disks, unless they are there. What cannot
+    /// be had now is tried again when there is a guest for it, and then it is told why.
+    pub fn begin(&mut self, kvm: &Arc<Kvm>) {
+        if self.early.is_none() {
+            self.early = Early::new(Arc::clone(kvm)).ok();
         }
-    }
-
-    /// Starts the thread that copies disks, if it is not there.
-    pub fn copier(&mut self) {
         if self.copier.is_none() {
             self.copier = Copier::start().ok();
         }
@@ -161,7 +155,6 @@ impl Ahead {
     pub fn park(&mut self, kvm: &Kvm, memory_mib: u32, vcpus: u8) -> Result<(), LaunchError> {
         let layout = Layout::new(memory_mib, vcpus)?;
         self.made = Some(Box::new(self.bare(kvm, &layout)?));
-        self.copier();
         Ok(())
     }
 

@@ -153,9 +153,6 @@ impl Control {
 
     /// Serves until it is told to quit.
     pub fn serve(mut self) -> Result<(), ServeError> {
-        if let Guest::Parked(Some(kvm)) = &self.guest {
-            self.ahead = Ahead::begin(kvm);
-        }
         loop {
             let Some([ends, copied, comes, asks]) = self.wait()? else {
                 return Ok(());
@@ -172,9 +169,9 @@ impl Control {
             self.confine()?;
             if comes {
                 self.admit();
-                if self.state() == VmmState::Parked {
-                    // Whoever was let in thinks about it meanwhile.
-                    self.ahead.copier();
+                if let Guest::Parked(Some(kvm)) = &self.guest {
+                    // Whoever was let in asks for something meanwhile.
+                    self.ahead.begin(kvm);
                 }
             }
             // Nobody else knows of it.
