@@ -130,3 +130,47 @@ async fn measure_forks_with_pages_ahead_and_without() {
         }
     }
 }
+
+/// What forks have of their own that were thawed, have answered and then did nothing: all of it,
+/// and of that the guest's memory. They stand beside each other, as sandboxes do.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement: a minute, and a VMM as it is shipped"]
+async fn measure_forks_that_are_thawed_and_idle() {
+    let Some((host, machine)) = TestHost::with_agent() else {
+        return;
+    };
+    let driver = host.driver().await;
+    let mut template = boot(&driver, &machine).await;
+    let from = capture(&mut template, Afterwards::Ends, None).await.source;
+    driver.release(template.vm).await.unwrap();
+    let mut forks = Vec::new();
+    for _ in 0..6 {
+        let mut one = fork(&driver, &machine, &from, template.vm).await;
+        one.held.open_network().await.unwrap();
+        assert_eq!(one.agent.sh("echo here").await, "here");
+        forks.push(one);
+    }
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    for one in &forks {
+        println!("{} KiB private", private_kib(&driver, one.vm));
+        println!("{} KiB of it the guest's", own_kib(&driver, one.vm));
+    }
+    for one in forks {
+        driver.release(one.vm).await.unwrap();
+    }
+}
+
+/// All that a VM's VMM has for itself, in KiB.
+fn private_kib(driver: &Driver, vm: VmId) -> u64 {
+    let members = driver.rooms().cgroups().members(&vm.to_string());
+    let smaps = members.unwrap().into_iter().filter_map(|(pid, _pidfd)| {
+        let path = format!("/proc/{}/smaps_rollup", pid.as_raw_nonzero());
+        std::fs::read_to_string(path).ok()
+    });
+    let private = |smaps: String| {
+        let lines = smaps.lines().filter(|line| line.starts_with("Private_"));
+        let kib = lines.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        kib.sum::<u64>()
+    };
+    smaps.map(private).sum()
+}
