@@ -14,7 +14,7 @@ use spore_vmm::disk::{Access, Raw};
 use spore_vmm::machine::layout::Layout;
 use spore_vmm::machine::saved::SavedMachine;
 use spore_wire::launch::{
-    Begin, FdIndex, Incarnation, Launch, Layer, MemoryOwner, Scratch, layer_bytes,
+    Begin, FdIndex, Incarnation, Launch, Layer, MemoryOwner, Rates, Scratch, layer_bytes,
 };
 use spore_wire::secret::SecretBytes;
 use spore_wire::vmm::ToVmm;
@@ -162,6 +162,7 @@ fn launch(blob: Blob) -> (Launch, Vec<u8>) {
         tap: numbers.fd(),
         mac: [2; 6],
         agent: numbers.fd(),
+        rates: Rates::default(),
     };
     (launch, blob.state)
 }

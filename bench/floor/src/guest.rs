@@ -15,7 +15,7 @@ use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use spore_vmm::clock::{Clock as _, Monotonic};
 use spore_wire::launch::{
-    Begin, FdIndex, Incarnation, Launch, Layer, MemoryOwner, Scratch, layer_bytes,
+    Begin, FdIndex, Incarnation, Launch, Layer, MemoryOwner, Rates, Scratch, layer_bytes,
 };
 use spore_wire::vmm::ToVmm;
 
@@ -246,6 +246,7 @@ impl Given {
             tap: FdIndex(next + 3),
             mac: [2, 0x53, 0x50, 0, 0, 1],
             agent: FdIndex(next + 4),
+            rates: Rates::default(),
         };
         let mut fds = vec![memory];
         fds.extend(begins);

@@ -5,6 +5,8 @@
 //! those of the same packet. The VMM believes none of it before it has checked it: a wrong blob is
 //! an answer, not half a guest.
 
+use core::num::NonZeroU64;
+
 use data_encoding::HEXLOWER;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -75,6 +77,32 @@ pub struct Launch {
     pub mac: [u8; 6],
     /// A unix stream socket that listens: the host's end of the agent's port.
     pub agent: FdIndex,
+    /// How much its devices do in a second at most.
+    #[serde(default, skip_serializing_if = "Rates::are_none")]
+    pub rates: Rates,
+}
+
+/// How much a guest's devices do in a second, and, after a pause, at once; `None` is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Rates {
+    /// Bytes that are read from and written to each disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<NonZeroU64>,
+    /// Reads, writes and flushes of each disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_operations: Option<NonZeroU64>,
+    /// Bytes of frames, in each direction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network_bytes: Option<NonZeroU64>,
+}
+
+impl Rates {
+    /// Whether nothing is limited.
+    #[must_use]
+    pub fn are_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Where a guest begins.

@@ -347,7 +347,10 @@ mod tests {
         let new = json!({"bytes": 4096, "base": 7, "layers": [], "own": locked});
         let forked = json!({"bytes": 4096, "base": null, "own": locked,
             "layers": [{"file": 6, "key": null}, {"file": 7, "key": "AAEC"}]});
+        let mut limited = launch(own.clone(), Value::Null);
+        limited["rates"] = json!({"disk_bytes": 1, "disk_operations": 2, "network_bytes": 3});
         checked::<ToVmm>(vec![
+            ("launch one with limits", limited),
             (
                 "park",
                 json!({"type": "park", "memory_mib": 128, "vcpus": 2}),

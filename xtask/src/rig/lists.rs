@@ -60,6 +60,9 @@ const ALL: &[Tests] = &[
         name: "qemu",
         filters: &[
             "ahead::",
+            "deaths::",
+            "hundred::",
+            "rates::",
             "life::",
             "confinement::",
             "fork::",
@@ -72,7 +75,6 @@ const ALL: &[Tests] = &[
             "suspends::",
             "takes::",
             "taken::",
-            "vmm_sigkill_is",
         ],
     },
 ];

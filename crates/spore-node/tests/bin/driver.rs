@@ -12,6 +12,7 @@ use spore_node::hypervisor::Hypervisor;
 use spore_node::hypervisor::kvm::{Kvm, KvmConfig};
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::Rooms;
+use spore_wire::launch::Rates;
 use spore_wire::node::Boundary;
 
 /// A driver.
@@ -46,6 +47,7 @@ impl Driver {
     pub(crate) async fn open(
         config: QemuConfig,
         parked: usize,
+        rates: Rates,
     ) -> Result<Self, Box<dyn Error + Send + Sync>> {
         if !is_kvm() {
             return Ok(Self::Qemu(Qemu::open(config).await?));
@@ -61,6 +63,7 @@ impl Driver {
             parked,
             // Nearly all forks have more, and QEMU's are read in the pause.
             freeze_from_mib: 1,
+            rates,
             egress: config.egress,
         };
         Ok(Self::Kvm(Kvm::open(config).await?))

@@ -24,6 +24,7 @@ use spore_node::snapshot::key::SnapshotKey;
 use spore_node::take::Take;
 use spore_node::vm::state::VmEffect;
 use spore_wire::id::{ImageId, SnapshotId, VmId};
+use spore_wire::launch::Rates;
 use spore_wire::node::{NodeEvent, Source, StartVm, StopMode, VmPhase};
 use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
@@ -47,7 +48,7 @@ async fn main() -> Outcome<()> {
         .init();
     let log = Arc::new(SightingFile::new(orders.sighting.clone()));
     let death = Arc::new(Death::default());
-    let qemu = Driver::open(driver_config(&orders), 0).await?;
+    let qemu = Driver::open(driver_config(&orders), 0, Rates::default()).await?;
     let (runtime, logs) = (orders.runtime.clone(), orders.logs.clone());
     let snapshots = orders.room.data_dir.join("snapshots");
     let mut config = Config::new(runtime, logs, snapshots, 8192);

@@ -17,6 +17,7 @@ use spore_node::hypervisor::qemu::QemuConfig;
 use spore_node::hypervisor::room::RoomConfig;
 use spore_node::hypervisor::{Machine, Vm};
 use spore_wire::id::VmId;
+use spore_wire::launch::Rates;
 use spore_wire::node::Resources;
 
 use crate::driver::Driver;
@@ -33,6 +34,8 @@ pub(crate) struct TestHost {
     pub(crate) config: QemuConfig,
     /// VMMs that its driver makes ahead.
     pub(crate) parked: usize,
+    /// How much the devices of its VMs do, where the driver knows a limit.
+    pub(crate) rates: Rates,
     root: PathBuf,
 }
 
@@ -86,6 +89,7 @@ impl TestHost {
         Some(Self {
             config,
             parked: 0,
+            rates: Rates::default(),
             root,
         })
     }
@@ -108,7 +112,7 @@ impl TestHost {
     }
 
     pub(crate) async fn driver(&self) -> Driver {
-        Driver::open(self.config.clone(), self.parked)
+        Driver::open(self.config.clone(), self.parked, self.rates)
             .await
             .unwrap()
     }

@@ -16,7 +16,7 @@ use crate::host::{HANG, TestHost};
 const WAITING: usize = 2;
 
 /// Those of the host's processes that have this name.
-fn named(host: &TestHost, name: &str) -> BTreeSet<u32> {
+pub(crate) fn named(host: &TestHost, name: &str) -> BTreeSet<u32> {
     let of = |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let all = host.processes().into_iter();
     all.filter(|pid| of(pid).trim() == name).collect()

@@ -42,7 +42,9 @@ async fn first_daemon() {
     config.room.cgroup_parent = orders.cgroup_parent;
     config.room.uid_first = orders.uid_first;
     config.initramfs = orders.initramfs;
-    let driver = crate::driver::Driver::open(config, 0).await.unwrap();
+    let driver = crate::driver::Driver::open(config, 0, host.rates)
+        .await
+        .unwrap();
     let prepared = driver.prepare(orders.vm, &orders.machine).await.unwrap();
     let identity = driver
         .boot(orders.vm, &orders.machine, &prepared)

@@ -134,7 +134,7 @@ async fn a_fork_keeps_neither_its_sources_connections_to_outside_nor_its_lines()
     assert_eq!(host.left(), Vec::<String>::new());
 }
 
-fn app(command: &[&str]) -> StartApp {
+pub(crate) fn app(command: &[&str]) -> StartApp {
     StartApp {
         command: command.iter().map(|word| (*word).to_owned()).collect(),
         directory: "/".to_owned(),

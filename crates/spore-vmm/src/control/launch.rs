@@ -2,16 +2,19 @@
 //! and every descriptor is somebody's before anything is made.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
 use spore_wire::guest::PORT_NAME;
-use spore_wire::launch::{self, AHEAD_MAX, Begin, Launch, MemoryOwner, PageRun, TAP_HEADER_BYTES};
+use spore_wire::launch::{
+    self, AHEAD_MAX, Begin, Launch, MemoryOwner, PageRun, Rates, TAP_HEADER_BYTES,
+};
 use spore_wire::secret::SecretBytes;
 
 use super::files::{Files, FilesError};
-use crate::clock::Monotonic;
-use crate::device::rate::Limit;
+use crate::clock::{Clock as _, Monotonic};
+use crate::device::rate::{Bucket, Limit};
 use crate::device::virtio::blk::{Blk, Exchange};
 use crate::device::virtio::console::{Console, Listener};
 use crate::device::virtio::net::{Net, Tap};
@@ -116,6 +119,7 @@ pub struct Devices {
     wire: Tap,
     mac: [u8; 6],
     door: Listener,
+    rates: Rates,
 }
 
 /// A guest, paused, and its scratch disk.
@@ -329,13 +333,26 @@ impl Devices {
             wire: using("tap", wire)?,
             mac: blob.mac,
             door: using("agent's socket", door)?,
+            rates: blob.rates,
         })
     }
 
     /// Puts them into their places.
     fn plug(self, board: &mut Board<'_>) -> Result<(), BoardError> {
         let clock = || Box::new(Monotonic);
-        let disk = |disk: Box<dyn Disk>, id| Blk::new(disk, id, Limit::default(), clock());
+        let bucket = |rate: Option<NonZeroU64>| {
+            // What may be had in a second may be had at once.
+            rate.map(|per_s| Bucket::new(per_s.get(), per_s.get(), Monotonic.now()))
+        };
+        let of_disks = Limit {
+            operations: bucket(self.rates.disk_operations),
+            bytes: bucket(self.rates.disk_bytes),
+        };
+        let of_net = Limit {
+            operations: None,
+            bytes: bucket(self.rates.network_bytes),
+        };
+        let disk = |disk: Box<dyn Disk>, id| Blk::new(disk, id, of_disks, clock());
         board.plug(Slot::Image, disk(Box::new(self.image), "image"))?;
         // A guest may be forked for whichever app: it takes hold of this one's disk anew.
         let folder = disk(Box::new(self.folder), "folder").exchanged(Exchange::AnySize);
@@ -343,8 +360,7 @@ impl Devices {
         if let Some(scratch) = self.scratch {
             board.plug(Slot::Scratch, disk(Box::new(scratch), "scratch"))?;
         }
-        let none = Limit::default;
-        let net = Net::new(Box::new(self.wire), self.mac, none(), none(), clock());
+        let net = Net::new(Box::new(self.wire), self.mac, of_net, of_net, clock());
         board.plug(Slot::Net, net)?;
         let port = Console::new(PORT_NAME, Box::new(self.door), clock());
         board.plug(Slot::Console, port)?;

@@ -13,7 +13,7 @@ use spore_vmm::clock::{Clock as _, Monotonic};
 use spore_vmm::disk::overlay::layer_bytes;
 use spore_vmm::kvm::Kvm;
 use spore_vmm::probe::probe;
-use spore_wire::launch::{Begin, FdIndex, Incarnation, Launch, Layer, MemoryOwner, Scratch};
+use spore_wire::launch::{Begin, FdIndex, Incarnation, Launch, Layer, MemoryOwner, Rates, Scratch};
 use spore_wire::vmm::{Below, CopyOf, FromVmm, ToVmm};
 use spore_wire::zygote::ExitedBy;
 
@@ -97,6 +97,7 @@ pub(crate) fn given(begin: Begin, memory: OwnedFd, begins: Vec<OwnedFd>) -> Give
         tap: FdIndex(next + 3),
         mac: [2, 0x53, 0x50, 0, 0, 1],
         agent: FdIndex(next + 4),
+        rates: Rates::default(),
     };
     let mut fds = vec![memory];
     fds.extend(begins);

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use spore_node::doctor::kvm;
 use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::Driver;
@@ -74,7 +74,10 @@ pub(super) async fn open(config: &ServerConfig, program: &Path) -> Result<Driver
         Some(boundary) => Kvm::open(kvm_config(config, program, boundary))
             .await?
             .into(),
-        None => Driver::from(Qemu::open(qemu_config(config, program)).await?),
+        None => {
+            limits_are_kept(config)?;
+            Driver::from(Qemu::open(qemu_config(config, program)).await?)
+        }
     };
     let name = driver.hypervisor.caps().name;
     fs::write(chosen(config), name).context("write down which driver hosts VMs")?;
@@ -149,6 +152,17 @@ async fn boundary(choice: HypervisorChoice, program: &Path) -> Result<Option<Bou
     }
 }
 
+/// QEMU's VMs have no limits of disk and network: whoever wants them must not believe that they
+/// are there.
+fn limits_are_kept(config: &ServerConfig) -> Result<()> {
+    ensure!(
+        config.rates.are_none(),
+        "disk_bandwidth, disk_operations and network_bandwidth are kept by `kvm` only, and VMs are \
+         emulated here: remove them, or use a host on which KVM runs guests (`spore doctor`)"
+    );
+    Ok(())
+}
+
 fn room(config: &ServerConfig) -> RoomConfig {
     RoomConfig {
         // Not the journals' folder: what the driver removes of a VM must not take its journal.
@@ -177,6 +191,7 @@ fn kvm_config(config: &ServerConfig, program: &Path, boundary: Boundary) -> KvmC
         boundary,
         parked: PARKED_VMMS,
         freeze_from_mib: FREEZE_FROM_MIB,
+        rates: config.rates,
         egress: egress(config, program),
     }
 }
@@ -208,8 +223,20 @@ fn kernel_release(kernel: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
+
     use super::HypervisorChoice::{Auto, Kvm, Qemu};
-    use super::choose;
+    use super::{ServerConfig, choose, limits_are_kept};
+
+    #[test]
+    fn limits_that_nobody_keeps_are_refused() {
+        let mut config = ServerConfig::default();
+        limits_are_kept(&config).unwrap();
+        config.rates.disk_operations = NonZeroU64::new(100);
+        let refused = limits_are_kept(&config).unwrap_err().to_string();
+        assert!(refused.contains("disk_operations"), "{refused}");
+        assert!(refused.contains("remove them"), "{refused}");
+    }
 
     #[test]
     fn what_hosts_vms_is_not_changed_under_them() {

@@ -114,6 +114,7 @@ impl Shared {
             tap: files.add(tap),
             mac: GUEST_MAC,
             agent: files.add(agent.map_err(step("the agent's socket"))?),
+            rates: self.config.rates,
         };
         Ok((launch, files.0))
     }

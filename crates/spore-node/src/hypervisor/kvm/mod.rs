@@ -28,6 +28,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use spore_wire::id::VmId;
+use spore_wire::launch::Rates;
 use spore_wire::node::Boundary;
 use spore_wire::snapshot::Shape;
 use spore_wire::vmm::ToVmm;
@@ -96,6 +97,8 @@ pub struct KvmConfig {
     pub parked: usize,
     /// From so much own memory on, a checkpoint reads it from a frozen copy of the VMM.
     pub freeze_from_mib: u32,
+    /// How much the devices of each VM do at most, from its start on.
+    pub rates: Rates,
     /// What calls [`crate::egress::main`].
     pub egress: EgressLauncher,
 }

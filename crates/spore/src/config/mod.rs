@@ -4,15 +4,20 @@
 //! `/etc/spore/spore.toml` through [`ServerConfig`]. An app's own `spore.toml` is not
 //! configuration: `manifest.rs` reads it.
 
+#[cfg(test)]
+mod tests;
+
 use std::ffi::OsString;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU64;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use spore_api::client::{Endpoint, EndpointError};
 use spore_node::egress::blob::RESOLVERS_MAX;
+use spore_wire::launch::Rates;
 use thiserror::Error;
 
 use crate::document::{Document, DocumentError, Entry, Table};
@@ -34,6 +39,10 @@ const API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8889);
 const TOKEN_FILE: &str = "/etc/spore/token";
 /// What a VM may be given to boot: less than any needs, and longer than anybody waits.
 const BOOT_TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(10)..=Duration::from_secs(3600);
+/// What may be had of a disk or the network in a second: an app starts with less in no reasonable
+/// time, and more is no limit.
+const RATE_MIB: RangeInclusive<u32> = 1..=1024 * 1024;
+const RATE_OPERATIONS: RangeInclusive<i64> = 50..=10_000_000;
 /// The most bytes of a token file.
 const TOKEN_BYTES_MAX: usize = 4096;
 
@@ -115,6 +124,8 @@ pub(crate) struct ServerConfig {
     pub(crate) hypervisor: HypervisorChoice,
     /// The program of the `kvm` driver's VMMs.
     pub(crate) vmm: PathBuf,
+    /// How much the devices of each VM do in a second at most.
+    pub(crate) rates: Rates,
     /// The guest kernel, an ELF file.
     pub(crate) kernel: PathBuf,
     /// The guest's first file system.
@@ -299,6 +310,7 @@ impl Default for ServerConfig {
             image_quota_mib: 64 * 1024,
             hypervisor: HypervisorChoice::default(),
             vmm: "/usr/local/lib/spore/spore-vmm".into(),
+            rates: Rates::default(),
             kernel: "/usr/local/lib/spore/guest/vmlinux".into(),
             initramfs: "/usr/local/lib/spore/guest/initramfs.cpio".into(),
             base_images: "/usr/local/lib/spore/images".into(),
@@ -309,7 +321,7 @@ impl Default for ServerConfig {
     }
 }
 
-const SERVER_KEYS: [&str; 24] = [
+const SERVER_KEYS: [&str; 27] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
@@ -327,6 +339,9 @@ const SERVER_KEYS: [&str; 24] = [
     "image_quota",
     "hypervisor",
     "vmm",
+    "disk_bandwidth",
+    "disk_operations",
+    "network_bandwidth",
     "kernel",
     "initramfs",
     "base_images",
@@ -360,6 +375,7 @@ impl ServerConfig {
         let table = document.root(&SERVER_KEYS)?;
         let mut config = self;
         config.places(&table)?;
+        config.rates = rates(&table)?;
         if let Some(entry) = table.get("base") {
             config.base = base(&entry)?;
         }
@@ -414,18 +430,23 @@ impl ServerConfig {
         if let Some(entry) = table.get("boot_timeout") {
             config.boot_timeout = entry.span(BOOT_TIMEOUT)?;
         }
+        config.logs(&table)?;
+        Ok(config)
+    }
+
+    fn logs(&mut self, table: &Table<'_>) -> Result<(), DocumentError> {
         if let Some(entry) = table.get("log") {
             let filter = entry.text()?;
             if let Some(why) = log::refused_filter(filter) {
                 return Err(entry.refused(why));
             }
-            filter.clone_into(&mut config.log.filter);
+            filter.clone_into(&mut self.log.filter);
         }
         if let Some(entry) = table.get("log_format") {
             let format = entry.text()?.parse();
-            config.log.format = format.map_err(|why| entry.refused(why))?;
+            self.log.format = format.map_err(|why| entry.refused(why))?;
         }
-        Ok(config)
+        Ok(())
     }
 
     fn places(&mut self, table: &Table<'_>) -> Result<(), DocumentError> {
@@ -450,6 +471,25 @@ impl ServerConfig {
         }
         Ok(())
     }
+}
+
+/// What may be had of devices in a second.
+fn rates(table: &Table<'_>) -> Result<Rates, DocumentError> {
+    let bytes = |key| -> Result<_, DocumentError> {
+        let mib = table
+            .get(key)
+            .map(|entry| entry.mib(RATE_MIB))
+            .transpose()?;
+        Ok(mib.and_then(|mib| NonZeroU64::new(u64::from(mib) << 20)))
+    };
+    let operations = table.get("disk_operations");
+    let operations = operations.map(|entry| entry.integer(RATE_OPERATIONS));
+    let operations = operations.transpose()?;
+    Ok(Rates {
+        disk_bytes: bytes("disk_bandwidth")?,
+        disk_operations: operations.and_then(|count| NonZeroU64::new(u64::try_from(count).ok()?)),
+        network_bytes: bytes("network_bandwidth")?,
+    })
 }
 
 fn base(entry: &Entry<'_>) -> Result<String, DocumentError> {
@@ -515,213 +555,4 @@ fn cgroup(entry: &Entry<'_>) -> Result<String, DocumentError> {
     }
     Err(entry
         .refused("it must be a path without a leading /, such as `spore` or `spore.slice/vms`"))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::ffi::OsString;
-    use std::time::Duration;
-
-    use super::{CliConfig, Colour, Desktop, HypervisorChoice, Screen, ServerConfig};
-    use crate::log::{LogConfig, LogFormat};
-
-    fn with(pairs: &[(&str, &str)]) -> impl Fn(&str) -> Option<OsString> + use<> {
-        let pairs: Vec<(String, OsString)> = pairs
-            .iter()
-            .map(|(name, value)| ((*name).to_owned(), (*value).into()))
-            .collect();
-        move |name| {
-            pairs
-                .iter()
-                .find(|(key, _)| key == name)
-                .map(|(_, value)| value.clone())
-        }
-    }
-
-    #[test]
-    fn an_empty_file_means_the_defaults() {
-        assert_eq!(
-            ServerConfig::default().parse("s", "").unwrap(),
-            ServerConfig::default()
-        );
-    }
-
-    #[test]
-    fn a_file_that_was_named_must_be_there() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("spore.toml");
-        let error = ServerConfig::read(Some(&path)).unwrap_err().to_string();
-        assert!(error.contains("--config"), "{error}");
-        std::fs::write(&path, "base = \"apps.example.org\"").unwrap();
-        assert_eq!(
-            ServerConfig::read(Some(&path)).unwrap().base,
-            "apps.example.org"
-        );
-    }
-
-    #[test]
-    fn every_key_is_read() {
-        let text = r#"
-            data_dir = "/d"
-            runtime_dir = "/r"
-            log_dir = "/l"
-            base = "apps.example.org"
-            gateway = "127.0.0.2:80"
-            api = "127.0.0.1:9000"
-            config_dir = "/c"
-            uid_first = 300000
-            uid_count = 500
-            gateway_uid = 299999
-            resolvers = ["127.0.0.53:53", "[::1]:5353"]
-            memory_reserve = "1GiB"
-            templates = false
-            snapshot_memory = "3GiB"
-            image_quota = "2GiB"
-            hypervisor = "auto"
-            vmm = "/v"
-            kernel = "/k"
-            initramfs = "/i"
-            base_images = "/b"
-            cgroup_parent = "spore.slice/vms"
-            boot_timeout = "5m"
-            log = "warn,spore_node=debug"
-            log_format = "json"
-        "#;
-        let config = ServerConfig::default().parse("s", text).unwrap();
-        let expected = ServerConfig {
-            data_dir: "/d".into(),
-            runtime_dir: "/r".into(),
-            log_dir: "/l".into(),
-            base: "apps.example.org".into(),
-            gateway: "127.0.0.2:80".parse().unwrap(),
-            api: "127.0.0.1:9000".parse().unwrap(),
-            config_dir: "/c".into(),
-            uid_first: 300_000,
-            uid_count: 500,
-            gateway_uid: 299_999,
-            resolvers: vec![
-                "127.0.0.53:53".parse().unwrap(),
-                "[::1]:5353".parse().unwrap(),
-            ],
-            memory_reserve_mib: 1024,
-            templates: false,
-            snapshot_memory_mib: Some(3072),
-            image_quota_mib: 2048,
-            hypervisor: HypervisorChoice::Auto,
-            vmm: "/v".into(),
-            kernel: "/k".into(),
-            initramfs: "/i".into(),
-            base_images: "/b".into(),
-            cgroup_parent: "spore.slice/vms".into(),
-            boot_timeout: Duration::from_secs(300),
-            log: LogConfig {
-                filter: "warn,spore_node=debug".into(),
-                format: LogFormat::Json,
-            },
-        };
-        assert_eq!(config, expected);
-    }
-
-    #[test]
-    fn what_is_wrong_is_refused_with_its_line_and_what_is_right() {
-        for (text, expected) in [
-            (
-                "\ndatadir = \"/x\"",
-                "s:2: unknown key `datadir`. Did you mean `data_dir`?",
-            ),
-            ("zebra = 1", "Known here: data_dir, runtime_dir"),
-            ("data_dir = \"x\"", "begins with /"),
-            (
-                "templates = \"no\"",
-                "`templates = \"no\"` is a text, but must be true or false",
-            ),
-            (
-                "data_dir = 3",
-                "`data_dir = 3` is a whole number, but must be a text in quotes",
-            ),
-            ("log_dir = \"/x/../y\"", "has no .."),
-            ("gateway = \"8080\"", "such as 127.0.0.1:8080"),
-            ("gateway = \"127.0.0.1:0\"", "such as 127.0.0.1:8080"),
-            ("gateway = \"0.0.0.0:80\"", "loopback only"),
-            ("api = \"192.0.2.1:8889\"", "loopback only"),
-            ("api = \"127.0.0.1:8080\"", "use another port"),
-            ("uid_first = 0", "from 100000 to"),
-            ("gateway_uid = 200000", "use a lower one"),
-            (
-                "log = \"loud=verbose\"",
-                "such as `info,spore_gateway=debug`",
-            ),
-            ("log_format = \"xml\"", "must be `text` or `json`"),
-            ("boot_timeout = \"1s\"", "from 10s to 1h"),
-            ("hypervisor = \"xen\"", "it must be auto, kvm or qemu"),
-            ("resolvers = \"9.9.9.9:53\"", "a list"),
-            ("resolvers = [\"9.9.9.9\"]", "such as 127.0.0.53:53"),
-            ("resolvers = [\"0.0.0.0:53\"]", "such as 127.0.0.53:53"),
-            ("memory_reserve = 512", "a size such as"),
-            ("memory_reserve = \"512MB\"", "`MB` is not a unit"),
-            ("base = \"Local_Host\"", "lower case"),
-            ("cgroup_parent = \"/x\"", "without a leading /"),
-        ] {
-            let error = ServerConfig::default()
-                .parse("s", text)
-                .unwrap_err()
-                .to_string();
-            assert!(
-                error.starts_with("s:") && error.contains(expected),
-                "{text}: {error}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_named_host_wins_over_the_environment_and_brings_the_token() {
-        let environment = with(&[("SPORE_HOST", "/run/other.sock"), ("SPORE_TOKEN", "t\n")]);
-        let config = CliConfig::read(Some("127.0.0.1:9"), &environment).unwrap();
-        assert_eq!(config.endpoint.to_string(), "http://127.0.0.1:9");
-        assert_eq!(config.token.as_deref(), Some("t"));
-        let config = CliConfig::read(None, &environment).unwrap();
-        assert_eq!(config.endpoint.to_string(), "unix:/run/other.sock");
-        assert_eq!(config.token, None, "a socket knows who calls");
-    }
-
-    #[test]
-    fn the_token_is_found_in_the_users_own_folder() {
-        let home = tempfile::tempdir().unwrap();
-        let folder = home.path().join(".config/spore");
-        std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("token"), "abc\n").unwrap();
-        let home = home.path().to_str().unwrap();
-        let environment = with(&[("HOME", home), ("SPORE_HOST", "127.0.0.1:9")]);
-        let config = CliConfig::read(None, &environment).unwrap();
-        assert_eq!(config.token.as_deref(), Some("abc"));
-        std::fs::write(folder.join("token"), "a b\nc\n").unwrap();
-        let error = CliConfig::read(None, &environment).unwrap_err().to_string();
-        assert!(error.contains("is not a token"), "{error}");
-    }
-
-    #[test]
-    fn a_wrong_host_names_the_variable() {
-        let error = CliConfig::read(None, &with(&[("SPORE_HOST", "a b")])).unwrap_err();
-        assert!(
-            error.to_string().starts_with("SPORE_HOST: `a b`"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn no_color_and_dumb_terminals_are_obeyed() {
-        assert_eq!(
-            Screen::read(&with(&[("TERM", "xterm")])).colour,
-            Colour::Auto
-        );
-        assert_eq!(
-            Screen::read(&with(&[("TERM", "dumb")])).colour,
-            Colour::Never
-        );
-        let screen = Screen::read(&with(&[("NO_COLOR", "1"), ("DISPLAY", ":0")]));
-        assert_eq!(
-            (screen.colour, screen.desktop),
-            (Colour::Never, Desktop::Present)
-        );
-    }
 }

@@ -1,0 +1,87 @@
+//! A hundred VMs of one memory, alive at once.
+
+use std::collections::BTreeSet;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::iter;
+use spore_node::hypervisor::Machine;
+use spore_node::hypervisor::fork::{Afterwards, ForkFrom};
+use spore_wire::id::VmId;
+use tokio::time::Instant;
+
+use crate::driver::{Driver, is_kvm};
+use crate::fork::{Running, boot, capture, fork};
+use crate::host::TestHost;
+use crate::parked::named;
+
+/// How many there are.
+const FORKS: usize = 100;
+
+/// On their way at once: more take turns on a small machine's processors all the same.
+const AT_ONCE: usize = 8;
+
+/// What a VM says that no other does: its name, by the kernel and by a file; its boot; chance.
+const OWN: &str = "uname -n; cat /proc/sys/kernel/random/boot_id; od -An -tx1 -N16 /dev/urandom";
+
+/// A fork that is renewed and on its network, and what it says of itself.
+async fn forked(
+    driver: &Driver,
+    machine: &Machine,
+    from: &ForkFrom,
+    source: VmId,
+) -> (Running, String) {
+    let mut one = fork(driver, machine, from, source).await;
+    one.held.open_network().await.unwrap();
+    let said = one.agent.sh(OWN).await;
+    (one, said)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hundred_forks_all_answer() {
+    if !is_kvm() {
+        return println!("SKIPPED: a hundred emulated machines take turns for an hour");
+    }
+    let Some((mut host, machine)) = TestHost::with_agent() else {
+        return;
+    };
+    // More uids than one test's host has, far from those of all others.
+    let room = &mut host.config.room;
+    room.uid_first = 4_000_000 + (std::process::id() % 4096) * 256;
+    room.uid_count = 256;
+    host.parked = 2;
+    let driver = host.driver().await;
+    let mut template = boot(&driver, &machine).await;
+    let from = capture(&mut template, Afterwards::Ends, None).await.source;
+    driver.release(template.vm).await.unwrap();
+
+    let begun = Instant::now();
+    let of = template.vm;
+    let forks = iter(0..FORKS).map(|_fork| forked(&driver, &machine, &from, of));
+    let mut forks: Vec<_> = forks.buffer_unordered(AT_ONCE).collect().await;
+    println!("{FORKS} forks answered within {:?}", begun.elapsed());
+    assert_eq!(named(&host, "spore-vmm").len(), FORKS, "all are there");
+    let mut seen = BTreeSet::new();
+    for (one, said) in &forks {
+        let name = format!("fork-{}", &one.vm.to_string()[..8]);
+        assert!(said.starts_with(&name), "{name}: {said}");
+        assert_eq!(said.lines().count(), 3, "{said}");
+        for line in said.lines() {
+            assert!(seen.insert(line.to_owned()), "{line} was said before");
+        }
+    }
+
+    // Each is still there beside the others, and is who it was.
+    for (one, said) in &mut forks {
+        let boot = one.agent.sh("cat /proc/sys/kernel/random/boot_id").await;
+        assert!(said.contains(&boot), "{boot} is not of {said}");
+    }
+    let ids = forks.iter().map(|(one, _)| one.vm).collect::<Vec<_>>();
+    drop(forks);
+    iter(ids)
+        .map(|vm| driver.release(vm))
+        .buffer_unordered(AT_ONCE)
+        .for_each(|released| async { released.unwrap() })
+        .await;
+    driver.close().unwrap();
+    assert_eq!(host.left(), Vec::<String>::new());
+}
