@@ -61,8 +61,6 @@ const ALL: &[Tests] = &[
         filters: &[
             "ahead::",
             "deaths::",
-            "hundred::",
-            "rates::",
             "life::",
             "confinement::",
             "fork::",

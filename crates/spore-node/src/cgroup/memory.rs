@@ -5,9 +5,10 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Cgroups, Controller, Version, read_if_there, write_if_there};
+use crate::hypervisor::room::{remove_if_there, write_whole};
 
 /// On v1 the limit with swap is never below the one without.
 const WITH_SWAP: &str = "memory.memsw.limit_in_bytes";
@@ -27,20 +28,46 @@ impl Cgroups {
         })
     }
 
-    /// Lets it have so much more memory until what this gives is dropped.
+    /// Lets it have so much more memory until what this gives is dropped. What it had before is in
+    /// the file `note` until then: a process that ends meanwhile leaves it for the next, which
+    /// calls [`Cgroups::take_memory_back`].
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn lend_memory(&self, name: &str, more: u64) -> io::Result<LentMemory> {
-        let lent = LentMemory {
-            cgroups: self.clone(),
-            name: name.to_owned(),
-            before: self.memory_limit(name)?,
-        };
-        if let Some(before) = lent.before {
-            self.raise_memory(name, before.saturating_add(more))?;
+    pub fn lend_memory(&self, name: &str, more: u64, note: PathBuf) -> io::Result<LentMemory> {
+        let noted = read_note(&note)?;
+        let limit = self.memory_limit(name)?;
+        let lent = limit
+            .map(|limit| noted.unwrap_or(limit))
+            .map(|before| Lent {
+                cgroups: self.clone(),
+                name: name.to_owned(),
+                before,
+                note,
+            });
+        if let Some(Lent { before, note, .. }) = &lent {
+            if noted.is_none() {
+                write_whole(note, before.to_string().as_bytes())?;
+            }
+            let wanted = before.saturating_add(more);
+            if limit < Some(wanted) {
+                self.raise_memory(name, wanted)?;
+            }
         }
-        Ok(lent)
+        Ok(LentMemory(lent))
+    }
+
+    /// Takes back what somebody lent who ended since, by the file `note`, if there is one. What is
+    /// used now stays lent, and so does the file, for another time.
+    ///
+    /// # Errors
+    /// What the kernel says, or that the file says nothing.
+    pub fn take_memory_back(&self, name: &str, note: &Path) -> io::Result<()> {
+        let Some(before) = read_note(note)? else {
+            return Ok(());
+        };
+        self.lower_memory(name, before)?;
+        remove_if_there(fs::remove_file(note))
     }
 
     /// What it may have at most; `None` is without a limit.
@@ -93,19 +120,47 @@ const fn limit_of(version: Version) -> &'static str {
     }
 }
 
+/// The limit that a note tells; `None` without one.
+fn read_note(note: &Path) -> io::Result<Option<u64>> {
+    let text = match fs::read_to_string(note) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let number = text.parse().map_err(|_wrong| {
+        let why = format!("{} says {text:?} and no number of bytes", note.display());
+        io::Error::new(io::ErrorKind::InvalidData, why)
+    });
+    number.map(Some)
+}
+
 /// Memory that a cgroup has for a while.
 #[derive(Debug)]
-pub struct LentMemory {
+pub struct LentMemory(Option<Lent>);
+
+/// To whom, and what it had before.
+#[derive(Debug)]
+struct Lent {
     cgroups: Cgroups,
     name: String,
-    before: Option<u64>,
+    before: u64,
+    note: PathBuf,
 }
 
 impl Drop for LentMemory {
     fn drop(&mut self) {
-        let Some(before) = self.before else { return };
-        if let Err(error) = self.cgroups.lower_memory(&self.name, before) {
-            let name = &self.name;
+        let Some(Lent {
+            cgroups,
+            name,
+            before,
+            note,
+        }) = &self.0
+        else {
+            return;
+        };
+        let back = cgroups.lower_memory(name, *before);
+        let back = back.and_then(|()| remove_if_there(fs::remove_file(note)));
+        if let Err(error) = back {
             tracing::warn!(name, %error, "a cgroup keeps memory that it had for a while");
         }
     }

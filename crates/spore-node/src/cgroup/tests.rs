@@ -93,20 +93,41 @@ fn a_cgroup_of_this_host_is_made_limited_killed_and_removed() {
     assert_eq!(cgroups.stats("one").unwrap().pids, 1);
     let limit = || cgroups.memory_limit("one").unwrap();
     assert_eq!(limit(), Some(64 << 20));
-    let lent = cgroups.lend_memory("one", 32 << 20).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let note = folder.path().join("lent");
+    let lend = |more| cgroups.lend_memory("one", more, note.clone());
+    let lent = lend(32 << 20).unwrap();
     assert_eq!(limit(), Some(96 << 20));
     drop(lent);
-    assert_eq!(limit(), Some(64 << 20));
+    assert_eq!((limit(), note.exists()), (Some(64 << 20), false));
+    // Who lent it ends: the next takes it back, also after it lent some itself.
+    for again in [false, true] {
+        core::mem::forget(lend(32 << 20).unwrap());
+        assert_eq!((limit(), note.exists()), (Some(96 << 20), true));
+        if again {
+            core::mem::forget(lend(8 << 20).unwrap());
+            assert_eq!(limit(), Some(96 << 20), "it has that already");
+            core::mem::forget(lend(48 << 20).unwrap());
+            assert_eq!(limit(), Some(112 << 20), "more than it was made with");
+        }
+        cgroups.take_memory_back("one", &note).unwrap();
+        assert_eq!((limit(), note.exists()), (Some(64 << 20), false));
+    }
+    cgroups.take_memory_back("one", &note).unwrap();
+    std::fs::write(&note, "much").unwrap();
+    let refused = cgroups.take_memory_back("one", &note).unwrap_err();
+    assert!(refused.to_string().contains("says \"much\""), "{refused}");
+    std::fs::remove_file(&note).unwrap();
     cgroups.raise_memory("one", 80 << 20).unwrap();
     assert_eq!(limit(), Some(80 << 20));
-    let lent = cgroups.lend_memory("one", 1 << 20).unwrap();
+    let lent = lend(1 << 20).unwrap();
     assert!(!cgroups.was_out_of_memory("one").unwrap());
     assert_eq!(cgroups.list().unwrap(), ["one"]);
     cgroups.remove("one").unwrap();
     cgroups.remove("one").unwrap();
     // It is gone, and nothing is to be given back.
     drop(lent);
-    assert!(cgroups.lend_memory("one", 1).is_err());
+    assert!(!note.exists() && lend(1).is_err());
     assert_eq!(cgroups.list().unwrap(), Vec::<String>::new());
     // Reaped by `remove`, or it is reaped here: dead it is either way.
     assert!(child.wait().map_or(true, |status| !status.success()));

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use thiserror::Error;
 use tokio::sync::OwnedMutexGuard;
@@ -158,8 +158,43 @@ impl ScratchCopy {
 pub enum MemoryCopy {
     /// It is there.
     Done(CapturedMemory),
-    /// It is being read while the VM goes on; to its end, whether or not that is waited for.
-    Reading(JoinHandle<Result<CapturedMemory, CaptureError>>),
+    /// It is being read while the VM goes on, until this is dropped.
+    Reading(MemoryReading),
+}
+
+/// Memory that is being read.
+#[derive(Debug)]
+pub struct MemoryReading {
+    task: JoinHandle<Result<CapturedMemory, CaptureError>>,
+    _wanted: Arc<()>,
+}
+
+impl MemoryReading {
+    /// What `begin` begins to read, for as long as it is wanted.
+    pub(crate) fn new(
+        begin: impl FnOnce(Wanted) -> JoinHandle<Result<CapturedMemory, CaptureError>>,
+    ) -> Self {
+        let wanted = Arc::new(());
+        Self {
+            task: begin(Wanted(Arc::downgrade(&wanted))),
+            _wanted: wanted,
+        }
+    }
+}
+
+/// Whether somebody may still wait for what is being read.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted(Weak<()>);
+
+impl Wanted {
+    #[cfg(test)]
+    pub(crate) fn always() -> Self {
+        Self(Arc::downgrade(&*Box::leak(Box::new(Arc::new(())))))
+    }
+
+    pub(crate) fn is_so(&self) -> bool {
+        self.0.strong_count() > 0
+    }
 }
 
 impl MemoryCopy {
@@ -170,10 +205,14 @@ impl MemoryCopy {
     pub async fn finished(self) -> Result<CapturedMemory, CaptureError> {
         match self {
             Self::Done(memory) => Ok(memory),
-            Self::Reading(task) => task.await.map_err(|error| CaptureError::Step {
-                what: "reading its memory",
-                source: io::Error::other(error),
-            })?,
+            Self::Reading(mut reading) => {
+                (&mut reading.task)
+                    .await
+                    .map_err(|error| CaptureError::Step {
+                        what: "reading its memory",
+                        source: io::Error::other(error),
+                    })?
+            }
         }
     }
 }

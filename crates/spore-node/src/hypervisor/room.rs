@@ -472,7 +472,7 @@ fn unreadable(what: &str, source: io::Error) -> ReleaseError {
     }
 }
 
-fn remove_if_there(result: io::Result<()>) -> io::Result<()> {
+pub(crate) fn remove_if_there(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
@@ -480,7 +480,7 @@ fn remove_if_there(result: io::Result<()>) -> io::Result<()> {
 }
 
 /// Writes a file that is whole or not there.
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let draft = path.with_extension("draft");
     fs::write(&draft, bytes)?;
     fs::rename(draft, path)

@@ -303,11 +303,11 @@ async fn frozen_memory_is_what_it_was_and_its_copy_ends_with_whoever_wants_it() 
 
     // What is written later is in the source alone, and the copy is gone once it is read.
     let capture = copied(&mut source).await;
-    let MemoryCopy::Reading(reading) = capture.memory else {
-        panic!("its memory was read in the pause");
-    };
+    let reading = capture.memory;
+    let is_frozen = matches!(reading, MemoryCopy::Reading(_));
+    assert!(is_frozen, "its memory was read in the pause");
     assert_eq!(source.agent.sh(&write("new")).await, "new");
-    let memory = timeout(HANG, reading).await.unwrap().unwrap().unwrap();
+    let memory = timeout(HANG, reading.finished()).await.unwrap().unwrap();
     let CapturedMemory::Changed { pages, .. } = memory else {
         panic!("it is no fork's: {memory:?}");
     };
@@ -318,7 +318,7 @@ async fn frozen_memory_is_what_it_was_and_its_copy_ends_with_whoever_wants_it() 
     assert!(has(b"old\nold\n") && !has(b"new\nnew\n"));
     assert_eq!(processes(source.vm), alone);
 
-    // Nobody wants it: it is read all the same, and the next one is made.
+    // Nobody wants it: it ends, and the next one is made.
     drop(copied(&mut source).await);
     let begun = Instant::now();
     while processes(source.vm) > alone {

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use futures_util::StreamExt as _;
 use futures_util::stream::iter;
+use futures_util::{FutureExt as _, StreamExt as _};
 use spore_node::hypervisor::Machine;
 use spore_node::hypervisor::fork::{Afterwards, ForkFrom};
 use spore_wire::id::VmId;
@@ -18,7 +18,7 @@ use crate::parked::named;
 const FORKS: usize = 100;
 
 /// On their way at once: more take turns on a small machine's processors all the same.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 4;
 
 /// What a VM says that no other does: its name, by the kernel and by a file; its boot; chance.
 const OWN: &str = "uname -n; cat /proc/sys/kernel/random/boot_id; od -An -tx1 -N16 /dev/urandom";
@@ -70,6 +70,24 @@ async fn hundred_forks_all_answer() {
         }
     }
 
+    let mut used = Vec::new();
+    for _look in 0..2 {
+        let mut all = 0;
+        for (one, _) in &forks {
+            all += one.held.stats().await.unwrap().cpu_us;
+        }
+        used.push(all);
+        tokio::time::sleep(std::time::Duration::from_secs(10)).await;
+    }
+    println!(
+        "idle for 10 s: {} ms of processor",
+        (used[1] - used[0]) / 1000
+    );
+    for (one, _) in &forks {
+        if let Some(exit) = one.held.exited().now_or_never() {
+            panic!("{exit:?} {:#?}", one.held.console_tail().await);
+        }
+    }
     // Each is still there beside the others, and is who it was.
     for (one, said) in &mut forks {
         let boot = one.agent.sh("cat /proc/sys/kernel/random/boot_id").await;

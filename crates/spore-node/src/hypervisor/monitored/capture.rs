@@ -32,12 +32,12 @@ use tokio::time::sleep;
 use super::frozen::{self, Frozen, Origin};
 use super::pages::{self, Reader, Sharing};
 use super::vm::{How, MonitoredVm, Order};
-use super::{Handed, HandedScratch};
+use super::{Handed, HandedScratch, LENT_NOTE};
 use crate::disk::overlay::DiskKey;
 use crate::hypervisor::Vm as _;
 use crate::hypervisor::fork::{
-    Afterwards, Below, Capture, CaptureError, CapturedScratch, MemoryCopy, PauseError, ScratchCopy,
-    ScratchLayer, Turn,
+    Afterwards, Below, Capture, CaptureError, CapturedScratch, MemoryCopy, MemoryReading,
+    PauseError, ScratchCopy, ScratchLayer, Turn,
 };
 use crate::hypervisor::memory_image::{CapturedMemory, MemoryDraft, MemoryImage, SEALED};
 use crate::hypervisor::room::blocking;
@@ -252,7 +252,9 @@ impl MonitoredVm {
         let cgroup = self.vm.to_string();
         let cgroups = self.rooms.cgroups();
         // Each page that the guest changes is there twice, and it must not die of that.
-        let lent = cgroups.lend_memory(&cgroup, (many.own + pages::more(many.own)) as u64)?;
+        let more = (many.own + pages::more(many.own)) as u64;
+        let note = self.rooms.folder(self.vm).join(LENT_NOTE);
+        let lent = cgroups.lend_memory(&cgroup, more, note)?;
         let (theirs, socket) = frozen::sockets()?;
         let frozen = Frozen {
             socket,
@@ -338,15 +340,17 @@ enum Copied {
 }
 
 impl Copied {
-    /// A frozen one is read from now on, whether or not anybody waits for it.
+    /// A frozen one is read from now on, for as long as somebody may wait for it.
     fn taken(self) -> Result<MemoryCopy, CaptureError> {
         Ok(match self {
             Self::Done(memory) => MemoryCopy::Done(memory),
             Self::Its(draft) => MemoryCopy::Done(CapturedMemory::Whole(Arc::new(draft.seal()?))),
-            Self::Frozen(base, frozen) => MemoryCopy::Reading(tokio::spawn(async move {
-                let read = blocking(move || frozen.read()).await.flatten();
-                let pages = read.map_err(step("reading its frozen copy"))?;
-                Ok(CapturedMemory::Changed { base, pages })
+            Self::Frozen(base, frozen) => MemoryCopy::Reading(MemoryReading::new(|wanted| {
+                tokio::spawn(async move {
+                    let read = blocking(move || frozen.read(&wanted)).await.flatten();
+                    let pages = read.map_err(step("reading its frozen copy"))?;
+                    Ok(CapturedMemory::Changed { base, pages })
+                })
             })),
         })
     }
@@ -383,7 +387,7 @@ impl Memory {
     fn copy(self, afterwards: Afterwards) -> Result<Copied, CaptureError> {
         match (self, afterwards) {
             (Self::Forked { base, own, .. }, _) => {
-                let pages = own.copy().map_err(step("copying its pages"))?;
+                let pages = own.copy(&|| true).map_err(step("copying its pages"))?;
                 Ok(Copied::Done(CapturedMemory::Changed { base, pages }))
             }
             (Self::Booted { file, bytes }, Afterwards::Ends) => {

@@ -29,6 +29,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::pages::{self, Reader, Sharing};
 use crate::cgroup::{Cgroups, LentMemory, kill_process};
+use crate::hypervisor::fork::Wanted;
 use crate::hypervisor::memory_image::CapturedPages;
 use crate::hypervisor::process::{has_ended, uid_of};
 
@@ -73,11 +74,11 @@ impl Frozen {
     /// Reads the pages that were the VMM's own, and ends the copy. Blocks.
     ///
     /// # Errors
-    /// When there is none, or not to the end.
-    pub(super) fn read(self) -> io::Result<CapturedPages> {
+    /// When there is none, or not to the end, or when nobody wants it any more.
+    pub(super) fn read(self, wanted: &Wanted) -> io::Result<CapturedPages> {
         let pid = heard(&self.socket)?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-        let read = self.origin.read(pid);
+        let read = self.origin.read(pid, wanted);
         let whole = !has_ended(&pidfd, Duration::ZERO);
         drop(self.socket);
         if !has_ended(&pidfd, STEP) && self.origin.is_copy(pid) {
@@ -92,7 +93,7 @@ impl Frozen {
 }
 
 impl Origin {
-    fn read(&self, pid: Pid) -> io::Result<CapturedPages> {
+    fn read(&self, pid: Pid, wanted: &Wanted) -> io::Result<CapturedPages> {
         if !self.is_copy(pid) {
             let why = format!("the process {pid:?} is no copy of the VMM");
             return Err(io::Error::other(why));
@@ -102,7 +103,7 @@ impl Origin {
         if mapping.sharing != Sharing::Private {
             return Err(io::Error::other("the copy's memory does not stand still"));
         }
-        Reader::open(pid, mapping, self.bytes)?.copy()
+        Reader::open(pid, mapping, self.bytes)?.copy(&|| wanted.is_so())
     }
 
     /// Whether it is the VM's, and not the VMM itself.
@@ -144,7 +145,31 @@ fn number(pid: Pid) -> u32 {
 mod tests {
     use std::io::ErrorKind;
 
-    use super::{heard, number, sockets};
+    use rustix::process::{getpid, getuid};
+
+    use super::{Origin, heard, number, sockets};
+    use crate::cgroup::Cgroups;
+    use crate::hypervisor::fork::Wanted;
+
+    #[test]
+    fn a_process_elsewhere_and_the_vmm_itself_are_no_copies() {
+        let origin = Origin {
+            cgroups: Cgroups::open("spore-test-frozen").unwrap(),
+            cgroup: "one".to_owned(),
+            pid: 1,
+            uid: getuid().as_raw(),
+            inode: 1,
+            bytes: 4096,
+        };
+        for pid in [1, std::process::id()] {
+            let origin = Origin {
+                pid,
+                ..origin.clone()
+            };
+            let refused = origin.read(getpid(), &Wanted::always()).unwrap_err();
+            assert!(refused.to_string().contains("is no copy"), "{refused}");
+        }
+    }
 
     #[test]
     fn a_copy_is_whoever_writes_and_one_that_is_silent_is_none() {

@@ -35,6 +35,9 @@ use crate::disk::overlay::DiskKey;
 /// Where the agent's socket is in a VM's folder.
 pub(super) const AGENT_SOCKET: &str = "agent.sock";
 
+/// In the VM's folder, while its cgroup has more memory than it was made with for a copy.
+const LENT_NOTE: &str = "lent-memory";
+
 /// Speaks with one VMM, for the one task that watches it. A VMM may be a tenant's by now: nothing
 /// that it says is more than text and numbers that are checked.
 #[async_trait]

@@ -23,6 +23,9 @@ const ENTRY_BYTES: usize = 8;
 /// Room for what a guest writes between the two looks at it, beyond a quarter.
 const ROOM_MORE: usize = 4 << 20;
 
+/// What is copied between two looks whether it is wanted; whole pages.
+const STEP_BYTES: u64 = 16 << 20;
+
 /// Bits of an entry: in memory, in swap, a page of a file or shared.
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
@@ -138,20 +141,28 @@ impl Reader {
         self.room = Zeroizing::new(vec![0xff; own + more(own)]);
     }
 
-    /// The pages as they are now. Blocks.
-    pub(super) fn copy(mut self) -> io::Result<CapturedPages> {
+    /// The pages as they are now, unless they are not `wanted` any more meanwhile. Blocks.
+    ///
+    /// # Errors
+    /// What the kernel says; [`io::ErrorKind::Interrupted`] when they are not wanted.
+    pub(super) fn copy(mut self, wanted: &dyn Fn() -> bool) -> io::Result<CapturedPages> {
         let runs = self.runs()?;
         let total = sum(&runs)?;
         if total > self.room.len() {
             self.room = Zeroizing::new(vec![0; total]);
         }
         self.room.truncate(total);
-        let range = |run: &PageRun| {
-            let address = self.start + run.first * PAGE_BYTES;
-            (address, run.pages * PAGE_BYTES)
-        };
-        let ranges: Vec<(u64, u64)> = runs.iter().map(range).collect();
-        sys::read_process(self.pid, &ranges, &mut self.room)?;
+        let mut rest: &mut [u8] = &mut self.room;
+        for ranges in steps(self.start, &runs) {
+            if !wanted() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let bytes: u64 = ranges.iter().map(|(_, bytes)| bytes).sum();
+            let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
+            let (now, later) = rest.split_at_mut(bytes);
+            sys::read_process(self.pid, &ranges, now)?;
+            rest = later;
+        }
         Ok(CapturedPages::new(runs, self.room))
     }
 
@@ -168,6 +179,30 @@ impl Reader {
         }
         Ok(runs)
     }
+}
+
+/// The addresses of runs of pages and their bytes, so many bytes at a time, of a mapping that
+/// starts there.
+fn steps(start: u64, runs: &[PageRun]) -> Vec<Vec<(u64, u64)>> {
+    let mut steps = vec![Vec::new()];
+    let mut room = STEP_BYTES;
+    for run in runs {
+        let mut at = start + run.first * PAGE_BYTES;
+        let end = at + run.pages * PAGE_BYTES;
+        while at < end {
+            if room == 0 {
+                steps.push(Vec::new());
+                room = STEP_BYTES;
+            }
+            let bytes = room.min(end - at);
+            if let Some(step) = steps.last_mut() {
+                step.push((at, bytes));
+            }
+            at += bytes;
+            room -= bytes;
+        }
+    }
+    steps
 }
 
 /// What a guest may write beyond what it has, between the two looks at it.
@@ -200,8 +235,48 @@ fn note(runs: &mut Vec<PageRun>, mut page: u64, entries: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{Mapping, OF_FILE, PRESENT, SWAPPED, Sharing, note, parse};
-    use crate::hypervisor::memory_image::PageRun;
+    use std::cell::Cell;
+    use std::io::ErrorKind;
+
+    use super::{
+        Mapping, OF_FILE, PRESENT, Reader, STEP_BYTES, SWAPPED, Sharing, note, parse, steps,
+    };
+    use crate::hypervisor::memory_image::{PAGE_BYTES, PageRun};
+
+    #[test]
+    fn pages_are_copied_in_steps_for_as_long_as_they_are_wanted() {
+        let step = STEP_BYTES / PAGE_BYTES;
+        let run = |first, pages| PageRun { first, pages };
+        let all = steps(0, &[run(1, 2), run(5, step - 2), run(step + 9, 2 * step)]);
+        let page = |number: u64| number * PAGE_BYTES;
+        let expected = vec![
+            vec![(page(1), page(2)), (page(5), page(step - 2))],
+            vec![(page(step + 9), STEP_BYTES)],
+            vec![(page(2 * step + 9), STEP_BYTES)],
+        ];
+        assert_eq!(all, expected);
+
+        let text = vec![7_u8; 3 * usize::try_from(STEP_BYTES).unwrap()];
+        let from = (text.as_ptr().addr() as u64).next_multiple_of(PAGE_BYTES);
+        let reader = || {
+            let mapping = Mapping {
+                start: from,
+                sharing: Sharing::Private,
+            };
+            Reader::open(std::process::id(), mapping, 2 * STEP_BYTES + PAGE_BYTES).unwrap()
+        };
+        let pages = reader().copy(&|| true).unwrap();
+        assert_eq!(pages.len_bytes() as u64, 2 * STEP_BYTES + PAGE_BYTES);
+        assert!(
+            pages
+                .iter()
+                .all(|(_, bytes)| bytes.iter().all(|byte| *byte == 7))
+        );
+        let asked = Cell::new(0);
+        let wanted = || asked.replace(asked.get() + 1) == 0;
+        let refused = reader().copy(&wanted).unwrap_err();
+        assert_eq!((refused.kind(), asked.get()), (ErrorKind::Interrupted, 2));
+    }
 
     const MAPS: &str = "\
 55d5e0000000-55d5e0400000 r--p 00000000 08:01 1 /usr/bin/qemu-system-x86_64

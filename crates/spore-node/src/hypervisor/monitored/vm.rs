@@ -31,7 +31,7 @@ use tokio::time::timeout;
 
 use super::capture::Ready;
 use super::tail::{Tail, log_tail};
-use super::{AGENT_SOCKET, Ends, Handed, Monitor, pages};
+use super::{AGENT_SOCKET, Ends, Handed, LENT_NOTE, Monitor, pages};
 use crate::cgroup::kill_process;
 use crate::disk::Disks;
 use crate::disk::overlay::DiskKey;
@@ -143,6 +143,7 @@ impl MonitoredVm {
         connect: impl Future<Output = io::Result<M>> + Send,
     ) -> Result<Self, AttachError> {
         let silent = |what| move |source| AttachError::Silent { what, source };
+        take_memory_back(&host.rooms, vm);
         let VmHost {
             rooms,
             egress,
@@ -151,20 +152,12 @@ impl MonitoredVm {
             teaches,
         } = host;
         let machine = rooms.machine(vm).map_err(silent("record"))?;
-        let proxy = prepared.egress_uid.map(|uid| EgressProxy {
-            launcher: egress,
-            rooms: Arc::clone(&rooms),
-            vm,
-            namespace: prepared.namespace.clone(),
-            uid,
-            vmm_uid: prepared.uid,
-            grants: machine.egress.clone(),
-        });
+        let proxy = proxy_of(egress, &rooms, vm, prepared, &machine);
         let kept = match &proxy {
             Some(proxy) => proxy.kept().await,
             None => Ok(None),
-        };
-        let kept = kept.map_err(|error| silent("egress proxy")(io::Error::other(error)))?;
+        }
+        .map_err(|error| silent("egress proxy")(io::Error::other(error)))?;
         let kept = kept.map(watched).transpose();
         let Process { pid, pidfd } = process;
         let pidfd = Arc::new(sys::watch(pidfd).map_err(silent("pidfd"))?);
@@ -210,6 +203,33 @@ impl MonitoredVm {
             freezing: Arc::default(),
             teaches,
         })
+    }
+}
+
+/// The egress proxy of a VM with grants.
+fn proxy_of(
+    launcher: EgressLauncher,
+    rooms: &Arc<Rooms>,
+    vm: VmId,
+    prepared: &Prepared,
+    machine: &Machine,
+) -> Option<EgressProxy> {
+    Some(EgressProxy {
+        launcher,
+        rooms: Arc::clone(rooms),
+        vm,
+        namespace: prepared.namespace.clone(),
+        uid: prepared.egress_uid?,
+        vmm_uid: prepared.uid,
+        grants: machine.egress.clone(),
+    })
+}
+
+/// An earlier daemon ended while it read a frozen copy, which is gone with it.
+fn take_memory_back(rooms: &Rooms, vm: VmId) {
+    let note = rooms.folder(vm).join(LENT_NOTE);
+    if let Err(error) = rooms.cgroups().take_memory_back(&vm.to_string(), &note) {
+        tracing::warn!(%vm, %error, "a VM keeps memory that it had for a while");
     }
 }
 
