@@ -3,10 +3,14 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
+
+use super::pin;
+use crate::progress::say;
 
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -57,7 +61,18 @@ impl Boot<'_> {
             .spawn()
             .context("cannot start QEMU")?;
         let mut stdout = child.stdout.take().context("QEMU has no output")?;
-        io::copy(&mut stdout, &mut io::stdout().lock())?;
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let keep = || pin::keep(&self.pid(), self.cpus, &is_over);
+            let kept = scope.spawn(keep);
+            let copied = io::copy(&mut stdout, &mut io::stdout().lock());
+            is_over.store(true, Ordering::SeqCst);
+            if let Ok(Err(error)) = kept.join() {
+                // It is slower then, and nothing else.
+                say(format!("{error:#}"));
+            }
+            copied
+        })?;
         let status = child.wait()?;
         if status.code() == Some(TIMEOUT_CODE) {
             return Ok(Ended::Hung);
@@ -71,9 +86,16 @@ impl Boot<'_> {
         ended(code.as_deref(), &String::from_utf8_lossy(&console))
     }
 
+    /// Where QEMU writes its number, until it ends.
+    fn pid(&self) -> PathBuf {
+        self.out.join("pid")
+    }
+
     fn command(&self, console: &Path) -> Result<Command> {
         let mut qemu = Command::new("timeout");
         qemu.args(["--foreground", &self.limit_s.to_string(), QEMU])
+            .args(["-name", "rig,debug-threads=on", "-pidfile"])
+            .arg(self.pid())
             .args(["-M", "q35", "-accel", "tcg,thread=multi"])
             .args(["-cpu", "max,+svm", "-smp", &self.cpus.to_string()])
             .args(["-m", &self.memory_mib.to_string(), "-nodefaults"])

@@ -17,6 +17,7 @@
 mod boot;
 mod initramfs;
 pub(crate) mod lists;
+mod pin;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
