@@ -31,7 +31,7 @@ pub(super) enum When {
 }
 
 /// What must hold of one argument.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Argument {
     /// From 0.
     pub(super) number: u8,
@@ -39,7 +39,7 @@ pub(super) struct Argument {
 }
 
 /// What must hold of a value.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Check {
     Is(u32),
     /// It has none of these bits.
@@ -300,6 +300,9 @@ const SAVE: &[Call] = &[any(
     ],
 )];
 
+/// A bell is hung when the guest has rung it.
+const HANG: &[Call] = &[any(libc::SYS_ioctl, &[is(1, KVM_IOEVENTFD)])];
+
 /// A copy of the process is made for a checkpoint, and lets go of what is the guest's. Nobody waits
 /// for its end.
 const COPIES: &[Call] = &[
@@ -338,8 +341,6 @@ const ZYGOTE: &[Call] = &[
         &[int(0, libc::CLONE_NEWPID), int(0, libc::CLONE_NEWCGROUP)],
     ),
     any(libc::SYS_fcntl, &[int(1, libc::F_DUPFD_CLOEXEC)]),
-    // Cheap to look at for the copies, which have a narrower list that names the requests.
-    always(libc::SYS_ioctl),
     always(libc::SYS_prctl),
     always(libc::SYS_prlimit64),
     always(libc::SYS_wait4),
@@ -365,7 +366,7 @@ const DEVICES_LISTS: &[&[Call]] = &[EVERY, MEMORY, ABORT, CLOSE, DEVICES];
 const DISKS_LISTS: &[&[Call]] = &[EVERY, MEMORY, ABORT, CLOSE, DISKS];
 const VCPU_LISTS: &[&[Call]] = &[EVERY, MEMORY, ABORT, CLOSE, VCPU];
 const RUNNING_LISTS: &[&[Call]] = &[
-    EVERY, MEMORY, ABORT, CLOSE, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING,
+    EVERY, MEMORY, ABORT, CLOSE, NARROW, CONTROL, FILES, SAVE, HANG, COPIES, COPYING,
 ];
 const STARTING_LISTS: &[&[Call]] = &[
     EVERY, MEMORY, ABORT, CLOSE, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING, THREADS, MAKE,
@@ -375,6 +376,16 @@ const ZYGOTE_LISTS: &[&[Call]] = &[
     EVERY, MEMORY, ABORT, CLOSE, NARROW, CONTROL, FILES, SAVE, COPIES, COPYING, THREADS, MAKE,
     DEVICES, VCPU, SLEEPING, ZYGOTE,
 ];
+
+/// In which cell a thread is when it enters this one.
+pub(super) const fn before(cell: Cell) -> Option<Cell> {
+    match cell {
+        Cell::Zygote => None,
+        Cell::Sleeper | Cell::Starting => Some(Cell::Zygote),
+        Cell::Devices | Cell::Disks | Cell::Vcpu | Cell::Running => Some(Cell::Starting),
+        Cell::Copy => Some(Cell::Running),
+    }
+}
 
 /// All that a cell may call; a call that is there more than once is let through by each.
 pub(super) fn of(cell: Cell) -> Vec<Call> {
