@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{CapabilitySet, Gid, Uid};
@@ -19,6 +20,12 @@ use crate::inherited::CONTROL_FD;
 
 /// The exit code of a VMM that panicked, as Rust has it.
 const PANICKED: u8 = 101;
+
+/// How long a sleeper lets its VMM go first.
+const AFTER_ITS_VMM: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 20_000_000,
+};
 
 /// What a VMM is made of.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +48,12 @@ pub(super) fn sleeper(plan: &Plan<'_>, life: BorrowedFd<'_>) -> ! {
         // Copies that outlive their VMM become its children.
         sys::reap_none().map_err(step("children"))?;
         confine(plan.uid, Limits::SLEEPER)?;
+        // The kernel translates one filter at a time, and its VMM's has more to wait for it.
+        let mut life = [PollFd::from_borrowed_fd(
+            rustix::stdio::stdin(),
+            PollFlags::IN,
+        )];
+        let _ended = poll(&mut life, Some(&AFTER_ITS_VMM));
         seccomp::enter(Cell::Sleeper)?;
         Ok::<(), JailError>(())
     })();
@@ -61,6 +74,7 @@ pub(super) fn sleeper(plan: &Plan<'_>, life: BorrowedFd<'_>) -> ! {
 
 /// A VMM.
 pub(super) fn vmm(plan: &Plan<'_>, life: BorrowedFd<'_>) -> ! {
+    sys::take_stack();
     let code = match jail(plan, life) {
         // It must not come back to what is below it on the stack, not by a panic either.
         Ok(inherited) => {

@@ -1,8 +1,11 @@
 //! How a process that root has just started becomes a zygote. Why in this order: [`super`].
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::sync::{Arc, Barrier};
+use std::thread;
+use std::time::Duration;
 
 use landlock::{
     ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
@@ -15,7 +18,7 @@ use rustix::mount::{
 use rustix::net::SocketType;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{DumpableBehavior, WaitOptions, set_dumpable_behavior, waitpid};
-use rustix::thread::{CapabilitySet, Gid, Uid, UnshareFlags};
+use rustix::thread::{CapabilitySet, Gid, Uid, UnshareFlags, disable_transparent_huge_pages};
 use spore_wire::zygote::{KVM_FD, SOCKET_FD};
 
 use super::child::{empty_bounding_set, set_capabilities};
@@ -49,6 +52,12 @@ pub(super) struct Held {
     pub(super) children: OwnedFd,
 }
 
+/// The devices', that of copies, and a processor's.
+const THREADS: usize = 3;
+
+/// Only a host that hangs takes longer to end a thread.
+const ENDS_MAX: Duration = Duration::from_secs(60);
+
 /// Where `children` is.
 const CHILDREN_FD: RawFd = 5;
 
@@ -61,8 +70,11 @@ pub(super) fn set_up(ids: Ids) -> Result<Held, JailError> {
         !sys::has_environment(),
     )?;
     sys::one_heap();
+    // Where a stack happens to lie so, its first byte would take 2 MiB, for each VMM of its own.
+    disable_transparent_huge_pages(true).map_err(step("huge pages"))?;
     // The first time, rustix looks for the vDSO, in a file of `/proc` where prctl(2) tells it not.
     let _now = Monotonic.now();
+    rehearse()?;
     seccomp::prepare()?;
     let mut held = descriptors()?;
     // One that leads its session's group already need not leave it.
@@ -73,7 +85,7 @@ pub(super) fn set_up(ids: Ids) -> Result<Held, JailError> {
     }
     let _before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let mapper = Mapper::start(ids)?;
-    std::fs::write("/proc/self/oom_score_adj", OOM_SCORE).map_err(step("oom_score_adj"))?;
+    fs::write("/proc/self/oom_score_adj", OOM_SCORE).map_err(step("oom_score_adj"))?;
     rustix::thread::set_thread_groups(&[]).map_err(step("groups"))?;
     let spaces =
         UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
@@ -93,6 +105,38 @@ pub(super) fn set_up(ids: Ids) -> Result<Held, JailError> {
     held.null = null_streams(held.null)?;
     seccomp::enter(Cell::Zygote)?;
     Ok(held)
+}
+
+/// Makes the threads of a VMM with one processor, and lets them end. What the libraries look up for
+/// a process's first thread its copies then have, and the stacks are kept for theirs.
+fn rehearse() -> Result<(), JailError> {
+    let together = Arc::new(Barrier::new(THREADS));
+    let threads = (0..THREADS).map(|_| {
+        let together = Arc::clone(&together);
+        let waits = move || {
+            together.wait();
+        };
+        thread::Builder::new().spawn(waits)
+    });
+    // All at once: each has a stack of its own.
+    let threads = threads
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(step("threads"))?;
+    for thread in threads {
+        check("a thread that only waits failed", thread.join().is_ok())?;
+    }
+    // The kernel counts a thread for some time after it was waited for, and gives no namespace to
+    // a process that has more than one.
+    let until = Monotonic.now() + ENDS_MAX;
+    while fs::read_dir("/proc/self/task")
+        .map_err(step("threads"))?
+        .count()
+        > 1
+    {
+        check("a thread does not end", Monotonic.now() < until)?;
+        thread::sleep(Duration::from_micros(100));
+    }
+    Ok(())
 }
 
 /// Takes what was given, makes what is missing, and closes everything else but standard error.
@@ -234,7 +278,7 @@ fn write_maps(waits: OwnedFd, zygote: rustix::process::Pid, ids: Ids) -> io::Res
     write("setgroups", "deny")?;
     for name in ["uid_map", "gid_map"] {
         write(name, &map)?;
-        let now = std::fs::read_to_string(format!("{proc}/{name}"))?;
+        let now = fs::read_to_string(format!("{proc}/{name}"))?;
         if !now.split_whitespace().eq(map.split_whitespace()) {
             return Err(io::ErrorKind::InvalidData.into());
         }

@@ -126,6 +126,7 @@ impl Process {
             }
             assert_eq!(thread["Groups"], "");
             assert_eq!(thread["NoNewPrivs"], "1");
+            assert_eq!(thread["THP_enabled"], "0");
             assert_eq!(thread["Seccomp"], "2");
         }
         for kind in ["user", "mnt", "net", "ipc", "uts"] {
