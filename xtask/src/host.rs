@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::progress::{say, step};
-use crate::{DepsOptions, Folder, command, deps, guest, place};
+use crate::{DepsOptions, Folder, command, deps, fixed, guest, place};
 
 /// Where the installed files are.
 const INSTALLED: &str = "/usr/local/lib/spore";
@@ -221,18 +221,11 @@ struct Programs {
 }
 
 fn build() -> Result<Programs> {
-    for (profile, package) in [("release", "spore"), ("vmm", "spore-vmm")] {
-        command::run(place::cargo().args(["build", "--quiet", "--locked"]).args([
-            "--profile",
-            profile,
-            "--package",
-            package,
-        ]))?;
-    }
-    let target = place::target()?;
+    let release = ["build", "--quiet", "--locked", "--release"];
+    command::run(place::cargo().args(release).args(["--package", "spore"]))?;
     Ok(Programs {
-        spore: target.join("release/spore"),
-        vmm: target.join("vmm/spore-vmm"),
+        spore: place::target()?.join("release/spore"),
+        vmm: fixed::build("spore-vmm", "vmm")?,
     })
 }
 

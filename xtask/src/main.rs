@@ -6,6 +6,7 @@
 
 mod command;
 mod deps;
+mod fixed;
 mod fuzz;
 mod guest;
 mod host;

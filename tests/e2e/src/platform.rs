@@ -649,7 +649,8 @@ impl Platform {
         // one starts a process, that would inherit it, and nobody could run the program.
         let mut programs = vec![program("spore")];
         if driver() == Driver::Kvm {
-            programs.push(program("spore-vmm"));
+            let given = std::env::var_os("SPORE_VMM");
+            programs.push(given.map_or_else(|| program("spore-vmm"), PathBuf::from));
         }
         let mut copy = Command::new("cp");
         copy.arg("--remove-destination").args(programs);

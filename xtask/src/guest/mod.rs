@@ -13,16 +13,14 @@ use anyhow::{Context, Result};
 
 use crate::deps::kernel::GUEST;
 use crate::progress::{say, step};
-use crate::{command, place};
-
-/// Static linking with glibc works only with an explicit target: without one the flag would reach
-/// proc-macros, which cannot be static.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+use crate::{command, fixed, place};
 
 /// Builds everything into `dir/guest`.
 pub(crate) fn run(dir: &Path) -> Result<()> {
     let release = GUEST.current(dir)?;
-    let init = step("build spore-guest (static)", build)?;
+    let init = step("build spore-guest (static)", || {
+        fixed::build("spore-guest", "guest")
+    })?;
     let hook = step("build the hook of Node.js", build_hook)?;
     let guest = dir.join("guest");
     fs::create_dir_all(&guest).with_context(|| format!("cannot make {}", guest.display()))?;
@@ -63,7 +61,7 @@ fn publish(staged: tempfile::NamedTempFile, path: &Path) -> Result<()> {
 /// loaded into programs of any image, so it names no library and no version of one.
 fn build_hook() -> Result<PathBuf> {
     let source = place::repository().join("crates/spore-guest/src/hook/spore_hook.c");
-    let folder = place::target()?.join(TARGET).join("guest");
+    let folder = place::target()?.join(fixed::TARGET).join("guest");
     let addon = folder.join("spore_hook.node");
     command::run(
         Command::new("cc")
@@ -73,20 +71,4 @@ fn build_hook() -> Result<PathBuf> {
             .arg(source),
     )?;
     Ok(addon)
-}
-
-/// Builds the static program and returns its path.
-fn build() -> Result<PathBuf> {
-    command::run(
-        place::cargo()
-            .args([
-                "build",
-                "--quiet",
-                "--package=spore-guest",
-                "--profile=guest",
-            ])
-            .args(["--target", TARGET])
-            .env("RUSTFLAGS", "-C target-feature=+crt-static"),
-    )?;
-    Ok(place::target()?.join(TARGET).join("guest/spore-guest"))
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 
 use super::{CPUS, MEMORY_MIB, RigOptions, quoted, run_in};
 use crate::progress::step;
-use crate::{Folder, command, deps, place};
+use crate::{Folder, command, deps, fixed, place};
 
 /// What `rig-test` runs.
 #[derive(Clone, Debug, clap::Args)]
@@ -114,7 +114,13 @@ pub(crate) fn test(options: &RigTestOptions) -> Result<ExitCode> {
         let build = ["build", "--quiet", "--locked"];
         command::run(place::cargo().args(build).args(what))
     })?;
-    let mut script = OsString::from("export SPORE_TEST_DRIVER=kvm\nfailed=0\n");
+    // Those that have guests have the VMM that is installed.
+    let vmm = step("build spore-vmm (static)", || {
+        fixed::build("spore-vmm", "vmm")
+    })?;
+    let mut script = OsString::from("export SPORE_TEST_DRIVER=kvm SPORE_VMM=");
+    script.push(quoted(vmm.as_os_str()));
+    script.push("\nfailed=0\n");
     for Tests {
         package,
         name,

@@ -1,5 +1,8 @@
 //! Entropy for the guest, from the host's generator.
 
+use rustix::io::retry_on_intr;
+use rustix::rand::{GetRandomFlags, getrandom};
+
 use super::queue::{self, Broken, Chain, Queues};
 use super::{Handled, VirtioDevice};
 
@@ -14,10 +17,14 @@ const REQUESTS_MAX: u16 = 16;
 /// Where random bytes come from. `false` when there are none.
 pub type Source = fn(&mut [u8]) -> bool;
 
-/// The host's generator.
+/// The host's generator, by its system call: a library would look in files where it takes that for
+/// missing, and a VMM has none.
 #[must_use]
 pub fn host(bytes: &mut [u8]) -> bool {
-    getrandom::fill(bytes).is_ok()
+    let wanted = bytes.len();
+    // So few bytes come all at once (getrandom(2)).
+    let filled = retry_on_intr(|| getrandom(&mut *bytes, GetRandomFlags::empty()));
+    filled == Ok(wanted)
 }
 
 /// The device.
