@@ -144,12 +144,14 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// Begins a machine and starts the thread that copies disks, unless they are there. What cannot
-    /// be had now is tried again when there is a guest for it, and then it is told why.
+    /// Begins a machine. What cannot be had now is tried again when there is a guest for it, and
+    /// then it is told why.
     pub fn begin(&mut self, kvm: &Arc<Kvm>) {
-        if self.early.is_none() {
-            self.early = Early::new(Arc::clone(kvm)).ok();
-        }
+        self.early = Early::new(Arc::clone(kvm)).ok();
+    }
+
+    /// Likewise starts the thread that copies disks, unless it is there.
+    pub fn copier(&mut self) {
         if self.copier.is_none() {
             self.copier = Copier::start().ok();
         }
@@ -158,7 +160,9 @@ impl Ahead {
     /// Makes the machine of a guest to come.
     pub fn park(&mut self, kvm: &Kvm, memory_mib: u32, vcpus: u8) -> Result<(), LaunchError> {
         let layout = Layout::new(memory_mib, vcpus)?;
-        self.made = Some(Box::new(self.bare(kvm, &layout)?));
+        let made = self.bare(kvm, &layout)?;
+        made.hang().map_err(StartError::from)?;
+        self.made = Some(Box::new(made));
         Ok(())
     }
 

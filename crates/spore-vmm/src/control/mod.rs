@@ -15,7 +15,7 @@ pub mod packet;
 mod tests;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -153,8 +153,12 @@ impl Control {
 
     /// Serves until it is told to quit.
     pub fn serve(mut self) -> Result<(), ServeError> {
+        if let Guest::Parked(Some(kvm)) = &self.guest {
+            // What KVM does takes longer than for the node to say what it wants.
+            self.ahead.begin(kvm);
+        }
         loop {
-            let Some([ends, copied, comes, asks]) = self.wait()? else {
+            let Some([ends, copied, comes, asks, rings]) = self.wait()? else {
                 return Ok(());
             };
             if ends && self.ended.hear() {
@@ -167,11 +171,15 @@ impl Control {
                 return Ok(());
             }
             self.confine()?;
+            if rings && let Guest::There(guest) = &self.guest {
+                // What KVM does not take goes on as it did.
+                let _hung = guest.machine.hang();
+            }
             if comes {
                 self.admit();
-                if let Guest::Parked(Some(kvm)) = &self.guest {
+                if let Guest::Parked(Some(_)) = &self.guest {
                     // Whoever was let in asks for something meanwhile.
-                    self.ahead.begin(kvm);
+                    self.ahead.copier();
                 }
             }
             // Nobody else knows of it.
@@ -181,32 +189,44 @@ impl Control {
         }
     }
 
-    /// Waits until the guest ends, a copy is over, somebody comes, or asks; `None` when there is
-    /// neither a guest nor anybody, and nobody comes.
-    fn wait(&self) -> Result<Option<[bool; 4]>, ServeError> {
+    /// Waits until the guest ends, a copy is over, somebody comes, or asks, or a bell wants to be
+    /// hung; `None` when there is neither a guest nor anybody, and nobody comes.
+    fn wait<'a>(&'a self) -> Result<Option<[bool; 5]>, ServeError> {
         let is_alone = self.connection.is_none() && !matches!(self.guest, Guest::There(_));
         let (limit, listens) = match self.is_full {
             true => (Some(ADMIT_AGAIN), PollFlags::empty()),
             false => (is_alone.then_some(self.alone_max), PollFlags::IN),
         };
         let limit = limit.map(Timespec::try_from).and_then(Result::ok);
-        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let bells = [self.ended.as_fd(), self.copied.as_fd()];
-        let mut watched: Vec<_> = bells.into_iter().map(watch).collect();
-        watched.push(PollFd::from_borrowed_fd(self.listener.as_fd(), listens));
-        watched.extend(self.connection.as_ref().map(|asks| watch(asks.as_fd())));
+        let mut watched = vec![
+            PollFd::from_borrowed_fd(self.listener.as_fd(), listens),
+            PollFd::from_borrowed_fd(self.ended.as_fd(), PollFlags::IN),
+        ];
+        // No more than there are: the kernel allows no more than the limit of descriptors.
+        let mut watch = |fd: Option<BorrowedFd<'a>>| {
+            watched.extend(fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            fd.map(|_fd| watched.len() - 1)
+        };
+        let asks_at = watch(self.connection.as_ref().map(Connection::as_fd));
+        let rings_at = watch(match &self.guest {
+            Guest::There(guest) => Some(guest.machine.asks().as_fd()),
+            Guest::Parked(_) | Guest::Made(_) => None,
+        });
+        let has_copy = !matches!(self.progress(), Progress::None);
+        let copied_at = watch(has_copy.then(|| self.copied.as_fd()));
         match poll(&mut watched, limit.as_ref()) {
             Ok(0) if is_alone && !self.is_full => return Ok(None),
             Ok(_) => {}
-            Err(Errno::INTR) => return Ok(Some([false; 4])),
+            Err(Errno::INTR) => return Ok(Some([false; 5])),
             Err(error) => return Err(ServeError::Wait(error.into())),
         }
         let is_ready = |at: usize| {
             let fd: Option<&PollFd<'_>> = watched.get(at);
             fd.is_some_and(|fd| !fd.revents().is_empty())
         };
-        let [ends, copied, comes, asks] = [0, 1, 2, 3].map(is_ready);
-        Ok(Some([ends, copied, comes || self.is_full, asks]))
+        let places = [Some(1), copied_at, Some(0), asks_at, rings_at];
+        let [ends, copied, comes, asks, rings] = places.map(|at| at.is_some_and(is_ready));
+        Ok(Some([ends, copied, comes || self.is_full, asks, rings]))
     }
 
     /// Lets whoever waits take the place of whoever was there.

@@ -21,6 +21,7 @@ use std::mem::offset_of;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use kvm_bindings::kvm_run;
@@ -99,6 +100,21 @@ impl Kick for Recall {
 
     fn take_back(&self) {
         self.set(false);
+    }
+}
+
+/// The byte of a processor that is not there yet: nobody is in its guest.
+impl Kick for Arc<OnceLock<Recall>> {
+    fn kick(&self, thread: &JoinHandle<()>) {
+        if let Some(recall) = self.get() {
+            recall.kick(thread);
+        }
+    }
+
+    fn take_back(&self) {
+        if let Some(recall) = self.get() {
+            recall.take_back();
+        }
     }
 }
 

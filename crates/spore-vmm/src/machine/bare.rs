@@ -1,8 +1,9 @@
 //! A machine without a guest: all that can be made before it is known which guest it is for. A
 //! process that waits for one has it ready, since it costs more than all that comes after.
 
-use std::sync::Arc;
+use std::iter::once;
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::CpuId;
 
@@ -10,9 +11,10 @@ use super::StartError;
 use super::attend::{self, Attendant};
 use super::layout::Layout;
 use super::wires::Wires;
+use crate::kvm::kick::Recall;
 use crate::kvm::vm::{Vcpu, Vm};
 use crate::kvm::x86_64::cpuid::Place;
-use crate::kvm::{Kvm, kick};
+use crate::kvm::{Kvm, KvmError, kick};
 use crate::memory::Space;
 use crate::vcpu::exits::Core;
 use crate::vcpu::{self, Run};
@@ -23,8 +25,8 @@ use crate::worker::{Seat, Workers};
 const XSAVE_BYTES: u32 = 4096;
 
 /// A machine of one size: its address space, without memory; its VM, with interrupt controller and
-/// memory slots; its processors, which do not know yet what they are; the lines and bells of all
-/// slots; its threads, in their cells.
+/// memory slots; its processors, which do not know yet what they are; the lines of all slots, and
+/// their bells, which are not hung; its threads, in their cells.
 #[derive(Debug)]
 pub struct Bare {
     pub(super) layout: Layout,
@@ -51,6 +53,23 @@ struct Begun {
 #[derive(Debug)]
 pub struct Early {
     begun: Receiver<Result<Begun, StartError>>,
+    devices: Attendant,
+    workers: Workers,
+}
+
+/// A processor's thread, and how it will be called back.
+#[derive(Debug)]
+struct Chair {
+    seat: Seat<Run<Core>>,
+    recall: Arc<OnceLock<Recall>>,
+}
+
+/// What a machine of one size has that is not KVM's: made while KVM makes the rest.
+#[derive(Debug)]
+struct Frame {
+    layout: Layout,
+    space: Arc<Space>,
+    seats: Vec<Chair>,
     devices: Attendant,
     workers: Workers,
 }
@@ -90,6 +109,54 @@ impl Begun {
     }
 }
 
+impl Frame {
+    fn new(devices: Attendant, workers: Workers, layout: &Layout) -> Result<Self, StartError> {
+        let space = Space::reserve(layout.memory_bytes())?;
+        let seats = (0..layout.vcpus()).map(|number| {
+            let recall = Arc::<OnceLock<Recall>>::default();
+            let seat = vcpu::ahead(&workers, number, Arc::clone(&recall));
+            let seat = seat.map_err(StartError::Thread)?;
+            Ok(Chair { seat, recall })
+        });
+        Ok(Self {
+            seats: seats.collect::<Result<_, StartError>>()?,
+            layout: layout.clone(),
+            space,
+            devices,
+            workers,
+        })
+    }
+
+    fn around(self, begun: Begun) -> Result<Bare, StartError> {
+        let Begun {
+            first,
+            wires,
+            host,
+            vm,
+        } = begun;
+        // Waits until no processor of the VM can see the old slots.
+        vm.set_memory(&self.space, &self.layout.regions())?;
+        let mut vcpus = Vec::with_capacity(self.seats.len());
+        let others = (1..self.layout.vcpus()).map(|number| vm.create_vcpu(number));
+        for (vcpu, Chair { seat, recall }) in once(Ok(first)).chain(others).zip(self.seats) {
+            let vcpu = vcpu?;
+            let by = vcpu.recall()?;
+            recall.get_or_init(|| by);
+            vcpus.push((vcpu, seat));
+        }
+        Ok(Bare {
+            layout: self.layout,
+            space: self.space,
+            devices: self.devices,
+            vcpus,
+            workers: self.workers,
+            wires,
+            host,
+            vm,
+        })
+    }
+}
+
 impl Early {
     /// Begins one.
     pub fn new(kvm: Arc<Kvm>) -> Result<Self, StartError> {
@@ -109,8 +176,9 @@ impl Early {
 
     /// Gives it a size. `None` when it could not be begun: another attempt says why.
     pub fn sized(self, layout: &Layout) -> Option<Result<Bare, StartError>> {
+        let frame = Frame::new(self.devices, self.workers, layout).ok()?;
         let begun = self.begun.recv().ok()?.ok()?;
-        Some(Bare::of(begun, self.devices, self.workers, layout))
+        Some(frame.around(begun))
     }
 }
 
@@ -119,41 +187,13 @@ impl Bare {
     pub fn new(kvm: &Kvm, layout: &Layout) -> Result<Self, StartError> {
         let workers = Workers::new();
         let devices = attend::ahead(&workers, || ())?;
-        Self::of(Begun::new(kvm)?, devices, workers, layout)
+        let frame = Frame::new(devices, workers, layout)?;
+        frame.around(Begun::new(kvm)?)
     }
 
-    fn of(
-        begun: Begun,
-        devices: Attendant,
-        workers: Workers,
-        layout: &Layout,
-    ) -> Result<Self, StartError> {
-        let Begun {
-            first,
-            wires,
-            host,
-            vm,
-        } = begun;
-        let space = Space::reserve(layout.memory_bytes())?;
-        // Waits until no processor of the VM can see the old slots.
-        vm.set_memory(&space, &layout.regions())?;
-        let mut vcpus = Vec::with_capacity(layout.vcpus().into());
-        let others = (1..layout.vcpus()).map(|number| vm.create_vcpu(number));
-        for (number, vcpu) in (0..).zip(std::iter::once(Ok(first)).chain(others)) {
-            let vcpu = vcpu?;
-            let seat = vcpu::ahead(&workers, number, vcpu.recall()?);
-            vcpus.push((vcpu, seat.map_err(StartError::Thread)?));
-        }
-        Ok(Self {
-            layout: layout.clone(),
-            space,
-            devices,
-            vcpus,
-            workers,
-            wires,
-            host,
-            vm,
-        })
+    /// Hangs its bells: in one that has time, before there is a guest.
+    pub fn hang(&self) -> Result<(), KvmError> {
+        self.wires.hang(&self.vm)
     }
 
     /// Its size, which is the guest's that it is for.

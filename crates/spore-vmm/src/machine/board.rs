@@ -26,7 +26,7 @@ use crate::device::virtio::mmio::{Mmio, QUEUE_NOTIFY};
 use crate::device::virtio::{Driven, RestoreError, VirtioDevice};
 use crate::device::{Device, Effect, Interrupt, Taken};
 use crate::kvm::KvmError;
-use crate::kvm::bell::{Bell, Line};
+use crate::kvm::bell::{Doorbell, Line};
 use crate::kvm::vm::Vm;
 use crate::memory::{Gpa, GuestMemory};
 use crate::snapshot::format::{FormatError, Sections};
@@ -85,7 +85,7 @@ pub trait Wiring {
     fn line(&self, gsi: u32) -> Result<Arc<dyn Interrupt>, KvmError>;
 
     /// What rings when the guest writes this queue's number to a place.
-    fn bell(&self, at: Gpa, queue: u16) -> Result<Bell, KvmError>;
+    fn bell(&self, at: Gpa, queue: u16) -> Result<Doorbell, KvmError>;
 }
 
 impl Wiring for Vm {
@@ -93,9 +93,9 @@ impl Wiring for Vm {
         Ok(Arc::new(Line::new(self, gsi)?))
     }
 
-    fn bell(&self, at: Gpa, queue: u16) -> Result<Bell, KvmError> {
-        let bell = Bell::new()?;
-        self.tell_write_by(&bell, at, u32::from(queue))?;
+    fn bell(&self, at: Gpa, queue: u16) -> Result<Doorbell, KvmError> {
+        let bell = Doorbell::new(at, queue, None)?;
+        bell.hang(self)?;
         Ok(bell)
     }
 }
@@ -108,7 +108,7 @@ pub struct Plugged {
     /// The device behind its transport.
     pub device: Arc<dyn Driven>,
     /// What rings when its driver kicks.
-    pub bells: Arc<[Bell]>,
+    pub bells: Arc<[Doorbell]>,
 }
 
 /// The devices that every machine has, from the host's side.
@@ -240,7 +240,7 @@ impl<'a> Board<'a> {
         let device: Arc<dyn Driven> = Arc::new(device);
         let kicked = Gpa(slot.start().0 + QUEUE_NOTIFY);
         let bells = (0..device.queues()).map(|queue| self.wiring.bell(kicked, queue));
-        let bells: Arc<[Bell]> = bells.collect::<Result<_, _>>()?;
+        let bells: Arc<[Doorbell]> = bells.collect::<Result<_, _>>()?;
         let belled = Belled {
             device: Arc::clone(&device),
             bells: Arc::clone(&bells),
@@ -277,7 +277,7 @@ impl<'a> Board<'a> {
 #[derive(Debug)]
 struct Belled {
     device: Arc<dyn Driven>,
-    bells: Arc<[Bell]>,
+    bells: Arc<[Doorbell]>,
 }
 
 impl Device for Belled {
@@ -313,7 +313,7 @@ mod tests {
     use crate::device::{Effect, Interrupt};
     use crate::disk::zeros::Zeros;
     use crate::kvm::KvmError;
-    use crate::kvm::bell::Bell;
+    use crate::kvm::bell::Doorbell;
     use crate::machine::board::Plugged;
     use crate::machine::layout::Slot;
     use crate::memory::{Gpa, GuestMemory, Region, Sharing, Space};
@@ -344,9 +344,9 @@ mod tests {
             Ok(line)
         }
 
-        fn bell(&self, at: Gpa, queue: u16) -> Result<Bell, KvmError> {
+        fn bell(&self, at: Gpa, queue: u16) -> Result<Doorbell, KvmError> {
             self.bells.lock().unwrap().push((at, queue));
-            Bell::new()
+            Doorbell::new(at, queue, None)
         }
     }
 

@@ -37,7 +37,7 @@ use crate::device::power::Event;
 use crate::device::serial::Output;
 use crate::device::virtio::Driven;
 use crate::end::End;
-use crate::kvm::bell::Bell;
+use crate::kvm::bell::{Bell, Doorbell};
 use crate::kvm::vm::Vm;
 use crate::kvm::x86_64::features::Lacking;
 use crate::kvm::x86_64::tsc::OtherRate;
@@ -106,6 +106,10 @@ pub struct Machine {
     panel: Panel,
     /// In the order of their slots, to be saved.
     devices: Vec<(Slot, Arc<dyn Driven>)>,
+    /// Of its devices' queues.
+    doorbells: Vec<Arc<[Doorbell]>>,
+    /// Rung when one of them wants to be hung.
+    asks: Arc<Bell>,
     /// The MSRs that its processors have.
     msrs: Vec<u32>,
     layout: Layout,
@@ -122,7 +126,9 @@ impl Machine {
         boot: &Boot<'_>,
         plug: impl FnOnce(&mut Board<'_>) -> Result<(), BoardError>,
     ) -> Result<Self, StartError> {
-        Bare::new(kvm, layout)?.boot(file, boot, plug)
+        let bare = Bare::new(kvm, layout)?;
+        bare.hang()?;
+        bare.boot(file, boot, plug)
     }
 
     /// A machine that goes on where another was saved, paused: [`Bare::restore`] in a new one.
@@ -137,6 +143,7 @@ impl Machine {
     ) -> Result<Self, StartError> {
         let saved = SavedMachine::read(state)?;
         let bare = Bare::new(kvm, &saved.layout)?;
+        bare.hang()?;
         bare.restore(saved, file, sharing, incarnation, plug)
     }
 
@@ -150,6 +157,7 @@ impl Machine {
     ) -> Result<Self, StartError> {
         let devices = plugged.iter().map(|of| (of.slot, Arc::clone(&of.device)));
         let devices = devices.collect();
+        let doorbells = plugged.iter().map(|of| Arc::clone(&of.bells)).collect();
         let attended = bare.devices.give(plugged, Box::new(Monotonic), begin);
         attended.map_err(AttendError::Thread)?;
         let buses = Arc::new(buses);
@@ -164,6 +172,8 @@ impl Machine {
             cores,
             panel,
             devices,
+            doorbells,
+            asks: Arc::clone(bare.wires.asks()),
             msrs,
             layout: bare.layout,
             memory,
@@ -220,6 +230,21 @@ impl Machine {
     #[must_use]
     pub fn ended(&self) -> Option<Arc<End>> {
         self.workers.ended()
+    }
+
+    /// What is rung when the guest has rung bells that want to be hung.
+    #[must_use]
+    pub fn asks(&self) -> &Bell {
+        &self.asks
+    }
+
+    /// Hangs the bells that want it. One that KVM does not take rings as it did.
+    pub fn hang(&self) -> Result<(), KvmError> {
+        let _asked = self.asks.hear();
+        let bells = self.doorbells.iter().flat_map(|of| of.iter());
+        let wanted = bells.filter(|bell| bell.is_wanted());
+        let hung: Vec<_> = wanted.map(|bell| bell.hang(&self.vm)).collect();
+        hung.into_iter().collect()
     }
 
     /// What has come out of its serial port.

@@ -1,6 +1,6 @@
-//! Lines and bells that are there before a machine's devices are. For each bell KVM waits until no
-//! processor sees its bus as it was, so that those of a machine take longer than all else that is
-//! done for a device.
+//! Lines and bells that are there before a machine's devices are. Hanging the bells of a machine
+//! takes longer than all else that is done for its devices ([`Doorbell`]): in one that waits for a
+//! guest that is done, and in one whose guest waits it is left until the guest rings.
 //!
 //! A bell of a slot that no device is put into is heard by nobody; nobody's driver rings it.
 
@@ -13,7 +13,8 @@ use super::layout::{EVENT_GSI, SERIAL_GSI, SLOTS, Slot};
 use crate::device::Interrupt;
 use crate::device::virtio::mmio::QUEUE_NOTIFY;
 use crate::kvm::KvmError;
-use crate::kvm::bell::Bell;
+use crate::kvm::bell::{Bell, Doorbell};
+use crate::kvm::vm::Vm;
 use crate::memory::Gpa;
 
 /// Of all slots, and of what every machine has.
@@ -21,11 +22,13 @@ use crate::memory::Gpa;
 pub struct Wires {
     lines: BTreeMap<u32, Arc<dyn Interrupt>>,
     /// Those that no device has taken.
-    bells: Mutex<BTreeMap<(Gpa, u16), Bell>>,
+    bells: Mutex<BTreeMap<(Gpa, u16), Doorbell>>,
+    /// Rung when one wants to be hung.
+    asks: Arc<Bell>,
 }
 
 impl Wires {
-    /// Makes them.
+    /// Makes them. No bell is hung.
     pub fn new(from: &dyn Wiring) -> Result<Self, KvmError> {
         let lines = SLOTS.into_iter().map(Slot::gsi);
         let lines = lines.chain([SERIAL_GSI, EVENT_GSI]);
@@ -34,11 +37,28 @@ impl Wires {
             let at = Gpa(slot.start().0 + QUEUE_NOTIFY);
             (0..queues(slot)).map(move |queue| (at, queue))
         });
-        let bells = bells.map(|(at, queue)| Ok(((at, queue), from.bell(at, queue)?)));
+        let asks = Arc::new(Bell::new()?);
+        let bells = bells.map(|(at, queue)| {
+            let bell = Doorbell::new(at, queue, Some(Arc::clone(&asks)))?;
+            Ok(((at, queue), bell))
+        });
         Ok(Self {
             lines: lines.collect::<Result<_, KvmError>>()?,
             bells: Mutex::new(bells.collect::<Result<_, KvmError>>()?),
+            asks,
         })
+    }
+
+    /// Hangs all bells that no device has taken.
+    pub fn hang(&self, vm: &Vm) -> Result<(), KvmError> {
+        let bells = self.bells.lock().unwrap_or_else(PoisonError::into_inner);
+        bells.values().try_for_each(|bell| bell.hang(vm))
+    }
+
+    /// What is rung when a bell wants to be hung.
+    #[must_use]
+    pub const fn asks(&self) -> &Arc<Bell> {
+        &self.asks
     }
 
     /// The same, and what is missing among them from where they were made.
@@ -79,7 +99,7 @@ impl Wiring for Wired<'_> {
         }
     }
 
-    fn bell(&self, at: Gpa, queue: u16) -> Result<Bell, KvmError> {
+    fn bell(&self, at: Gpa, queue: u16) -> Result<Doorbell, KvmError> {
         let bells = self.wires.bells.lock();
         let bell = bells
             .unwrap_or_else(PoisonError::into_inner)
@@ -97,7 +117,7 @@ mod tests {
     use crate::device::virtio::VirtioDevice as _;
     use crate::device::virtio::rng::{self, Rng};
     use crate::kvm::KvmError;
-    use crate::kvm::bell::Bell;
+    use crate::kvm::bell::Doorbell;
     use crate::machine::board::Wiring;
     use crate::machine::layout::{EVENT_GSI, SERIAL_GSI, SLOTS, Slot};
     use crate::memory::Gpa;
@@ -122,9 +142,9 @@ mod tests {
             Ok(Arc::new(Mute))
         }
 
-        fn bell(&self, at: Gpa, queue: u16) -> Result<Bell, KvmError> {
+        fn bell(&self, at: Gpa, queue: u16) -> Result<Doorbell, KvmError> {
             self.bells.lock().unwrap().push((at, queue));
-            Bell::new()
+            Doorbell::new(at, queue, None)
         }
     }
 
@@ -136,7 +156,7 @@ mod tests {
             made.lines.lock().unwrap().len(),
             made.bells.lock().unwrap().len(),
         );
-        assert_eq!((lines, bells), (8, 10));
+        assert_eq!((lines, bells), (8, 0));
         let wired = wires.or(&made);
         for gsi in SLOTS
             .map(Slot::gsi)
@@ -148,7 +168,9 @@ mod tests {
         for slot in SLOTS {
             for queue in 0..queues(slot) {
                 let at = Gpa(slot.start().0 + 0x50);
-                wired.bell(at, queue).unwrap();
+                let bell = wired.bell(at, queue).unwrap();
+                bell.ring();
+                assert!(wires.asks().hear(), "it wants to be hung");
             }
         }
         assert_eq!(made.lines.lock().unwrap().len(), lines);

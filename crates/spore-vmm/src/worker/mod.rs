@@ -123,24 +123,29 @@ impl Team {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn end(&self, end: End) {
+    /// `by` is the worker that ends it, if it is one: nobody needs to call it back.
+    fn end(&self, end: End, by: Option<usize>) {
         let mut state = self.lock();
         if state.end.is_none() {
             state.end = Some(Arc::new(end));
-            state.give(Order::End);
+            // Whoever waits for the end has further to go than the others.
             if let Some(bell) = &state.bell {
                 bell.ring();
             }
+            state.give(Order::End, by);
         }
         self.changed.notify_all();
     }
 }
 
 impl State {
-    fn give(&mut self, order: Order) {
+    /// Tells all workers but the one that `by` is the number of, which sees the order by itself.
+    fn give(&mut self, order: Order, by: Option<usize>) {
         self.order = order;
-        for member in &self.members {
-            member.call();
+        for (number, member) in self.members.iter().enumerate() {
+            if by != Some(number) {
+                member.call();
+            }
         }
     }
 }
@@ -237,7 +242,7 @@ impl Workers {
     pub fn resume(&self) {
         let mut state = self.team.lock();
         if state.order == Order::Pause {
-            state.give(Order::Run);
+            state.give(Order::Run, None);
         }
         self.team.changed.notify_all();
     }
@@ -247,7 +252,7 @@ impl Workers {
     pub fn pause(&self, limit: Duration) -> Result<(), PauseError> {
         let mut state = self.team.lock();
         if state.order == Order::Run {
-            state.give(Order::Pause);
+            state.give(Order::Pause, None);
         }
         let is_moving = |state: &mut State| {
             let busy = |member: &Member| member.is == Is::Busy;
@@ -265,7 +270,7 @@ impl Workers {
         let Some(worker) = late.map(|member| member.name.clone()) else {
             return Ok(());
         };
-        state.give(Order::Run);
+        state.give(Order::Run, None);
         self.team.changed.notify_all();
         Err(PauseError::Late {
             worker,
@@ -284,7 +289,7 @@ impl Workers {
 
     /// Ends the machine, if nothing has before.
     pub fn end(&self, end: End) {
-        self.team.end(end);
+        self.team.end(end, None);
     }
 
     /// Waits until the machine has ended and all its workers with it; says why.
@@ -407,7 +412,11 @@ impl Post {
 
     /// Ends the machine, if nothing has before.
     pub fn end(&self, end: End) {
-        self.team.end(end);
+        self.called.store(true, Ordering::SeqCst);
+        self.team.end(end, Some(self.number));
+        // This thread has only its own end left to do, and whoever waits may have been woken on the
+        // same processor.
+        thread::yield_now();
     }
 }
 
@@ -415,7 +424,7 @@ impl Drop for Post {
     fn drop(&mut self) {
         if thread::panicking() {
             let worker = thread::current().name().unwrap_or_default().to_owned();
-            self.team.end(End::Panic { worker });
+            self.team.end(End::Panic { worker }, Some(self.number));
         }
         let mut state = self.team.lock();
         if let Some(member) = state.members.get_mut(self.number) {

@@ -22,6 +22,7 @@ use spore_vmm::disk::{Access, Raw};
 use spore_vmm::end::End;
 use spore_vmm::kvm::Kvm;
 use spore_vmm::machine::Machine;
+use spore_vmm::machine::bare::Bare;
 use spore_vmm::machine::board::{Board, BoardError};
 use spore_vmm::machine::boot::Boot;
 use spore_vmm::machine::layout::{Layout, SERIAL_PORT, SLOTS, Slot};
@@ -492,7 +493,8 @@ fn machine(kvm: &Kvm, host: &Host, script: &Script) -> Machine {
         incarnation: Incarnation::from_bytes([1; 16]),
     };
     let plug = |board: &mut Board<'_>| host.plug(board);
-    let machine = Machine::boot(kvm, &layout, memory.as_fd(), &boot, plug).unwrap();
+    let machine = Bare::new(kvm, &layout).unwrap();
+    let machine = machine.boot(memory.as_fd(), &boot, plug).unwrap();
     script.put(&machine);
     machine
 }
@@ -539,6 +541,9 @@ fn hostile(kvm: &Kvm, seed: u64) -> (Option<Arc<End>>, u32) {
     machine.resume();
     while machine.ended().is_none() && word(&machine, DONE) < STEPS {
         host.disturb(&mut chance, &mut agent);
+        if machine.asks().hear() && seed.is_multiple_of(2) {
+            machine.hang().unwrap();
+        }
         if wild && chance.percent(1) {
             // As another of its processors would, while the devices look at it.
             let slot = chance.of(&SLOTS);

@@ -16,7 +16,7 @@ mod tests;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -32,7 +32,7 @@ use crate::end::End;
 use crate::fault::GuestFault;
 use crate::jail::seccomp::{self, Cell};
 use crate::kvm::KvmError;
-use crate::kvm::bell::Bell;
+use crate::kvm::bell::{Bell, Doorbell};
 use crate::worker::{Kick, Order, Post, Seat, Workers};
 
 /// How many events are taken at once. What is left comes with the next wait.
@@ -143,7 +143,7 @@ struct Attended {
 /// Whose queue a bell is of.
 #[derive(Debug)]
 struct Source {
-    plugged: Arc<[Bell]>,
+    plugged: Arc<[Doorbell]>,
     device: usize,
     queue: u16,
 }
@@ -175,10 +175,10 @@ impl fmt::Debug for Attend {
 impl Attend {
     fn new(plugged: Vec<Plugged>, clock: Box<dyn Clock + Send>, wake: &Wake) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        let watch = |bell: &Bell, token| {
+        let watch = |bell: BorrowedFd<'_>, token| {
             epoll::add(&epoll, bell, EventData::new_u64(token), EventFlags::IN)
         };
-        watch(&wake.0, WAKE)?;
+        watch(wake.0.as_fd(), WAKE)?;
         let mut bells = Vec::new();
         let mut devices = Vec::new();
         for (number, plugged) in plugged.into_iter().enumerate() {
@@ -186,7 +186,7 @@ impl Attend {
                 device, bells: of, ..
             } = plugged;
             for (queue, bell) in (0..).zip(of.iter()) {
-                watch(bell, bells.len() as u64)?;
+                watch(bell.as_fd(), bells.len() as u64)?;
                 bells.push(Source {
                     plugged: Arc::clone(&of),
                     device: number,

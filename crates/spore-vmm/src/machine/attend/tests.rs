@@ -14,9 +14,10 @@ use crate::device::virtio::{Driven, Interest, Wants};
 use crate::device::{Device, Effect};
 use crate::end::End;
 use crate::fault::GuestFault;
-use crate::kvm::bell::Bell;
+use crate::kvm::bell::Doorbell;
 use crate::machine::board::Plugged;
 use crate::machine::layout::Slot;
+use crate::memory::Gpa;
 use crate::snapshot::format::{FormatError, Writer};
 use crate::worker::Workers;
 
@@ -114,14 +115,15 @@ impl Driven for Fake {
 struct Machine {
     workers: Workers,
     fake: Arc<Fake>,
-    bells: Arc<[Bell]>,
+    bells: Arc<[Doorbell]>,
 }
 
 /// One device of two queues, as it was set up before.
 fn machine(begin: Begin, set_up: impl FnOnce(&Fake)) -> Machine {
     let fake = Arc::new(Fake::default());
     set_up(&fake);
-    let bells: Arc<[Bell]> = (0..2).map(|_| Bell::new().unwrap()).collect();
+    let bells = (0..2).map(|queue| Doorbell::new(Gpa(0), queue, None).unwrap());
+    let bells: Arc<[Doorbell]> = bells.collect();
     let plugged = Plugged {
         slot: Slot::Rng,
         device: fake.clone(),
