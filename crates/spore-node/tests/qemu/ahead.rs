@@ -145,15 +145,22 @@ async fn measure_forks_that_are_thawed_and_idle() {
     driver.release(template.vm).await.unwrap();
     let mut forks = Vec::new();
     for _ in 0..6 {
-        let mut one = fork(&driver, &machine, &from, template.vm).await;
+        let one = fork(&driver, &machine, &from, template.vm).await;
         one.held.open_network().await.unwrap();
-        assert_eq!(one.agent.sh("echo here").await, "here");
         forks.push(one);
     }
-    tokio::time::sleep(Duration::from_secs(10)).await;
-    for one in &forks {
-        println!("{} KiB private", private_kib(&driver, one.vm));
-        println!("{} KiB of it the guest's", own_kib(&driver, one.vm));
+    for has_run in ["nothing", "a shell"] {
+        if has_run != "nothing" {
+            for one in &mut forks {
+                assert_eq!(one.agent.sh("echo here").await, "here");
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        for one in &forks {
+            let private = private_kib(&driver, one.vm);
+            let own = own_kib(&driver, one.vm);
+            println!("has run {has_run}: {private} KiB private, {own} of it the guest's");
+        }
     }
     for one in forks {
         driver.release(one.vm).await.unwrap();
