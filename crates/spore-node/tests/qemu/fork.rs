@@ -10,7 +10,7 @@ use spore_node::hypervisor::fork::{
     Afterwards, Capture, CaptureError, ForkError, ForkFrom, MemoryCopy,
 };
 use spore_node::hypervisor::memory_image::CapturedMemory;
-use spore_node::hypervisor::{Machine, Vm};
+use spore_node::hypervisor::{Machine, Prepared, Vm};
 use spore_wire::cause::chain;
 use spore_wire::guest::{Exit, Reply, Request};
 use spore_wire::id::VmId;
@@ -80,6 +80,17 @@ pub(crate) async fn fork_only(
 ) -> Running {
     let vm = new_id();
     let prepared = driver.prepare(vm, machine).await.unwrap();
+    fork_into(driver, machine, (vm, prepared), from, source).await
+}
+
+/// Likewise, in a room that is there.
+pub(crate) async fn fork_into(
+    driver: &Driver,
+    machine: &Machine,
+    (vm, prepared): (VmId, Prepared),
+    from: &ForkFrom,
+    source: VmId,
+) -> Running {
     let begun = Instant::now();
     let identity = driver.fork(vm, machine, &prepared, from).await.unwrap();
     let loaded = begun.elapsed();

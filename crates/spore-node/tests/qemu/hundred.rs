@@ -37,6 +37,15 @@ async fn forked(
     (one, said)
 }
 
+/// None has ended; says of one that has why, and what its guest said last.
+async fn assert_all_live(forks: &[(Running, String)]) {
+    for (one, _said) in forks {
+        let exit = one.held.exited().now_or_never();
+        let said = one.held.console_tail().await;
+        assert!(exit.is_none(), "{exit:?} {said:#?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn hundred_forks_all_answer() {
     if !is_kvm() {
@@ -60,6 +69,7 @@ async fn hundred_forks_all_answer() {
     let forks = iter(0..FORKS).map(|_fork| forked(&driver, &machine, &from, of));
     let mut forks: Vec<_> = forks.buffer_unordered(AT_ONCE).collect().await;
     println!("{FORKS} forks answered within {:?}", begun.elapsed());
+    assert_all_live(&forks).await;
     assert_eq!(named(&host, "spore-vmm").len(), FORKS, "all are there");
     let mut seen = BTreeSet::new();
     for (one, said) in &forks {
@@ -84,11 +94,7 @@ async fn hundred_forks_all_answer() {
         "idle for 10 s: {} ms of processor",
         (used[1] - used[0]) / 1000
     );
-    for (one, _) in &forks {
-        if let Some(exit) = one.held.exited().now_or_never() {
-            panic!("{exit:?} {:#?}", one.held.console_tail().await);
-        }
-    }
+    assert_all_live(&forks).await;
     // Each is still there beside the others, and is who it was.
     for (one, said) in &mut forks {
         let boot = one.agent.sh("cat /proc/sys/kernel/random/boot_id").await;

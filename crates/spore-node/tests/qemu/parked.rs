@@ -9,8 +9,8 @@ use spore_node::hypervisor::fork::Afterwards;
 use tokio::time::timeout;
 
 use crate::driver::is_kvm;
-use crate::fork::{boot, capture, fork};
-use crate::host::{HANG, TestHost};
+use crate::fork::{boot, capture, fork, fork_into};
+use crate::host::{HANG, TestHost, new_id};
 
 /// How many are made.
 const WAITING: usize = 2;
@@ -76,6 +76,44 @@ async fn a_fork_takes_a_vmm_that_waits_and_none_outlives_its_driver() {
     assert!(again.is_disjoint(&after), "{again:?}");
 
     for vm in [source.vm, one.vm, two.vm] {
+        driver.release(vm).await.unwrap();
+    }
+    driver.close().unwrap();
+    assert_eq!(host.left(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vmm_that_ends_as_it_is_taken_has_another_in_its_place() {
+    if !is_kvm() {
+        return println!("SKIPPED: qemu makes no VMMs ahead");
+    }
+    let Some((mut host, machine)) = TestHost::with_agent() else {
+        return;
+    };
+    host.parked = WAITING;
+    let driver = host.driver().await;
+    let mut source = boot(&driver, &machine).await;
+    waiting(&host).await;
+    let taken = capture(&mut source, Afterwards::GoesOn, None).await;
+    let mut vms = vec![source.vm];
+    for is_gone in [true, false, false] {
+        let waiting = waiting(&host).await;
+        let vm = new_id();
+        let prepared = driver.prepare(vm, &machine).await.unwrap();
+        for pid in &waiting {
+            let pid = Pid::from_raw(i32::try_from(*pid).unwrap()).unwrap();
+            kill_process(pid, Signal::KILL).unwrap();
+        }
+        while is_gone && host.processes().iter().any(|pid| waiting.contains(pid)) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let room = (vm, prepared);
+        let mut fork = fork_into(&driver, &machine, room, &taken.source, source.vm).await;
+        fork.agent.thaw(vm, "fork").await.unwrap();
+        assert!(named(&host, "spore-vmm").is_disjoint(&waiting));
+        vms.push(vm);
+    }
+    for vm in vms {
         driver.release(vm).await.unwrap();
     }
     driver.close().unwrap();

@@ -14,35 +14,31 @@ mod files;
 mod monitor;
 mod packet;
 mod parked;
+mod start;
 mod strays;
 mod zygote;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use spore_wire::id::VmId;
 use spore_wire::launch::Rates;
 use spore_wire::node::Boundary;
 use spore_wire::snapshot::Shape;
 use spore_wire::vmm::ToVmm;
-use tokio::time::timeout;
 
-use self::client::Client;
 use self::monitor::KvmMonitor;
-use self::parked::{Parked, Parking, Size};
-use self::zygote::{Spawned, ZygoteConfig, Zygotes};
+use self::parked::Parking;
+use self::zygote::{ZygoteConfig, Zygotes};
 use super::fork::{ForkError, ForkFrom, ForkMemory};
 use super::memory_image::MemoryImage;
 use super::monitored::capture::open_through;
-use super::monitored::tail::log_tail;
-use super::monitored::vm::{ENDING, How, MonitoredVm, Process, VmHost};
+use super::monitored::vm::{How, MonitoredVm, Process, VmHost};
 use super::monitored::{Ends, allow_holes, pages};
 use super::room::{RoomConfig, RoomError, Rooms, blocking, uncancelled};
 use super::tsc;
@@ -53,7 +49,6 @@ use super::{
 use crate::cgroup::Limits;
 use crate::egress::launch::EgressLauncher;
 use crate::snapshot::hash::Hash;
-use crate::sys;
 
 /// Memory of a VMM beyond its guest's: its own, and what KVM and the kernel keep for it.
 const OVERHEAD_MIB: u32 = 48;
@@ -441,14 +436,6 @@ impl Firsts {
     }
 }
 
-/// A VMM that runs, whose root is empty, and that waits.
-#[derive(Debug)]
-struct Started {
-    identity: Identity,
-    client: Client,
-    log: OwnedFd,
-}
-
 impl Shared {
     async fn boot(
         self: &Arc<Self>,
@@ -483,133 +470,6 @@ impl Shared {
             Err(error) => Err(error.into()),
         }
     }
-
-    /// A VMM with its guest, which is paused.
-    async fn launch(
-        self: &Arc<Self>,
-        vm: VmId,
-        machine: &Machine,
-        prepared: &Prepared,
-        from: Option<ForkFrom>,
-    ) -> Result<Started, BootError> {
-        let step = |what| move |source| BootError::Step { what, source };
-        let tap = self.rooms.namespaces().open_tap(&prepared.namespace).await;
-        let tap = tap.map_err(step("opening the tap"))?;
-        let mut started = self.start(vm, machine, prepared).await?;
-        let size = Size::of(machine);
-        let (this, machine) = (Arc::clone(self), machine.clone());
-        let files = blocking(move || this.open_files(vm, &machine, tap, from.as_ref())).await;
-        let (launch, files) = files.map_err(step("a worker thread"))??;
-        let fds = files.iter().map(std::os::fd::AsFd::as_fd);
-        let fds = fds.collect::<Vec<_>>();
-        let request = ToVmm::Launch(Box::new(launch));
-        let launched = started.client.ask(&request, &fds, LAUNCH_TIMEOUT).await;
-        self.refill(size);
-        match launched {
-            Ok(_) => Ok(started),
-            Err(error) => Err(self.refused(&started, &error).await),
-        }
-    }
-
-    /// A VMM without a guest.
-    async fn start(
-        self: &Arc<Self>,
-        vm: VmId,
-        machine: &Machine,
-        prepared: &Prepared,
-    ) -> Result<Started, BootError> {
-        let step = |what| move |source| BootError::Step { what, source };
-        if let Some(parked) = self.parking.collect(vm) {
-            return self.take_over(vm, machine, parked);
-        }
-        let this = Arc::clone(self);
-        let files = blocking(move || this.open_waiting(vm)).await;
-        let (log, fds) = files.map_err(step("a worker thread"))??;
-        let spawned = self.zygotes.spawn(prepared.uid, fds).await;
-        let spawned = spawned.map_err(step("the zygote"))?;
-        if let Err(source) = self.place(vm, machine, &spawned) {
-            // Whatever ends the VM's cgroup would not end this.
-            spawned.kill();
-            return Err(step("putting it into its cgroup")(source));
-        }
-        let pid = spawned.pid;
-        let identity = process::identity(pid, &vm.to_string());
-        let identity = identity.map_err(|_gone| BootError::Ended(log_tail(&log)))?;
-        let client = self.await_greeting(vm, &identity, &log).await?;
-        Ok(Started {
-            identity,
-            client,
-            log,
-        })
-    }
-
-    /// A VMM that was made ahead becomes the VM's.
-    fn take_over(&self, vm: VmId, machine: &Machine, parked: Parked) -> Result<Started, BootError> {
-        let step = |what| move |source| BootError::Step { what, source };
-        let Parked {
-            spawned,
-            client,
-            log,
-            socket,
-            ..
-        } = parked;
-        let named = std::fs::rename(&socket, self.rooms.folder(vm).join(CONTROL_SOCKET));
-        let placed = named.and_then(|()| self.place(vm, machine, &spawned));
-        if let Err(source) = placed {
-            spawned.kill();
-            return Err(step("giving it the VMM that was made ahead")(source));
-        }
-        let identity = process::identity(spawned.pid, &vm.to_string());
-        let identity = identity.map_err(|_gone| BootError::Ended(log_tail(&log)))?;
-        Ok(Started {
-            identity,
-            client,
-            log,
-        })
-    }
-
-    /// Puts the processes of a VM where they are limited, before there is a guest in them.
-    fn place(&self, vm: VmId, machine: &Machine, spawned: &Spawned) -> io::Result<()> {
-        let entrances = self.rooms.cgroups().entrances(&vm.to_string());
-        for pid in [spawned.init, spawned.pid] {
-            for path in &entrances {
-                std::fs::write(path, pid.to_string())?;
-            }
-            let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-            let limit = Rlimit {
-                current: Some(files::file_bytes(machine)),
-                maximum: Some(files::file_bytes(machine)),
-            };
-            prlimit(raw, Resource::Fsize, limit)?;
-        }
-        Ok(())
-    }
-
-    /// Waits until the VMM greets, or ends.
-    async fn await_greeting(
-        &self,
-        vm: VmId,
-        identity: &Identity,
-        log: &OwnedFd,
-    ) -> Result<Client, BootError> {
-        let ended = || BootError::Ended(log_tail(log));
-        let step = |what| move |source| BootError::Step { what, source };
-        let pidfd = process::open(identity, self.rooms.cgroups()).map_err(|_gone| ended())?;
-        let pidfd = sys::watch(pidfd).map_err(step("watching it"))?;
-        let socket = self.rooms.folder(vm).join(CONTROL_SOCKET);
-        tokio::select! {
-            biased;
-            _readable = pidfd.readable() => Err(ended()),
-            client = Client::connect(&socket, GREETING_TIMEOUT) => match client {
-                Ok(client) => Ok(client),
-                // A VMM that ends resets the connection a moment before its pidfd tells.
-                Err(source) => match timeout(ENDING, pidfd.readable()).await {
-                    Ok(_readable) => Err(ended()),
-                    Err(_elapsed) => Err(step("its control socket")(source)),
-                },
-            },
-        }
-    }
 }
 
 impl Shared {
@@ -626,21 +486,6 @@ impl Shared {
         let mut swept = self.rooms.sweep(keep).await?;
         swept.removed.extend(ended);
         Ok(swept)
-    }
-
-    /// Why there is no guest in a VMM: what it said, or how it ended.
-    async fn refused(&self, started: &Started, error: &io::Error) -> BootError {
-        let mut why = error.to_string();
-        if error.kind() == io::ErrorKind::NotConnected
-            && let Some(how) = self.zygotes.ends().how(started.identity.pid).await
-        {
-            why = format!("it {how}");
-        }
-        let log = log_tail(&started.log);
-        if !log.is_empty() {
-            why = format!("{why}; {log}");
-        }
-        BootError::Refused(why)
     }
 }
 
