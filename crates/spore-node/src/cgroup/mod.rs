@@ -30,8 +30,12 @@ use crate::hypervisor::VmStats;
 /// The period of the cpu limit, the kernel's own default.
 const CPU_PERIOD_US: u64 = 100_000;
 
-/// How often a cgroup that is still populated is killed again before it is called stuck.
-const KILL_ROUNDS: u32 = 200;
+/// How long a cgroup that is still populated is killed again before it is called stuck: on a busy
+/// host what was killed waits for its turn to die, like all others.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+/// When a populated cgroup is looked at again, at first and later.
+const KILL_STEPS: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
 
 /// How long one round waits for a killed process.
 const KILL_WAIT: Duration = Duration::from_millis(50);
@@ -246,9 +250,10 @@ impl Cgroups {
     /// Kills everything in the cgroup `name` and removes it; nothing to do if it is gone. Blocks.
     ///
     /// # Errors
-    /// What the kernel says, `EBUSY` when a process does not die.
+    /// What the kernel says, `EBUSY` when a process does not die in half a minute, or a little more.
     pub fn remove(&self, name: &str) -> io::Result<()> {
-        let mut rounds = 0;
+        let mut waited = Duration::ZERO;
+        let [mut pace, slowest] = KILL_STEPS;
         loop {
             self.kill_once(name)?;
             let mut busy = None;
@@ -263,10 +268,12 @@ impl Cgroups {
             }
             match busy {
                 None => return Ok(()),
-                Some(error) if rounds == KILL_ROUNDS => return Err(error),
-                Some(_) => rounds += 1,
+                Some(error) if waited >= KILL_LIMIT => return Err(error),
+                Some(_populated) => {}
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(pace);
+            waited += pace;
+            pace = slowest.min(pace * 2);
         }
     }
 

@@ -67,7 +67,7 @@ pub(crate) async fn fork(
     this
 }
 
-fn hostname_of(fork: VmId) -> String {
+pub(crate) fn hostname_of(fork: VmId) -> String {
     format!("fork-{}", &fork.to_string()[..8])
 }
 
@@ -266,86 +266,6 @@ async fn a_fork_is_forked_and_one_that_ended_for_it_lives_on_in_its_forks() {
         assert_eq!(fork.agent.sh("echo on").await, "on");
         driver.release(fork.vm).await.unwrap();
         (from, source) = (taken.source, fork.vm);
-    }
-    assert_eq!(host.left(), Vec::<String>::new());
-}
-
-/// Pauses, captures and lets run, once the disk of the last one is copied.
-async fn copied(of: &mut Running) -> Capture {
-    let begun = Instant::now();
-    let turn = loop {
-        match of.held.prepare_capture(None, None).await {
-            Err(CaptureError::Busy) if begun.elapsed() < HANG => {
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-            }
-            prepared => break prepared.unwrap(),
-        }
-    };
-    of.held.pause().await.unwrap();
-    let capture = of.held.capture(Afterwards::GoesOn).await.unwrap();
-    of.held.resume().await.unwrap();
-    drop(turn);
-    capture
-}
-
-/// The processes in a VM's cgroup.
-fn processes(driver: &Driver, vm: VmId) -> usize {
-    let cgroups = driver.rooms().cgroups();
-    cgroups.members(&vm.to_string()).unwrap().len()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn frozen_memory_is_what_it_was_and_its_copy_ends_with_whoever_wants_it() {
-    if !is_kvm() {
-        return println!("SKIPPED: QEMU makes no copy of itself");
-    }
-    let Some((host, machine)) = TestHost::with_agent() else {
-        return;
-    };
-    let driver = host.driver().await;
-    let mut template = boot(&driver, &machine).await;
-    let from = capture(&mut template, Afterwards::Ends, None).await.source;
-    driver.release(template.vm).await.unwrap();
-    let mut source = fork(&driver, &machine, &from, template.vm).await;
-    let write = |what: &str| format!("yes {what} | head -c 8000000 > /run/much; echo {what}");
-    assert_eq!(source.agent.sh(&write("old")).await, "old");
-    let processes = |vm| processes(&driver, vm);
-    let alone = processes(source.vm);
-
-    // What is written later is in the source alone, and the copy is gone once it is read.
-    let capture = copied(&mut source).await;
-    let reading = capture.memory;
-    let is_frozen = matches!(reading, MemoryCopy::Reading(_));
-    assert!(is_frozen, "its memory was read in the pause");
-    assert_eq!(source.agent.sh(&write("new")).await, "new");
-    let memory = timeout(HANG, reading.finished()).await.unwrap().unwrap();
-    let CapturedMemory::Changed { pages, .. } = memory else {
-        panic!("it is no fork's: {memory:?}");
-    };
-    let has = |what: &[u8]| {
-        let is_full = |page: &[u8]| page.starts_with(what) && page.ends_with(what);
-        pages.iter().any(|(_, run)| run.chunks(4096).any(is_full))
-    };
-    assert!(has(b"old\nold\n") && !has(b"new\nnew\n"));
-    assert_eq!(processes(source.vm), alone);
-
-    // Nobody wants it: it ends, and the next one is made.
-    drop(copied(&mut source).await);
-    let begun = Instant::now();
-    while processes(source.vm) > alone {
-        assert!(begun.elapsed() < HANG, "the copy is left");
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-    assert_eq!(source.agent.sh("head -n 1 /run/much").await, "new");
-
-    // The VM is stopped meanwhile: nothing is left, and what was read is whole or refused.
-    let capture = copied(&mut source).await;
-    source.held.kill();
-    timeout(HANG, source.held.exited()).await.unwrap();
-    driver.release(source.vm).await.unwrap();
-    match timeout(HANG, capture.memory.finished()).await.unwrap() {
-        Ok(_) => println!("it was read before"),
-        Err(error) => println!("{}", chain(&error)),
     }
     assert_eq!(host.left(), Vec::<String>::new());
 }

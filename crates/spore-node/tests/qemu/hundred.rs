@@ -1,6 +1,7 @@
 //! A hundred VMs of one memory, alive at once.
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, resume_unwind};
 
 use futures_util::future::join_all;
 use futures_util::stream::iter;
@@ -8,11 +9,11 @@ use futures_util::{FutureExt as _, StreamExt as _};
 use spore_node::hypervisor::Machine;
 use spore_node::hypervisor::fork::{Afterwards, ForkFrom};
 use spore_wire::id::VmId;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::driver::{Driver, is_kvm};
-use crate::fork::{Running, boot, capture, fork};
-use crate::host::TestHost;
+use crate::fork::{Running, boot, capture, fork_only, hostname_of};
+use crate::host::{HANG, TestHost};
 use crate::parked::named;
 
 /// How many there are.
@@ -31,10 +32,23 @@ async fn forked(
     from: &ForkFrom,
     source: VmId,
 ) -> (Running, String) {
-    let mut one = fork(driver, machine, from, source).await;
-    one.held.open_network().await.unwrap();
-    let said = one.agent.sh(OWN).await;
-    (one, said)
+    let mut one = fork_only(driver, machine, from, source).await;
+    let renewed = async {
+        let hostname = hostname_of(one.vm);
+        one.agent.thaw(one.vm, &hostname).await.unwrap();
+        one.held.open_network().await.unwrap();
+        one.agent.sh(OWN).await
+    };
+    // Of one that ends meanwhile its agent's connection says only that it is closed.
+    match AssertUnwindSafe(renewed).catch_unwind().await {
+        Ok(said) => (one, said),
+        Err(panicked) => {
+            let exit = timeout(HANG, one.held.exited()).await;
+            let said = one.held.console_tail().await;
+            println!("{}: {exit:?} {said:#?}", one.vm);
+            resume_unwind(panicked)
+        }
+    }
 }
 
 /// None has ended; says of one that has why, and what its guest said last.

@@ -19,6 +19,7 @@ mod hundred;
 mod individuals;
 mod kill_points;
 mod life;
+mod live;
 mod load;
 mod network;
 mod parked;
