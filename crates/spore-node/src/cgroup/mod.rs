@@ -250,7 +250,7 @@ impl Cgroups {
     /// Kills everything in the cgroup `name` and removes it; nothing to do if it is gone. Blocks.
     ///
     /// # Errors
-    /// What the kernel says, `EBUSY` when a process does not die in half a minute, or a little more.
+    /// What the kernel says, `EBUSY` when a process does not die in half a minute or a little more.
     pub fn remove(&self, name: &str) -> io::Result<()> {
         let mut waited = Duration::ZERO;
         let [mut pace, slowest] = KILL_STEPS;
