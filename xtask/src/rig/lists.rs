@@ -52,7 +52,9 @@ const ALL: &[Tests] = &[
     tests(
         "spore-node",
         "qemu",
-        &["ahead::", "fork::", "parked::", "rates::", "thaw::"],
+        &[
+            "ahead::", "fork::", "live::", "parked::", "rates::", "thaw::",
+        ],
     ),
     tests(
         "spore-node",
@@ -85,10 +87,23 @@ const SMOKE: &[Tests] = &[
 
 /// Stories that were seen to pass there, and for which the suite has no time.
 const STORIES: &[Tests] = &[
-    story("suspend", &["what_goes_on_keeps"]),
-    story("cli", &["an_app_is_deployed"]),
+    story("api", &[]),
+    story("bad_input", &[]),
+    story("boundary", &[]),
+    story("cli", &[]),
     story("secrets", &["a_secret_is"]),
-    story("boundary", &["agent_is"]),
+    story("suspend", &["what_goes_on_keeps"]),
+    story(
+        "visitors",
+        &[
+            "newly_installed",
+            "killed_under",
+            "visitors_left",
+            "recycled",
+            "streams",
+        ],
+    ),
+    story("websocket", &[]),
     story("zero_left", &[]),
 ];
 
