@@ -21,7 +21,7 @@ pub(super) fn pack(rig: &Rig, out: impl Write) -> Result<()> {
         Ok((name.to_owned(), 0o755, bytes))
     };
     let mut files = modules(&rig.modules)?;
-    for script in ["init", "stage", "limited", "tests"] {
+    for script in ["init", "stage", "limited", "look", "tests"] {
         files.push(program(script, &scripts.join(script))?);
     }
     files.push(program("bin/busybox", &rig.busybox)?);
