@@ -10,7 +10,8 @@ const GUEST: &str = "/memfd:guest-memory";
 /// A process's memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Memory {
-    /// No other process has it.
+    /// No other process has it. Of the guest's memory, what is not in the file that forks share: a
+    /// page of that may be mapped by one of them only, and is nobody's own.
     pub(crate) private_kib: f64,
     /// All that is in memory, the guest's left out.
     pub(crate) own_resident_kib: f64,
@@ -32,7 +33,10 @@ pub(crate) fn of(pid: u32) -> Result<Memory> {
             continue;
         }
         match key {
-            "Private_Clean:" | "Private_Dirty:" => private_kib += value.parse::<f64>()?,
+            "Anonymous:" if is_guest => private_kib += value.parse::<f64>()?,
+            "Private_Clean:" | "Private_Dirty:" if !is_guest => {
+                private_kib += value.parse::<f64>()?;
+            }
             "Rss:" if !is_guest => own_resident_kib += value.parse::<f64>()?,
             _ => {}
         }

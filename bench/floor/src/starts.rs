@@ -238,8 +238,7 @@ pub(crate) fn hundred(zygote: &mut Zygote, report: &mut Report) -> Result<()> {
 }
 
 /// Forks of Debian's kernel: what they have of their own at their first output. Another one is
-/// there meanwhile: what they read of the memory that they share would otherwise count as one's
-/// own.
+/// there meanwhile: what they read of their VMMs' program would otherwise count as one's own.
 pub(crate) fn linux(zygote: &mut Zygote, rounds: usize, report: &mut Report) -> Result<()> {
     let Some(source) = Source::linux(zygote, LINUX_MIB)? else {
         return Ok(());
