@@ -9,7 +9,7 @@ use spore_node::config::{Config, Images};
 use spore_node::egress::launch::EgressLauncher;
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::RoomConfig;
-use spore_node::hypervisor::{Hypervisor as _, Machine};
+use spore_node::hypervisor::{Hypervisor as _, KernelArguments, Machine};
 use spore_node::node::Node;
 use spore_node::take::{Take, Taken};
 use spore_wire::guest::{Exec, Exit, Readiness};
@@ -94,6 +94,7 @@ impl Host {
             kernel_release: std::fs::read_to_string(guest.join("release"))?
                 .trim()
                 .to_owned(),
+            kernel_arguments: KernelArguments::default(),
             initramfs: guest.join("initramfs.cpio"),
             qemu: QemuConfig::DEBIAN_QEMU.into(),
             libraries: QemuConfig::debian_libraries(),

@@ -174,6 +174,15 @@ impl Driver {
         }
     }
 
+    /// What guests' kernels are told. Where tests find KVM, the processor is emulated and can have
+    /// a guest sleep over an interrupt (`docs/internals/testing.md`): its next tick wakes it.
+    const fn kernel_arguments(self) -> &'static str {
+        match self {
+            Self::Qemu => "",
+            Self::Kvm => "nohz=off",
+        }
+    }
+
     /// With what the boundary begins that its daemons name: on a machine that is a guest itself,
     /// that is `kvm-nested`.
     #[must_use]
@@ -692,7 +701,8 @@ impl Platform {
              cgroup_parent = \"{cgroup}\"\n\
              log = \"info,spore_gateway=debug,spore_control=debug,spore_node=debug\"\n\
              boot_timeout = \"10m\"\ntemplates = {templates}\n\
-             hypervisor = \"{driver}\"\nvmm = \"{home}/bin/spore-vmm\"\n{more}",
+             hypervisor = \"{driver}\"\nvmm = \"{home}/bin/spore-vmm\"\n\
+             kernel_arguments = \"{kernel}\"\n{more}",
             home = home.display(),
             deps = deps().display(),
             gateway = self.slot.gateway(),
@@ -702,6 +712,7 @@ impl Platform {
             gateway_uid = self.slot.first_uid(),
             cgroup = self.slot.cgroup(),
             driver = driver().choice(),
+            kernel = driver().kernel_arguments(),
             more = site.config,
             templates = site.templates,
         );

@@ -53,7 +53,13 @@ const ALL: &[Tests] = &[
         "spore-node",
         "qemu",
         &[
-            "ahead::", "fork::", "live::", "parked::", "rates::", "thaw::",
+            "ahead::",
+            "fork::",
+            "live::",
+            "load::checkpoint_under",
+            "parked::",
+            "rates::",
+            "thaw::",
         ],
     ),
     tests(

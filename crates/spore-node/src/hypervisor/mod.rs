@@ -18,6 +18,7 @@
 //! from the [`VmId`]. `sweep` removes what bears no id that is kept.
 
 pub mod fork;
+mod kernel_line;
 pub mod kvm;
 pub mod memory_image;
 mod monitored;
@@ -45,6 +46,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use self::fork::{Afterwards, Below, Capture, CaptureError, ForkError, ForkFrom, PauseError, Turn};
+pub use self::kernel_line::KernelArguments;
 use self::kvm::Kvm;
 use self::qemu::Qemu;
 use self::room::Rooms;
@@ -256,7 +258,8 @@ pub struct Caps {
     pub proxy_mib: u32,
     /// The guest kernel's release.
     pub kernel: String,
-    /// A digest of that kernel and the first file system, which holds the agent.
+    /// A digest of that kernel, what it is told beside a driver's own, and the first file system,
+    /// which holds the agent.
     pub guest: String,
     /// Whether its VMs can be captured, and forked from captures. Where not, everything boots.
     pub snapshots: bool,

@@ -8,10 +8,10 @@ use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use spore_node::hypervisor::Hypervisor;
 use spore_node::hypervisor::kvm::{Kvm, KvmConfig};
 use spore_node::hypervisor::qemu::{Qemu, QemuConfig};
 use spore_node::hypervisor::room::Rooms;
+use spore_node::hypervisor::{Hypervisor, KernelArguments};
 use spore_wire::launch::Rates;
 use spore_wire::node::Boundary;
 
@@ -25,6 +25,16 @@ pub(crate) enum Driver {
 /// Whether tests run on `kvm`.
 pub(crate) fn is_kvm() -> bool {
     std::env::var_os("SPORE_TEST_DRIVER").is_some_and(|driver| driver == "kvm")
+}
+
+/// What guests' kernels are told. On `kvm`, tests run on an emulated processor, which can forget
+/// that a guest is not to be interrupted between `sti` and `hlt` (`docs/internals/testing.md`).
+/// What it then sleeps over, its next tick has it see.
+pub(crate) fn kernel_arguments() -> KernelArguments {
+    match is_kvm() {
+        true => "nohz=off".parse().unwrap_or_default(),
+        false => KernelArguments::default(),
+    }
 }
 
 /// Where `spore-vmm` is.
@@ -56,6 +66,7 @@ impl Driver {
             room: config.room,
             kernel: config.kernel,
             kernel_release: config.kernel_release,
+            kernel_arguments: config.kernel_arguments,
             initramfs: config.initramfs,
             vmm: vmm(),
             device: "/dev/kvm".into(),

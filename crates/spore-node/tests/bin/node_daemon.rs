@@ -30,7 +30,7 @@ use spore_wire::secret::SecretBytes;
 use spore_wire::snapshot::{SnapshotInfo, SnapshotKind};
 use tokio::io::AsyncReadExt as _;
 
-use self::driver::Driver;
+use self::driver::{Driver, kernel_arguments};
 use self::orders::{Answer, End, Orders, Point, Sighting, Task};
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -110,6 +110,7 @@ fn driver_config(orders: &Orders) -> QemuConfig {
         },
         kernel: orders.kernel.clone(),
         kernel_release: "of a test".to_owned(),
+        kernel_arguments: kernel_arguments(),
         initramfs: orders.initramfs.clone(),
         qemu: QemuConfig::DEBIAN_QEMU.into(),
         libraries: QemuConfig::debian_libraries(),

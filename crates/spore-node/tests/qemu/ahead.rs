@@ -4,6 +4,7 @@
 use core::time::Duration;
 use std::sync::Arc;
 
+use spore_node::hypervisor::KernelArguments;
 use spore_node::hypervisor::fork::{Afterwards, ForkFrom, ForkMemory};
 use spore_node::hypervisor::memory_image::MemoryImage;
 use spore_wire::id::VmId;
@@ -136,9 +137,10 @@ async fn measure_forks_with_pages_ahead_and_without() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement: a minute, and a VMM as it is shipped"]
 async fn measure_forks_that_are_thawed_and_idle() {
-    let Some((host, machine)) = TestHost::with_agent() else {
+    let Some((mut host, machine)) = TestHost::with_agent() else {
         return;
     };
+    host.config.kernel_arguments = KernelArguments::default();
     let driver = host.driver().await;
     let mut template = boot(&driver, &machine).await;
     let from = capture(&mut template, Afterwards::Ends, None).await.source;

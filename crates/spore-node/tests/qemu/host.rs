@@ -20,7 +20,7 @@ use spore_wire::id::VmId;
 use spore_wire::launch::Rates;
 use spore_wire::node::Resources;
 
-use crate::driver::Driver;
+use crate::driver::{Driver, kernel_arguments};
 use crate::guest::{Then, initramfs};
 
 /// Uids of tests lie above those of a daemon that may run on the same host.
@@ -78,6 +78,7 @@ impl TestHost {
             room,
             kernel,
             kernel_release: kernel_release.trim().to_owned(),
+            kernel_arguments: kernel_arguments(),
             initramfs: root.join("initramfs"),
             qemu: QemuConfig::DEBIAN_QEMU.into(),
             libraries: QemuConfig::debian_libraries(),

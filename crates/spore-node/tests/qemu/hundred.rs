@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, resume_unwind};
 use futures_util::future::join_all;
 use futures_util::stream::iter;
 use futures_util::{FutureExt as _, StreamExt as _};
-use spore_node::hypervisor::Machine;
 use spore_node::hypervisor::fork::{Afterwards, ForkFrom};
+use spore_node::hypervisor::{KernelArguments, Machine};
 use spore_wire::id::VmId;
 use tokio::time::{Instant, timeout};
 
@@ -73,6 +73,8 @@ async fn hundred_forks_all_answer() {
     room.uid_first = 4_000_000 + (std::process::id() % 4096) * 256;
     room.uid_count = 256;
     host.parked = 2;
+    // A tick of each would be all that the processor does.
+    host.config.kernel_arguments = KernelArguments::default();
     let driver = host.driver().await;
     let mut template = boot(&driver, &machine).await;
     let from = capture(&mut template, Afterwards::Ends, None).await.source;

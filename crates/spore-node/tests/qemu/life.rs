@@ -5,6 +5,7 @@ use std::time::Duration;
 use spore_node::hypervisor::{BootError, PrepareError};
 use tokio::time::{Instant, timeout};
 
+use crate::fork::boot;
 use crate::guest::{Then, WORD};
 use crate::host::{HANG, TestHost, new_id, said};
 
@@ -141,5 +142,24 @@ async fn a_release_while_the_vm_boots_leaves_nothing() {
     let boot = driver.boot(vm, &machine, &prepared);
     assert!(timeout(Duration::from_millis(5), boot).await.is_err());
     driver.release(vm).await.unwrap();
+    assert_eq!(host.left(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_kernels_are_told_what_their_host_adds_and_templates_of_others_do_not_fit() {
+    let Some((mut host, machine)) = TestHost::with_agent() else {
+        return;
+    };
+    let before = host.driver().await.caps().guest.clone();
+    host.config.kernel_arguments = "nohz=off spore.test=a,b".parse().unwrap();
+    let driver = host.driver().await;
+    assert_ne!(driver.caps().guest, before);
+    let mut one = boot(&driver, &machine).await;
+    let told = one.agent.sh("cat /proc/cmdline").await;
+    assert!(
+        told.trim_end().ends_with(" nohz=off spore.test=a,b"),
+        "{told}"
+    );
+    driver.release(one.vm).await.unwrap();
     assert_eq!(host.left(), Vec::<String>::new());
 }

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use spore_api::client::{Endpoint, EndpointError};
 use spore_node::egress::blob::RESOLVERS_MAX;
+use spore_node::hypervisor::KernelArguments;
 use spore_wire::launch::Rates;
 use thiserror::Error;
 
@@ -128,6 +129,8 @@ pub(crate) struct ServerConfig {
     pub(crate) rates: Rates,
     /// The guest kernel, an ELF file.
     pub(crate) kernel: PathBuf,
+    /// What the kernels of guests are told beside the driver's own.
+    pub(crate) kernel_arguments: KernelArguments,
     /// The guest's first file system.
     pub(crate) initramfs: PathBuf,
     /// Base images that came with the installation.
@@ -312,6 +315,7 @@ impl Default for ServerConfig {
             vmm: "/usr/local/lib/spore/spore-vmm".into(),
             rates: Rates::default(),
             kernel: "/usr/local/lib/spore/guest/vmlinux".into(),
+            kernel_arguments: KernelArguments::default(),
             initramfs: "/usr/local/lib/spore/guest/initramfs.cpio".into(),
             base_images: "/usr/local/lib/spore/images".into(),
             cgroup_parent: "spore".to_owned(),
@@ -321,7 +325,7 @@ impl Default for ServerConfig {
     }
 }
 
-const SERVER_KEYS: [&str; 27] = [
+const SERVER_KEYS: [&str; 28] = [
     "data_dir",
     "runtime_dir",
     "log_dir",
@@ -343,6 +347,7 @@ const SERVER_KEYS: [&str; 27] = [
     "disk_operations",
     "network_bandwidth",
     "kernel",
+    "kernel_arguments",
     "initramfs",
     "base_images",
     "cgroup_parent",
@@ -417,6 +422,10 @@ impl ServerConfig {
         if let Some(entry) = table.get("hypervisor") {
             let choice = entry.text()?.parse();
             config.hypervisor = choice.map_err(|why: &str| entry.refused(why))?;
+        }
+        if let Some(entry) = table.get("kernel_arguments") {
+            let arguments = entry.text()?.parse();
+            config.kernel_arguments = arguments.map_err(|why| entry.refused(why))?;
         }
         if let Some(entry) = table.get("snapshot_memory") {
             config.snapshot_memory_mib = Some(entry.mib(0..=1024 * 1024)?);

@@ -68,6 +68,7 @@ fn every_key_is_read() {
             disk_operations = 5000
             network_bandwidth = "1GiB"
             kernel = "/k"
+            kernel_arguments = "nohz=off"
             initramfs = "/i"
             base_images = "/b"
             cgroup_parent = "spore.slice/vms"
@@ -103,6 +104,7 @@ fn every_key_is_read() {
             network_bytes: NonZeroU64::new(1 << 30),
         },
         kernel: "/k".into(),
+        kernel_arguments: "nohz=off".parse().unwrap(),
         initramfs: "/i".into(),
         base_images: "/b".into(),
         cgroup_parent: "spore.slice/vms".into(),
@@ -156,6 +158,7 @@ fn what_is_wrong_is_refused_with_its_line_and_what_is_right() {
         ("log_format = \"xml\"", "must be `text` or `json`"),
         ("boot_timeout = \"1s\"", "from 10s to 1h"),
         ("hypervisor = \"xen\"", "it must be auto, kvm or qemu"),
+        ("kernel_arguments = \"init=/sh\"", "first program"),
         ("resolvers = \"9.9.9.9:53\"", "a list"),
         ("resolvers = [\"9.9.9.9\"]", "such as 127.0.0.53:53"),
         ("resolvers = [\"0.0.0.0:53\"]", "such as 127.0.0.53:53"),

@@ -127,7 +127,7 @@ impl Shared {
                 kernel: files.add(open(&self.config.kernel).map_err(step("opening the kernel"))?),
                 initramfs: files
                     .add(open(&self.config.initramfs).map_err(step("opening the initramfs"))?),
-                command_line: COMMAND_LINE.to_owned(),
+                command_line: self.config.kernel_arguments.after(COMMAND_LINE),
             });
         };
         let state = File::open(format!("/proc/self/fd/{}", from.state.as_raw_fd()));

@@ -43,8 +43,8 @@ use super::monitored::{Ends, allow_holes, pages};
 use super::room::{RoomConfig, RoomError, Rooms, blocking, uncancelled};
 use super::tsc;
 use super::{
-    AttachError, BootError, Caps, Hypervisor, Identity, Machine, PrepareError, Prepared,
-    ReleaseError, Swept, Vm, process,
+    AttachError, BootError, Caps, Hypervisor, Identity, KernelArguments, Machine, PrepareError,
+    Prepared, ReleaseError, Swept, Vm, process,
 };
 use crate::cgroup::Limits;
 use crate::egress::launch::EgressLauncher;
@@ -80,6 +80,8 @@ pub struct KvmConfig {
     pub kernel: PathBuf,
     /// Its release, for people.
     pub kernel_release: String,
+    /// What the kernel is told beside the driver's own.
+    pub kernel_arguments: KernelArguments,
     /// The initramfs with the agent.
     pub initramfs: PathBuf,
     /// `spore-vmm`, an absolute path.
@@ -177,6 +179,7 @@ impl Kvm {
                 source,
             })?;
         }
+        guest.update(config.kernel_arguments.to_string().as_bytes());
         let guest = guest.finalize().to_hex().to_string();
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").map_err(KvmError::Processor)?;
         let tsc_khz = blocking(tsc::measure_khz).await.map_err(KvmError::Worker)?;

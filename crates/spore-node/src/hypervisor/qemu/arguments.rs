@@ -125,12 +125,13 @@ pub(super) struct CommandLine {
     pub(super) fds: usize,
 }
 
-/// The whole command line. A fork's device state is its last descriptor.
+/// The whole command line; a fork has no use for the kernel's. A fork's device state is its last
+/// descriptor.
 pub(super) fn arguments(
     begin: Begin,
     resources: &Resources,
     scratch: &Scratch,
-    tsc_khz: u64,
+    kernel_line: &str,
 ) -> CommandLine {
     let mut line = Line::default();
     line.flag("-no-user-config")
@@ -153,7 +154,7 @@ pub(super) fn arguments(
     match begin {
         Begin::Boot => {
             line.option("-kernel", KERNEL).option("-initrd", INITRAMFS);
-            line.option("-append", kernel_line(tsc_khz));
+            line.option("-append", kernel_line);
         }
         // What xen-save-devices-state writes does not say whether the VM ran.
         Begin::Fork | Begin::GoOn => {
@@ -365,7 +366,7 @@ mod tests {
         for ((begin, scratch), name) in both().into_iter().zip(["arguments", "fork"]) {
             let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/hypervisor/qemu");
             let path = format!("{folder}/{name}.golden.txt");
-            let line = arguments(begin, &RESOURCES, &scratch, 2_100_000);
+            let line = arguments(begin, &RESOURCES, &scratch, &kernel_line(2_100_000));
             let line = line.words.join("\n");
             if std::env::var_os("SPORE_GOLDEN").is_some() {
                 std::fs::write(&path, format!("{line}\n")).unwrap();
@@ -378,7 +379,7 @@ mod tests {
     #[test]
     fn a_vm_that_goes_on_is_a_fork_with_a_memory_of_its_own() {
         let scratch = Scratch::Forked(vec![Lock::Open]);
-        let line = |begin| arguments(begin, &RESOURCES, &scratch, 1);
+        let line = |begin| arguments(begin, &RESOURCES, &scratch, "quiet");
         let (fork, own) = (line(Begin::Fork), line(Begin::GoOn));
         assert_eq!(fork.fds, own.fds);
         let pairs = fork.words.iter().zip(&own.words);
@@ -398,14 +399,14 @@ mod tests {
         };
         let scratch = Scratch::of(&resources);
         assert_eq!(scratch, Scratch::None);
-        let line = arguments(Begin::Boot, &resources, &scratch, 1);
+        let line = arguments(Begin::Boot, &resources, &scratch, "quiet");
         assert_eq!(line.fds, FD_DISKS + 2);
     }
 
     #[test]
     fn every_descriptor_is_named_once_and_keys_are_not_given_as_disks() {
         let [boot, fork] = both().map(|(begin, scratch)| {
-            let line = arguments(begin, &RESOURCES, &scratch, 1);
+            let line = arguments(begin, &RESOURCES, &scratch, "quiet");
             let numbers = |prefix: &str| -> Vec<usize> {
                 let of = line
                     .words
@@ -428,7 +429,7 @@ mod tests {
     #[test]
     fn no_word_names_a_path_outside_the_jail() {
         for (begin, scratch) in both() {
-            for word in arguments(begin, &RESOURCES, &scratch, 1).words {
+            for word in arguments(begin, &RESOURCES, &scratch, "quiet").words {
                 let mut parts = word.split(['=', ',', '"']);
                 let path = parts.find(|part| part.starts_with('/'));
                 let of_a_descriptor = ["/dev/fdset/", "/proc/self/fd/"];

@@ -177,7 +177,7 @@ impl Shared {
             },
         };
         let scratch = scratch_of(machine, from);
-        let line = arguments(begin, &machine.resources, &scratch, self.tsc_khz);
+        let line = arguments(begin, &machine.resources, &scratch, &self.kernel_line);
         Jail {
             cgroup: self.rooms.cgroups().entrances(&vm.to_string()),
             stage: self.rooms.stage(),

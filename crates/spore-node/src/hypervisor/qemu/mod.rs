@@ -32,7 +32,7 @@ use spore_wire::node::Boundary;
 use spore_wire::snapshot::Shape;
 use tokio::time::{sleep, timeout};
 
-use self::arguments::{Begin, CPU, FD_MEMORY, Scratch, arguments};
+use self::arguments::{Begin, CPU, FD_MEMORY, Scratch, arguments, kernel_line};
 use self::files::Files;
 use self::monitor::QemuMonitor;
 use self::program::{SAVE, can_capture, version};
@@ -45,8 +45,8 @@ use super::monitored::vm::{ENDING, How, MonitoredVm, Process, VmHost};
 use super::room::{RoomConfig, RoomError, Rooms, blocking, uncancelled};
 use super::tsc;
 use super::{
-    AttachError, BootError, Caps, Hypervisor, Identity, Machine, PrepareError, Prepared,
-    ReleaseError, Swept, Vm, process,
+    AttachError, BootError, Caps, Hypervisor, Identity, KernelArguments, Machine, PrepareError,
+    Prepared, ReleaseError, Swept, Vm, process,
 };
 use crate::cgroup::Limits;
 use crate::disk::Disks;
@@ -87,6 +87,8 @@ pub struct QemuConfig {
     pub kernel: PathBuf,
     /// Its release, for people.
     pub kernel_release: String,
+    /// What the kernel is told beside the driver's own.
+    pub kernel_arguments: KernelArguments,
     /// The initramfs with the agent.
     pub initramfs: PathBuf,
     /// QEMU's program, an absolute path.
@@ -157,6 +159,8 @@ struct Shared {
     caps: Caps,
     rooms: Arc<Rooms>,
     tsc_khz: u64,
+    /// What the kernel of a guest that boots is told.
+    kernel_line: String,
 }
 
 /// What was found out about QEMU and the guest's files.
@@ -182,6 +186,7 @@ impl Qemu {
             let file = File::open(path).map_err(failed)?;
             guest.update_reader(file).map_err(failed)?;
         }
+        guest.update(config.kernel_arguments.to_string().as_bytes());
         let program = config.qemu.clone();
         let told = blocking(move || Ok((version(&program)?, can_capture(&program)?)))
             .await
@@ -231,12 +236,14 @@ impl Qemu {
             guest: found.guest,
             snapshots: found.snapshots,
         };
+        let kernel_line = config.kernel_arguments.after(&kernel_line(tsc_khz));
         Ok(Self {
             shared: Arc::new(Shared {
                 config,
                 caps,
                 rooms,
                 tsc_khz,
+                kernel_line,
             }),
         })
     }
@@ -267,7 +274,7 @@ impl Hypervisor for Qemu {
         let scratch = Scratch::of(&machine.resources);
         // It names neither the counter's rate nor a kernel nor the layers of a disk, and everything
         // else that counts.
-        let line = arguments(Begin::Fork, &machine.resources, &scratch, 0);
+        let line = arguments(Begin::Fork, &machine.resources, &scratch, "");
         let line = line.words.join("\n");
         Shape {
             driver: caps.name.to_owned(),
