@@ -21,6 +21,7 @@ const _: () = assert!(egress::PROXY_PORT == 3128);
 const _: () = assert!(egress::TCP_FD == 3);
 const _: () = assert!(egress::DNS_FD == 4);
 const _: () = assert!(generation::GENERATION_FORKS == 2);
+const _: () = assert!(generation::GENERATION_VMMS == 2);
 const _: () = assert!(vmm::PACKET_BYTES_MAX == 64 * 1024);
 const _: () = assert!(launch::FDS_MAX == 64);
 const _: () = assert!(launch::LAYERS_MAX == 32);

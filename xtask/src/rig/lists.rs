@@ -74,6 +74,7 @@ const ALL: &[Tests] = &[
         ],
     ),
     tests("spore-node", "qemu", &["deaths::", "recovery::"]),
+    tests("spore-node", "qemu", &["individuals::"]),
     tests("spore-node", "qemu", &["suspends::", "taken::", "takes::"]),
     // What an emulated processor sometimes does to a kernel it does far more often to two of them
     // when a hundred guests take turns there.
@@ -97,8 +98,10 @@ const STORIES: &[Tests] = &[
     story("bad_input", &[]),
     story("boundary", &[]),
     story("cli", &[]),
+    story("forks", &["the_snapshot_that", "sandboxes_outlive"]),
     story("secrets", &["a_secret_is"]),
     story("suspend", &["what_goes_on_keeps"]),
+    story("templates", &[]),
     story(
         "visitors",
         &[

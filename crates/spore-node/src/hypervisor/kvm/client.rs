@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use spore_wire::generation::{GENERATION, GENERATION_VMMS, is_vmm_served};
 use spore_wire::vmm::{CopyState, FromVmm, PACKET_BYTES_MAX, ToVmm, VmmState};
 use tokio::time::{sleep, timeout};
 
@@ -63,6 +64,9 @@ impl Client {
         let connected = async {
             let socket = PacketSocket::new(let_in(path).await?, PACKET_BYTES_MAX)?;
             let greeting = match socket.receive().await?.0 {
+                FromVmm::Hello { generation, .. } if !is_vmm_served(generation) => {
+                    return Err(of_another(generation));
+                }
                 FromVmm::Hello {
                     state,
                     copy,
@@ -199,6 +203,17 @@ async fn let_in(path: &Path) -> io::Result<OwnedFd> {
     }
 }
 
+fn of_another(generation: u32) -> io::Error {
+    let served = match GENERATION_VMMS == GENERATION {
+        true => format!("{GENERATION} is"),
+        false => format!("{GENERATION_VMMS} to {GENERATION} are"),
+    };
+    io::Error::other(format!(
+        "the VMM speaks generation {generation}, and {served} served: end this VM, or go back to \
+         the Spore that started it"
+    ))
+}
+
 fn unexpected(message: &FromVmm) -> io::Error {
     let said = plain(&format!("{message:?}"));
     io::Error::other(format!("the VMM said {said} where it should greet"))
@@ -221,6 +236,7 @@ mod tests {
         AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
     };
     use serde_json::{Value, json};
+    use spore_wire::generation::{GENERATION, GENERATION_VMMS};
     use spore_wire::launch::{FdIndex, Layer};
     use spore_wire::vmm::{Below, CopyOf, CopyState, FromVmm, ToVmm};
 
@@ -243,6 +259,15 @@ mod tests {
     async fn connected(
         speak: impl FnOnce(OwnedFd) + Send + 'static,
     ) -> (Client, std::thread::JoinHandle<()>) {
+        let (client, vmm) = greeted(GENERATION, speak).await;
+        (client.unwrap(), vmm)
+    }
+
+    /// The same for a VMM of any generation.
+    async fn greeted(
+        generation: u32,
+        speak: impl FnOnce(OwnedFd) + Send + 'static,
+    ) -> (std::io::Result<Client>, std::thread::JoinHandle<()>) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("vmm");
         let kind = SocketType::SEQPACKET;
@@ -252,12 +277,23 @@ mod tests {
         rustix::net::listen(&listener, 1).unwrap();
         let vmm = std::thread::spawn(move || {
             let socket = rustix::net::accept(&listener).unwrap();
-            let hello = json!({"type": "hello", "generation": 2, "state": "running"});
+            let hello = json!({"type": "hello", "generation": generation, "state": "running"});
             say(&socket, &[hello]);
             speak(socket);
         });
         let client = Client::connect(&path, Duration::from_secs(10)).await;
-        (client.unwrap(), vmm)
+        (client, vmm)
+    }
+
+    #[tokio::test]
+    async fn a_vmm_of_a_later_spore_is_not_taken_up() {
+        for generation in [GENERATION_VMMS - 1, GENERATION + 1] {
+            let (refused, vmm) = greeted(generation, drop).await;
+            let refused = refused.unwrap_err().to_string();
+            let begins = format!("the VMM speaks generation {generation}, and ");
+            assert!(refused.starts_with(&begins), "{refused}");
+            vmm.join().unwrap();
+        }
     }
 
     /// Tells of copies until nobody listens.
