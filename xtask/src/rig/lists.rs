@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use super::{CPUS, MEMORY_MIB, RigOptions, quoted, results, run_in};
 use crate::progress::{say, step};
-use crate::{Folder, command, deps, fixed, place};
+use crate::{Folder, command, deps, fixed, guest, place};
 
 /// What `rig-test` runs.
 #[derive(Clone, Debug, clap::Args)]
@@ -139,6 +139,10 @@ pub(crate) fn test(options: &RigTestOptions) -> Result<ExitCode> {
         true => (&[SMOKE], SMOKE_LIMIT_S),
         false => (&[ALL, SMOKE, STORIES], ALL_LIMIT_S),
     };
+    // What guests are made of: without it most tests would skip themselves. The suite has made it.
+    if !options.smoke {
+        guest::run(&options.folder.dir)?;
+    }
     // Tests look for these beside their own programs.
     step("build spore and spore-vmm", || {
         let what = ["--package=spore", "--package=spore-vmm"];

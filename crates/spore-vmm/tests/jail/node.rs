@@ -193,7 +193,8 @@ impl Zygote {
             first: _,
         } = self;
         drop(socket);
-        assert!(child.wait().unwrap().success());
+        let ended = child.wait().unwrap();
+        assert!(ended.success(), "{ended}");
     }
 }
 
