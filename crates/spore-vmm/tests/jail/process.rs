@@ -48,7 +48,7 @@ impl Process {
     }
 
     fn wait_until(self, what: &str, holds: impl Fn(Self) -> bool) {
-        for _ in 0..1000 {
+        for _ in 0..6000 {
             if holds(self) {
                 return;
             }
