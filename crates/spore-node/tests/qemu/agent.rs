@@ -223,7 +223,7 @@ pub(crate) fn shell(script: &str) -> Exec {
 }
 
 /// In the rig: says what guests do that do not answer, while they are there.
-fn look() {
+pub(crate) fn look() {
     if let Ok(said) = Command::new("/run/rig/look").output() {
         println!("{}", String::from_utf8_lossy(&said.stdout));
     }

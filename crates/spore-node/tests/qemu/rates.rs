@@ -7,8 +7,9 @@ use spore_node::hypervisor::fork::Afterwards;
 use spore_wire::guest::{Reply, Request};
 use spore_wire::launch::Rates;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep};
 
+use crate::agent::look;
 use crate::driver::is_kvm;
 use crate::fork::{Running, boot, capture, fork};
 use crate::host::{HANG, TestHost};
@@ -56,16 +57,35 @@ async fn took(of: &mut Running) -> [Duration; 3] {
     let written = begun.elapsed();
     let mut outside = until(async || of.held.connect(8000).await.ok()).await;
     let bytes = usize::try_from(PER_S * SECONDS).unwrap();
+    let (mut to, mut back) = (0, 0);
     let exchange = async {
         let begun = Instant::now();
-        outside.write_all(&vec![b'y'; bytes]).await.unwrap();
+        while to < bytes {
+            to += outside.write(&vec![b'y'; bytes - to]).await.unwrap();
+        }
         assert_eq!(outside.read_u8().await.unwrap(), b't');
         let received = begun.elapsed();
-        let mut all = vec![0; bytes];
-        outside.read_exact(&mut all).await.unwrap();
+        let mut part = vec![0; 1 << 16];
+        while back < bytes {
+            let read = outside.read(&mut part).await.unwrap();
+            assert!(read > 0, "it ended after {back} of {bytes} bytes");
+            back += read;
+        }
         (received, begun.elapsed() - received)
     };
-    let (received, sent) = timeout(HANG, exchange).await.unwrap();
+    let ended = tokio::select! {
+        done = exchange => Ok(done),
+        () = sleep(HANG) => Err(None),
+        exit = of.held.exited() => Err(Some(exit)),
+    };
+    let (received, sent) = match ended {
+        Ok(done) => done,
+        Err(exit) => {
+            println!("{:#?}", of.held.console_tail().await);
+            look();
+            unreachable!("{exit:?} after {to} bytes there and {back} back, of {bytes}");
+        }
+    };
     [written, received, sent]
 }
 
