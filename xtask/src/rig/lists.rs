@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 
-use super::{CPUS, MEMORY_MIB, RigOptions, quoted, results, run_in};
+use super::{MEMORY_MIB, RigOptions, quoted, results, run_in};
 use crate::progress::{say, step};
 use crate::{Folder, command, deps, fixed, guest, place};
 
@@ -22,7 +22,15 @@ pub(crate) struct RigTestOptions {
     /// Runs the smoke list alone, as the suite does
     #[arg(long)]
     smoke: bool,
+    /// Processors of the machine
+    #[arg(long, default_value_t = CPUS, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: u32,
 }
+
+/// Processors of the rig, unless others are asked for. With more of them QEMU's VMRUN now and then
+/// leaves the rig's kernel where it takes interrupts that it has masked; with one it was never seen
+/// to (docs/internals/testing.md).
+const CPUS: u32 = 1;
 
 /// Seconds that one test may take: far longer than any does. Longer also than what the tests
 /// themselves give a guest, so that they can say what it did.
@@ -41,7 +49,6 @@ struct Tests {
     name: &'static str,
     /// Which of them; all where none is named.
     filters: &'static [&'static str],
-    cpus: u32,
 }
 
 /// All of them. Those of a node run on its driver for KVM; what is not named here has not been
@@ -76,12 +83,7 @@ const ALL: &[Tests] = &[
     tests("spore-node", "qemu", &["deaths::", "recovery::"]),
     tests("spore-node", "qemu", &["individuals::"]),
     tests("spore-node", "qemu", &["suspends::", "taken::", "takes::"]),
-    // What an emulated processor sometimes does to a kernel it does far more often to two of them
-    // when a hundred guests take turns there.
-    Tests {
-        cpus: 1,
-        ..tests("spore-node", "qemu", &["hundred::"])
-    },
+    tests("spore-node", "qemu", &["hundred::"]),
 ];
 
 /// Stories of the whole platform, whose daemon finds KVM by itself.
@@ -129,7 +131,6 @@ const fn tests(
         package,
         name,
         filters,
-        cpus: CPUS,
     }
 }
 
@@ -159,9 +160,9 @@ pub(crate) fn test(options: &RigTestOptions) -> Result<ExitCode> {
     let (out, _alone) = results(None)?;
     let mut failed = Vec::new();
     for (number, (tests, script)) in (1..).zip(scripts) {
-        let options = RigOptions {
+        let boot = RigOptions {
             folder: options.folder.clone(),
-            cpus: tests.cpus,
+            cpus: options.cpus,
             memory_mib: MEMORY_MIB,
             limit_s,
             out: Some(out.join(format!("{number:02}-{}", tests.name))),
@@ -169,7 +170,7 @@ pub(crate) fn test(options: &RigTestOptions) -> Result<ExitCode> {
         };
         // Programs were built for any folder: a clone in one that the rig has itself is none to it.
         // What ends one list ends no other.
-        match run_in(Path::new("/"), &options) {
+        match run_in(Path::new("/"), &boot) {
             Ok(ExitCode::SUCCESS) => {}
             Ok(_failed) => failed.push(tests.to_string()),
             Err(error) => failed.push(format!("{tests}: {error:#}")),
