@@ -27,9 +27,9 @@ pub(crate) struct RigTestOptions {
     cpus: Option<u32>,
 }
 
-/// Processors of the rig, unless others are needed or asked for. With more of them QEMU's VMRUN now and then
-/// leaves the rig's kernel where it takes interrupts that it has masked; with one it was never seen
-/// to (docs/internals/testing.md).
+/// Processors of the rig, unless others are needed or asked for. With more of them QEMU's VMRUN now
+/// and then leaves the rig's kernel where it takes interrupts that it has masked; with one it was
+/// never seen to (docs/internals/testing.md).
 const CPUS: u32 = 1;
 
 /// Seconds that one test may take: far longer than any does. Longer also than what the tests
